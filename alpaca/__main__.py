@@ -1,0 +1,5 @@
+"""`python -m alpaca VERB`."""
+
+from alpaca.cli import main
+
+main()

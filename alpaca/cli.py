@@ -1,0 +1,46 @@
+"""`python -m alpaca VERB`: one subcommand a verb.
+
+Each verb lives in its room as a `command` module with `parser()` and `run(arguments)`; only the
+room that is asked for is imported, so `--help` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+
+from alpaca import __version__
+from alpaca.errors import exit_code
+
+# verb: (module, one line)
+VERBS = {
+    "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb; exits 0, or 2 with an explanation on a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in VERBS:
+        verb = argv[0]
+        module = importlib.import_module(VERBS[verb][0])
+        parser: argparse.ArgumentParser = module.parser()
+        parser.prog = f"python -m alpaca {verb}"
+        arguments = parser.parse_args(argv[1:])
+        sys.exit(exit_code(f"alpaca {verb}", lambda: module.run(arguments)))
+    overview().parse_args(argv)
+    overview().print_help()
+
+
+def overview() -> argparse.ArgumentParser:
+    """The parser behind `python -m alpaca --help`: it lists the verbs."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {line}" for verb, (_, line) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m alpaca",
+        description="Convert, fine-tune and serve LLaMA-family models the Alpaca way.",
+        epilog=f"verbs (each has --help):\n{verbs}\n\ntraining: torchrun train.py --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", nargs="?", choices=list(VERBS), metavar="VERB", help="see below")
+    parser.add_argument("--version", action="version", version=f"alpaca-cog {__version__}")
+    return parser

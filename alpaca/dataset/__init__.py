@@ -1,0 +1,1 @@
+"""Making, auditing and looking at instruction data sets."""

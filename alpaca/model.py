@@ -1,0 +1,78 @@
+"""Load and save a model folder.
+
+A folder is what transformers reads: `config.json`, safetensors shards, a tokenizer. Weights are
+opened with safetensors only, never as pickles, and no code from a folder is ever run.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from alpaca.errors import UserError
+
+SHARD_SIZE = "5GB"
+
+
+def check_folder(folder: Path, what: str = "model") -> None:
+    """Raise UserError unless `folder` is a complete model folder."""
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no {what} folder {folder}.",
+            "Put base weights into unconverted-weights/ and run ./convert_weights.sh; "
+            "./script/demo makes a small one to try.",
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a model folder: it has no config.json.",
+            "Name the folder that holds config.json and the *.safetensors files.",
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds no *.safetensors files.",
+            f"Convert it first: python -m alpaca convert --input_dir {folder}",
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model or tokenizer folder; raises UserError if there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"There is no tokenizer in {folder} (no tokenizer.json).",
+            "Run ./convert_weights.sh, which writes one into the model folder "
+            "and into weights/tokenizer.",
+        )
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model folder to CPU memory in `dtype`, in evaluation mode."""
+    check_folder(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The type to compute in: bf16 where the hardware multiplies it fast, else fp32.
+
+    CPUs without AMX or AVX512-BF16 emulate bf16 products at about 1% of their fp32 rate
+    (measured), so there fp32 is the fast choice.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free on the disk that `folder` is or will be on."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

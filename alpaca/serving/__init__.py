@@ -1,0 +1,1 @@
+"""The engine that answers requests, and the schema Cog publishes for it."""

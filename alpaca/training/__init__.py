@@ -1,0 +1,1 @@
+"""The fine-tuning job: the published recipe, packed and sharded."""

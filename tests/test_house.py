@@ -1,0 +1,132 @@
+"""The house rules: who imports whom, how long things are, and documents that match the tree."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("convert", "training", "serving", "dataset")
+GROUND = ("errors", "prompt", "atomic")
+SHARED = ("records", "passport", "tokens", "model")  # each may import those before it
+DOORS = (
+    "predict.py",
+    "train.py",
+    "alpaca/cli.py",
+    "alpaca/__main__.py",
+    "bench",
+)
+
+
+def sources() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [ROOT / name for name in listed.stdout.split() if (ROOT / name).exists()]
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names a module imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def package_parts(names: set[str]) -> set[str]:
+    """First part below `alpaca` of each import of our own package."""
+    return {name.split(".")[1] for name in names if name.startswith("alpaca.")} - {"__version__"}
+
+
+def allowed(path: Path) -> set[str]:
+    """Which parts of `alpaca` the module at `path` may import."""
+    name = path.relative_to(ROOT).as_posix()
+    if name.startswith((*DOORS, "tests/")):
+        return {*GROUND, *SHARED, *ROOMS, "cli"}
+    if name == "alpaca/__init__.py":
+        return set()
+    if name == "alpaca/__init__.py":
+        return set()
+    part = path.relative_to(ROOT / "alpaca").parts[0].removesuffix(".py")
+    if part in GROUND:
+        return set()
+    if part in SHARED:
+        return {*GROUND, *SHARED[: SHARED.index(part)]}
+    assert part in ROOMS, f"{name} belongs to no floor of the house"
+    return {*GROUND, *SHARED, part}
+
+
+def test_each_module_imports_only_from_floors_below_it() -> None:
+    files = sources()
+    assert len(files) > 15
+    for path in files:
+        wrong = package_parts(imports(path)) - allowed(path)
+        assert not wrong, f"{path.relative_to(ROOT)} must not import {sorted(wrong)}"
+
+
+def test_only_the_doors_import_cog_and_only_the_teacher_opens_connections() -> None:
+    cog_users = {"predict.py", "train.py", "alpaca/serving/schema.py"}
+    network = {"socket", "urllib", "http", "requests", "httpx", "openai", "aiohttp"}
+    for path in sources():
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(("tests/", "bench/", "script/")):
+            continue
+        tops = {imported.split(".")[0] for imported in imports(path)}
+        assert "cog" not in tops or name in cog_users, f"{name} imports cog"
+        teacher = name == "alpaca/dataset/teacher.py"
+        assert teacher or not tops & network, f"{name} imports {tops & network}"
+
+
+def test_modules_and_functions_stay_short() -> None:
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 300, f"{path.name} is longer than 300 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+
+
+def test_every_module_starts_with_what_it_is_for() -> None:
+    for path in sources():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), (
+            f"{path} says nothing"
+        )
+
+
+def test_readme_file_map_matches_the_tree() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("\n") <= 150
+    section = readme.partition("## File map")[2].partition("\n## ")[0]
+    named = set(re.findall(r"^    ([\w./-]+)", section, flags=re.MULTILINE))
+    assert len(named) > 10
+    for name in named:
+        assert (ROOT / name).exists(), f"README's file map names {name}, which is not there"
+    for entry in sorted((ROOT / "alpaca").iterdir()):
+        if entry.name.startswith("__"):
+            continue
+        shown = f"alpaca/{entry.name}" + ("/" if entry.is_dir() else "")
+        assert shown in named, f"README's file map lacks {shown}"
+
+
+def test_scripts_stay_short() -> None:
+    for path in (ROOT / "script").iterdir():
+        assert path.read_text().count("\n") <= 25, f"{path.name} is longer than 25 lines"
+
+
+@pytest.mark.parametrize("command", [["-m", "alpaca"]])
+def test_help_is_one_screen(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert 5 < done.stdout.count("\n") <= 50
+    assert not done.stderr
