@@ -14,6 +14,7 @@ from alpaca.errors import exit_code
 # verb: (module, one line)
 VERBS = {
     "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
+    "serve": ("alpaca.serving.command", "a model folder over Cog's HTTP API"),
 }
 
 
