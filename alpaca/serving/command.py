@@ -1,0 +1,75 @@
+"""`python -m alpaca serve`: Cog's own server on this machine, without the cog program.
+
+It does what `cog build` and the image do around `python -m cog.server.http`: writes the schema
+file and sets the environment; then it becomes that server.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+from alpaca import model
+from alpaca.errors import UserError
+from alpaca.serving import schema, weights
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = "predict.py:Runner"
+TRAIN = "train.py:train"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the verb."""
+    made = argparse.ArgumentParser(
+        description="Serve a model over Cog's HTTP API (POST /predictions).",
+        epilog="Stop it with Ctrl-C. The schema is at /openapi.json, health at /health-check.",
+    )
+    made.add_argument(
+        "--weights",
+        metavar="FOLDER",
+        help="model folder or tar file (default: ALPACA_WEIGHTS, else alpaca_out/)",
+    )
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    made.add_argument(
+        "--port",
+        type=int,
+        default=int(os.environ.get("PORT", "5000")),
+        help="port to listen on (default: PORT, else 5000)",
+    )
+    return made
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check what can be checked at once, then become the server; does not return."""
+    environment = dict(os.environ)
+    if arguments.weights:
+        environment[weights.VARIABLE] = str(Path(arguments.weights).resolve())
+    given = environment.get("COG_WEIGHTS")
+    if not given:
+        model.check_folder(weights.locate(None, environment, ROOT).folder)
+    check_port(arguments.port)
+    entry = schema.find(ROOT, RUN, "run")
+    train = schema.find(ROOT, TRAIN, "train") if (ROOT / "train.py").exists() else None
+    schema.write(ROOT, entry, train)
+    environment |= {
+        "COG_PREDICT_TYPE_STUB": RUN,
+        "COG_MAX_CONCURRENCY": environment.get("COG_MAX_CONCURRENCY", str(entry.concurrency)),
+        "PORT": str(arguments.port),
+        # The server starts its worker as `python`, which must be this one.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
+    }
+    os.chdir(ROOT)
+    server = [sys.executable, "-m", "cog.server.http", "--host", arguments.host]
+    os.execve(sys.executable, server, environment)
+
+
+def check_port(port: int) -> None:
+    """Raise UserError when something on this machine listens on `port`."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+            raise UserError(
+                f"Port {port} is in use.",
+                "Stop what listens there, or take another: ./script/serve --port 5001",
+            )

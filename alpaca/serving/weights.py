@@ -1,0 +1,85 @@
+"""Which model folder to serve.
+
+Three ways, in this order: what Cog hands to `setup(weights)` (fine-tuned weights: a folder or a
+tar file), the environment variable ALPACA_WEIGHTS, and `alpaca_out/`, where training leaves its
+model. Tar files are unpacked once into `.cache/weights/`, complete or not at all.
+"""
+
+import hashlib
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from alpaca import atomic
+from alpaca.errors import UserError
+
+VARIABLE = "ALPACA_WEIGHTS"
+TRAINED = "alpaca_out"
+CACHE = Path(".cache/weights")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model folder, and in words why it was taken."""
+
+    folder: Path
+    origin: str
+
+
+def locate(given: Path | None, environment: Mapping[str, str], root: Path) -> Weights:
+    """Find the model folder; relative names count from `root`.
+
+    Raises:
+        UserError: none of the three ways leads anywhere, or one names what is not there.
+    """
+    if given is not None:
+        return Weights(_folder(given, root), f"the weights given to setup ({given})")
+    if named := environment.get(VARIABLE):
+        return Weights(_folder(Path(named), root), f"{VARIABLE}={named}")
+    if (root / TRAINED / "config.json").is_file():
+        return Weights(root / TRAINED, f"{TRAINED}/")
+    raise UserError(
+        "There are no weights to serve.",
+        f"One of three: train a model into {TRAINED}/ (./script/demo makes a small one); set "
+        f"{VARIABLE} to a model folder, for example {VARIABLE}=weights/smollm2-135m; or hand Cog "
+        "trained weights (COG_WEIGHTS, a URL, folder or tar file).",
+    )
+
+
+def _folder(path: Path, root: Path) -> Path:
+    path = root / path
+    if path.is_dir():
+        return _inner(path)
+    if not path.is_file():
+        raise UserError(
+            f"The weights {path} do not exist.",
+            "Name a model folder (config.json and *.safetensors), or a tar file of one.",
+        )
+    return _inner(_unpack(path, root))
+
+
+def _unpack(tar: Path, root: Path) -> Path:
+    """Unpack a tar file into the cache, unless a file with the same content has been before."""
+    with open(tar, "rb") as file:
+        name = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    target = root / CACHE / name
+    if target.exists():
+        return target
+    try:
+        with atomic.folder(target) as partial, tarfile.open(tar) as archive:
+            archive.extractall(partial, filter="data")  # refuses paths and links that lead outside
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(
+            f"{tar} is not a whole tar file: {error}",
+            "Pack the model folder again: tar -cf weights.tar -C FOLDER .",
+        ) from None
+    return target
+
+
+def _inner(folder: Path) -> Path:
+    """The folder itself, or the only folder in it, as `tar -cf x.tar folder/` makes them."""
+    inner = [path for path in folder.iterdir() if (path / "config.json").is_file()]
+    if not (folder / "config.json").is_file() and len(inner) == 1:
+        return inner[0]
+    return folder

@@ -1,0 +1,83 @@
+"""`script/serve`, `python -m alpaca serve`: mistakes are answered, not traced back."""
+
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from alpaca.errors import UserError
+from alpaca.serving import weights
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "alpaca", "serve", *arguments],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_help_is_one_screen() -> None:
+    done = serve("--help")
+    assert done.returncode == 0
+    assert 5 < done.stdout.count("\n") <= 40
+
+
+def test_a_port_in_use_is_said(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = serve("--port", port, "--weights", str(tiny_model))
+    assert done.returncode == 2
+    assert f"Port {port} is in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_weights_are_said(tmp_path: Path) -> None:
+    done = serve("--weights", str(tmp_path / "nowhere"))
+    assert done.returncode == 2
+    assert "nowhere do not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_any_weights_the_three_ways_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refusal:
+        weights.locate(None, {}, tmp_path)
+    for way in ("alpaca_out", "ALPACA_WEIGHTS", "COG_WEIGHTS"):
+        assert way in str(refusal.value)
+
+
+def test_the_order_of_the_three_ways(tmp_path: Path) -> None:
+    for name in ("given", "named", "alpaca_out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    environment = {"ALPACA_WEIGHTS": "named"}
+    assert weights.locate(Path("given"), environment, tmp_path).folder.name == "given"
+    assert weights.locate(None, environment, tmp_path).folder.name == "named"
+    assert weights.locate(None, {}, tmp_path).folder.name == "alpaca_out"
+
+
+@pytest.mark.parametrize("arcname", [".", "llama"], ids=["flat", "in a folder"])
+def test_a_tar_file_is_unpacked_once(tiny_model: Path, tmp_path: Path, arcname: str) -> None:
+    with tarfile.open(tmp_path / "weights.tar", "w") as archive:
+        archive.add(tiny_model, arcname)
+    first = weights.locate(Path("weights.tar"), {}, tmp_path).folder
+    names = {path.name for path in first.iterdir()}
+    assert names == {path.name for path in tiny_model.iterdir()}
+    inode = (first / "config.json").stat().st_ino
+    second = weights.locate(Path("weights.tar"), {}, tmp_path).folder
+    assert (second / "config.json").stat().st_ino == inode
+
+
+def test_half_a_tar_file_is_refused_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "weights.tar", "w") as archive:
+        archive.add(tiny_model, ".")
+    whole = (tmp_path / "weights.tar").read_bytes()
+    (tmp_path / "half.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole tar"):
+        weights.locate(Path("half.tar"), {}, tmp_path)
+    assert not [p for p in (tmp_path / ".cache" / "weights").iterdir() if p.name[0] != "."]
