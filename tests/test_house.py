@@ -16,6 +16,7 @@ DOORS = (
     "predict.py",
     "train.py",
     "alpaca/cli.py",
+    "alpaca/demo.py",
     "alpaca/__main__.py",
     "bench",
 )

@@ -117,6 +117,29 @@ def test_the_same_run_again_is_recognised_and_another_is_not(
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_without_packing_the_losses_are_the_same_and_the_tokens_are_not(
+    run: Run, tmp_path: Path
+) -> None:
+    out, flags, _ = run
+    done = train(*flags, "--output_dir", tmp_path / "o", "--packing", "False", "--max_steps", 3)
+    assert done.returncode == 0, done.stderr
+    packed = [line for line in lines(out) if "loss" in line]
+    padded = [line for line in lines(tmp_path / "o") if "loss" in line]
+    assert padded[0]["loss"] == pytest.approx(packed[0]["loss"], rel=1e-6)
+    assert padded[0]["tokens"] > 1.3 * packed[0]["tokens"]
+    assert padded[0]["tokens"] == padded[0]["padded"]
+
+
+def test_another_runs_model_is_not_replaced_unasked(run: Run) -> None:
+    out, flags, _ = run
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    done = train(*flags, "--seed", 7)
+    assert done.returncode == 2
+    assert "already holds another model" in done.stderr
+    assert "--overwrite_output_dir" in done.stderr
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
 def test_two_ranks_log_the_losses_of_one(run: Run, tmp_path: Path) -> None:
     out, flags, _ = run
     other = tmp_path / "out"
@@ -127,6 +150,18 @@ def test_two_ranks_log_the_losses_of_one(run: Run, tmp_path: Path) -> None:
     two = [line["loss"] for line in lines(other) if "loss" in line]
     assert two == pytest.approx(one, rel=1e-3)
     assert two[:3] == pytest.approx(one[:3], rel=1e-5)
+
+
+def test_more_ranks_than_examples_still_train(run: Run, tmp_path: Path) -> None:
+    data = tmp_path / "two.json"
+    records = [{"instruction": "Say yes.", "output": "Yes."}]
+    data.write_text(json.dumps(records))
+    _, flags, _ = run
+    changed = ["--data_path", data, "--eval_fraction", 0, "--max_steps", 2, "--warmup_ratio", 0]
+    done = train(*flags, *changed, "--output_dir", tmp_path / "out", ranks=2)
+    assert done.returncode == 0, done.stderr
+    first, second = (line["loss"] for line in lines(tmp_path / "out"))
+    assert second < first
 
 
 def test_an_export_that_was_cut_short_is_finished_by_the_next_run(run: Run, tmp_path: Path) -> None:

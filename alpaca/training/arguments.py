@@ -27,6 +27,7 @@ class Arguments:
     model_name_or_path: Path = flag(Path("weights/smollm2-135m"), "folder with the base model")
     data_path: Path = flag(Path("data/seed_tasks.jsonl"), "Alpaca-format JSON or JSONL")
     output_dir: Path = flag(Path("alpaca_out"), "folder for the trained model")
+    overwrite_output_dir: bool = flag(False, "replace another run's model in output_dir")
     tokenizer_name_or_path: Path | None = flag(None, "tokenizer folder, if not the model's")
     model_max_length: int = flag(512, "longest example in tokens; more is cut off and counted")
     joint_tokenization: bool = flag(False, "tokenize prompt and answer as one text, as in 2023")

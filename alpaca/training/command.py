@@ -35,7 +35,7 @@ def run(arguments: Arguments) -> None:
     corpus = _open(arguments, arguments.data_path, codec)
     identity = _identity(arguments, len(corpus))
     finish_install(arguments.output_dir)
-    if _already_done(arguments.output_dir, identity):
+    if _already_done(arguments, identity):
         print(f"train: {arguments.output_dir} already holds the model of exactly this run")
         return
     train, held_out = _split(arguments, corpus, codec)
@@ -100,7 +100,13 @@ def _split(
 
 def _identity(arguments: Arguments, examples: int) -> dict[str, object]:
     """What makes two runs the same run; kept in the passport of the result."""
-    elsewhere = {"output_dir", "model_name_or_path", "tokenizer_name_or_path", "data_path"}
+    elsewhere = {
+        "output_dir",
+        "overwrite_output_dir",
+        "model_name_or_path",
+        "tokenizer_name_or_path",
+        "data_path",
+    }
     settings = {name: v for name, v in recipe(arguments).items() if name not in elsewhere}
     return {
         "data_sha256": sha256(arguments.data_path),
@@ -110,9 +116,17 @@ def _identity(arguments: Arguments, examples: int) -> dict[str, object]:
     }
 
 
-def _already_done(folder: Path, identity: dict[str, object]) -> bool:
+def _already_done(arguments: Arguments, identity: dict[str, object]) -> bool:
+    """Whether output_dir holds this run's model; refuses to train over another one."""
+    folder = arguments.output_dir
     found = passport.read(folder)
-    return found is not None and found.get("run") == json.loads(json.dumps(identity))
+    same = found is not None and found.get("run") == json.loads(json.dumps(identity))
+    if not same and (folder / "config.json").exists() and not arguments.overwrite_output_dir:
+        raise UserError(
+            f"{folder} already holds another model.",
+            "Choose another --output_dir, or give --overwrite_output_dir to replace it.",
+        )
+    return same
 
 
 def _base(arguments: Arguments) -> dict[str, object]:

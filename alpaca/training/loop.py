@@ -123,12 +123,17 @@ class Trainer:
 
     def packs(self, corpus: Corpus, members: list[int]) -> Iterator[packing.Pack]:
         """This rank's packs of a step."""
-        shares = packing.distribute(
-            corpus, members, self.arguments.pack_tokens, dist.get_world_size()
-        )
+        arguments, ranks = self.arguments, dist.get_world_size()
+        if arguments.packing:
+            shares = packing.distribute(corpus, members, arguments.pack_tokens, ranks)
+        else:
+            shares = packing.batches(members, arguments.per_device_train_batch_size, ranks)
         for pack in shares[dist.get_rank()]:
             # A rank without examples still takes part in every collective, without targets.
-            yield packing.build(corpus, pack) if pack else packing.idle(corpus, members[0])
+            if pack:
+                yield packing.build(corpus, pack, padded=not arguments.packing)
+            else:
+                yield packing.idle(corpus, members[0])
 
     @torch.no_grad()
     def evaluate(self, step: int) -> float | None:

@@ -55,16 +55,21 @@ class Pack:
         return len(self.labels)
 
 
-def build(corpus: Corpus, members: Sequence[int]) -> Pack:
-    """Lay the examples `members` out as one pack; no members give a pack without targets."""
+def build(corpus: Corpus, members: Sequence[int], *, padded: bool = False) -> Pack:
+    """Lay the examples `members` out as one pack.
+
+    `padded` is the recipe of 2023, for comparison: no shared prefix, and every example followed
+    by tokens that nobody looks at, up to the length of the longest.
+    """
     ids: list[npt.NDArray[np.int32]] = []
     positions, sources, labels, segments = [], [], [], []
     at = 0
+    longest = max(corpus.length(i) for i in members) if padded else 0
     for kind in (0, 1):
         group = [i for i in members if corpus.kinds[i] == kind]
         if not group:
             continue
-        shared = corpus.prefix_lengths[kind]
+        shared = 0 if padded else corpus.prefix_lengths[kind]
         prefix_start, prefix_end = at, at + shared
         if shared:
             ids.append(corpus.example(group[0])[:shared])
@@ -76,15 +81,16 @@ def build(corpus: Corpus, members: Sequence[int]) -> Pack:
             if not len(own):  # cut off inside the prefix: nothing of its own is left
                 continue
             prompt = int(corpus.prompt_lengths[i]) - shared
-            ids.append(own)
-            positions.append(np.arange(shared, shared + len(own)))
-            segments.append(Segment(at, at + len(own), prefix_start, prefix_end))
+            size = max(len(own), longest)
+            ids.append(np.pad(own, (0, size - len(own))))
+            positions.append(np.arange(shared, shared + size))
+            segments.append(Segment(at, at + size, prefix_start, prefix_end))
             source = at - 1 + np.arange(prompt, len(own))
             if prompt == 0 and len(source):  # the prefix's last token predicts the first target
                 source[0] = prefix_end - 1
             sources.append(source)
             labels.append(own[prompt:])
-            at += len(own)
+            at += size
     return Pack(
         ids=_join(ids), positions=_join(positions), segments=tuple(segments),
         sources=_join(sources), labels=_join(labels),
@@ -112,6 +118,14 @@ def distribute(
     while (packs := _fill(corpus, longest_first, own, capacity, count * world_size)) is None:
         count += 1
     return [packs[rank::world_size] for rank in range(world_size)]
+
+
+def batches(members: Sequence[int], batch: int, world_size: int) -> list[list[list[int]]]:
+    """Share a step's examples out as in 2023: `[rank][batch]`, in order, `batch` at a time."""
+    count = -(-len(members) // (batch * world_size))
+    pieces = [list(members[start : start + batch]) for start in range(0, len(members), batch)]
+    pieces += [[] for _ in range(count * world_size - len(pieces))]
+    return [pieces[rank::world_size] for rank in range(world_size)]
 
 
 def _fill(
