@@ -25,13 +25,19 @@ def parser() -> argparse.ArgumentParser:
         default="keep",
         help="type of the weights written (default: keep the source's; quantized become bf16)",
     )
+    options.add_argument(
+        "--instruct",
+        action=argparse.BooleanOptionalAction,
+        help="Llama 3 from Meta: whether it is a chat model (default: the folder's name says so)",
+    )
     options.add_argument("--force", action="store_true", help="replace an existing folder")
     return options
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Find, say what was found, convert."""
-    source = open_source(find(arguments.input_dir, arguments.model_size))
+    folder = find(arguments.input_dir, arguments.model_size)
+    source = open_source(arguments.input_dir, folder, instruct=arguments.instruct)
     print(source.found, flush=True)
     dtype = source.dtype if arguments.dtype == "keep" else DTYPES[arguments.dtype][0]
     final = convert(source, arguments.output_dir, dtype, force=arguments.force)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from alpaca import atomic, passport
 from alpaca.convert import shards
 from alpaca.convert.checksums import check_file, stamp
+from alpaca.convert.expected import check_fit
 from alpaca.convert.shards import Shard
 from alpaca.convert.source import DTYPES, SHORT_NAMES, Source
 from alpaca.errors import UserError
@@ -78,6 +79,7 @@ def _check_same(final: Path, made_from: str) -> None:
 
 
 def _write_folder(source: Source, final: Path, dtype: torch.dtype, made_from: str) -> None:
+    check_fit(source)
     planned = shards.plan(source.tensors, dtype)
     with (
         _plain_disk_errors(final),
