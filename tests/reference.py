@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
@@ -47,6 +47,7 @@ class Shape:
     layers: int = 2
     heads: int = 4
     multiple_of: int = 32
+    vocab: int = 512  # of the tiny tokenizer; Llama 3's counts its control tokens
 
     @property
     def tiktoken(self) -> bool:
@@ -71,7 +72,7 @@ class Shape:
             "n_heads": self.heads,
             "n_layers": self.layers,
             "norm_eps": self.norm_eps,
-            "vocab_size": vocabulary_size(self.tiktoken) if self.tiktoken else -1,
+            "vocab_size": self.vocab if self.tiktoken else -1,
         }
         if self.kv_heads != self.heads:
             content["n_kv_heads"] = self.kv_heads
@@ -87,9 +88,9 @@ class Shape:
 LLAMA_1 = Shape("LLaMA 1")
 LLAMA_2 = Shape("Llama 2", norm_eps=1e-5)
 LLAMA_2_GQA = Shape("Llama 2", norm_eps=1e-5, heads=8, kv_heads=4, multiplier=1.3)
-LLAMA_3 = Shape("Llama 3", 1e-5, heads=8, theta=500000.0, multiplier=1.3)
-LLAMA_3_1 = Shape("Llama 3.1", 1e-5, heads=8, theta=500000.0, scaled=True, dim=4096 // 32)
-LLAMA_3_2 = Shape("Llama 3.2", 1e-5, heads=8, theta=500000.0, scaled=True, tied=True)
+LLAMA_3 = Shape("Llama 3", 1e-5, heads=8, theta=500000.0, multiplier=1.3, vocab=544)
+LLAMA_3_1 = replace(LLAMA_3, family="Llama 3.1", scaled=True, dim=128)
+LLAMA_3_2 = replace(LLAMA_3, family="Llama 3.2", scaled=True, tied=True)
 
 
 def weights(shape: Shape, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -99,7 +100,7 @@ def weights(shape: Shape, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.
     def draw(*size: int) -> torch.Tensor:
         return (torch.randn(*size, generator=generator) / math.sqrt(size[-1])).to(dtype)
 
-    kv_width, vocab = shape.kv_heads * shape.head_dim, vocabulary_size(shape.tiktoken)
+    kv_width, vocab = shape.kv_heads * shape.head_dim, shape.vocab
     held = {"tok_embeddings.weight": draw(vocab, shape.dim)}
     for layer in range(shape.layers):
         prefix = f"layers.{layer}."
@@ -220,10 +221,6 @@ def save(folder: Path, shape: Shape, held: dict[str, torch.Tensor], shards: int 
     (folder / "params.json").write_text(json.dumps(shape.params))
     (folder / "tokenizer.model").write_bytes(tokenizer_model(shape.tiktoken))
     return folder
-
-
-def vocabulary_size(tiktoken: bool) -> int:
-    return 256 + 32 + 256 if tiktoken else 512
 
 
 def tokenizer_model(tiktoken: bool) -> bytes:
