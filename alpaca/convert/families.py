@@ -14,7 +14,7 @@ Tokenizer = Literal["sentencepiece", "tiktoken"]
 
 @dataclass(frozen=True)
 class Published:
-    """One released shape. `shards`: how many files Meta dealt it to."""
+    """One released shape."""
 
     family: str
     size: str
@@ -24,7 +24,6 @@ class Published:
     kv_heads: int
     intermediate: int
     norm_eps: float
-    shards: int
     parameters: int
     tied: bool = False
     rope_factor: float | None = None
@@ -36,21 +35,21 @@ class Published:
 
 
 PUBLISHED = (
-    Published("LLaMA 1", "7B", 4096, 32, 32, 32, 11008, 1e-6, 1, 6_738_415_616),
-    Published("LLaMA 1", "13B", 5120, 40, 40, 40, 13824, 1e-6, 2, 13_015_864_320),
-    Published("LLaMA 1", "30B", 6656, 60, 52, 52, 17920, 1e-6, 4, 32_528_943_616),
-    Published("LLaMA 1", "65B", 8192, 80, 64, 64, 22016, 1e-5, 8, 65_285_660_672),
-    Published("Llama 2", "7B", 4096, 32, 32, 32, 11008, 1e-5, 1, 6_738_415_616),
-    Published("Llama 2", "13B", 5120, 40, 40, 40, 13824, 1e-5, 2, 13_015_864_320),
-    Published("Llama 2", "70B", 8192, 80, 64, 8, 28672, 1e-5, 8, 68_976_648_192),
-    Published("Llama 3", "8B", 4096, 32, 32, 8, 14336, 1e-5, 1, 8_030_261_248),
-    Published("Llama 3", "70B", 8192, 80, 64, 8, 28672, 1e-5, 8, 70_553_706_496),
-    Published("Llama 3.1", "8B", 4096, 32, 32, 8, 14336, 1e-5, 1, 8_030_261_248, False, 8.0),
-    Published("Llama 3.1", "70B", 8192, 80, 64, 8, 28672, 1e-5, 8, 70_553_706_496, False, 8.0),
-    Published("Llama 3.1", "405B", 16384, 126, 128, 8, 53248, 1e-5, 8, 405_853_388_800, False, 8.0),
-    Published("Llama 3.2", "1B", 2048, 16, 32, 8, 8192, 1e-5, 1, 1_235_814_400, True, 32.0),
-    Published("Llama 3.2", "3B", 3072, 28, 24, 8, 8192, 1e-5, 1, 3_212_749_824, True, 32.0),
-    Published("Llama 3.3", "70B", 8192, 80, 64, 8, 28672, 1e-5, 8, 70_553_706_496, False, 8.0),
+    Published("LLaMA 1", "7B", 4096, 32, 32, 32, 11008, 1e-6, 6_738_415_616),
+    Published("LLaMA 1", "13B", 5120, 40, 40, 40, 13824, 1e-6, 13_015_864_320),
+    Published("LLaMA 1", "30B", 6656, 60, 52, 52, 17920, 1e-6, 32_528_943_616),
+    Published("LLaMA 1", "65B", 8192, 80, 64, 64, 22016, 1e-5, 65_285_660_672),
+    Published("Llama 2", "7B", 4096, 32, 32, 32, 11008, 1e-5, 6_738_415_616),
+    Published("Llama 2", "13B", 5120, 40, 40, 40, 13824, 1e-5, 13_015_864_320),
+    Published("Llama 2", "70B", 8192, 80, 64, 8, 28672, 1e-5, 68_976_648_192),
+    Published("Llama 3", "8B", 4096, 32, 32, 8, 14336, 1e-5, 8_030_261_248),
+    Published("Llama 3", "70B", 8192, 80, 64, 8, 28672, 1e-5, 70_553_706_496),
+    Published("Llama 3.1", "8B", 4096, 32, 32, 8, 14336, 1e-5, 8_030_261_248, False, 8.0),
+    Published("Llama 3.1", "70B", 8192, 80, 64, 8, 28672, 1e-5, 70_553_706_496, False, 8.0),
+    Published("Llama 3.1", "405B", 16384, 126, 128, 8, 53248, 1e-5, 405_853_388_800, False, 8.0),
+    Published("Llama 3.2", "1B", 2048, 16, 32, 8, 8192, 1e-5, 1_235_814_400, True, 32.0),
+    Published("Llama 3.2", "3B", 3072, 28, 24, 8, 8192, 1e-5, 3_212_749_824, True, 32.0),
+    Published("Llama 3.3", "70B", 8192, 80, 64, 8, 28672, 1e-5, 70_553_706_496, False, 8.0),
 )
 
 CONTEXT = {"LLaMA 1": 2048, "Llama 2": 4096, "Llama 3": 8192}

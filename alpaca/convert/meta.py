@@ -47,18 +47,18 @@ def open_meta(folder: Path, tokenizer: Path, name: str, *, instruct: bool | None
     vocabulary, kind = read_vocabulary(tokenizer, folder.resolve().name, instruct)
     family, published = recognize(params, kind, folder.resolve().name)
     vocab = params.vocab if params.vocab > 0 else vocabulary.pieces
-    files = shard_files(folder, list(sums), published.shards if published else None)
+    if vocabulary.pieces != vocab:
+        raise UserError(
+            f"{tokenizer} has {vocabulary.pieces:,} pieces, the model's vocabulary {vocab:,}.",
+            "Put this model's own tokenizer.model beside it.",
+        )
+    files = shard_files(folder, list(sums), params)
     check_sizes(files, params, vocab)
     opened = open_shards(files, params)
     dtype = _main_type(opened)
     tied = _is_tied(opened)
     tensors = _tensors(opened, params, vocab, tied)
     count = sum(tensor.parameters for tensor in tensors)
-    if vocabulary.pieces > vocab:
-        raise UserError(
-            f"{tokenizer} has {vocabulary.pieces:,} pieces, the model's vocabulary {vocab:,}.",
-            "Put this model's own tokenizer.model beside it.",
-        )
     title = f"{family} {published.size if published else size_name(count)}"
     shards = "1 shard" if len(files) == 1 else f"{len(files)} shards"
     return Source(

@@ -16,36 +16,42 @@ from alpaca.errors import UserError
 NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 
 
-def shard_files(folder: Path, listed: Iterable[str], published: int | None) -> list[Path]:
-    """The shards in order; raises UserError when numbers are missing.
+def shard_files(folder: Path, listed: Iterable[str], params: Params) -> list[Path]:
+    """The shards in order; raises UserError when one is missing.
 
-    `listed` are the names of the checklist; `published` is the count of the released model. More
-    files than published are fine (models were also released with other splits), fewer only if the
-    numbers end there and the tensors are whole, which `_axis` in meta.py finds out.
+    How many there must be is said by the numbers of the files, by the checklist (`listed`), and by
+    the slices in the first file.
     """
     found = {int(match[1]): path for path in folder.glob("*.pth") if (match := _match(path))}
     single = folder / "consolidated.pth"
     if not found and single.is_file():
         return [single]
-    odd = [path.name for path in folder.glob("*.pth") if not _match(path)]
+    odd = sorted(path.name for path in folder.glob("*.pth") if not _match(path))
     if odd or not found:
         name = odd[0] if odd else "no consolidated.00.pth"
         raise UserError(
             f"{folder} holds {name}.", "Meta's shards are named consolidated.00.pth, .01.pth, ..."
         )
     in_list = [int(match[1]) for name in listed if (match := NAME.fullmatch(name))]
-    count = max([*found, *in_list]) + 1
-    if published is not None and len(found) > 1:
-        count = max(count, published)
+    count = max(max([*found, *in_list]) + 1, _slices(found[min(found)], params))
     missing = [number for number in range(count) if number not in found]
     if missing:
+        names = ", ".join(f"consolidated.{number:02}.pth" for number in missing)
         raise UserError(
             f"found {_spoken(sorted(found))} of a {count}-shard model: "
-            f"{', '.join(f'consolidated.{number:02}.pth' for number in missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing.",
-            f"Put what is missing into {folder}.",
+            f"{names} {'is' if len(missing) == 1 else 'are'} missing.",
+            f"Put what is missing into {folder}; or params.json is another model's.",
         )
     return [found[number] for number in range(count)]
+
+
+def _slices(path: Path, params: Params) -> int:
+    """Into how many slices the tensors of one shard were cut; 1 where it does not tell."""
+    try:
+        rows = open_pickle(path)["layers.0.attention.wq.weight"].shape[0]
+    except (UserError, KeyError, IndexError):
+        return 1  # whatever is wrong with the file is said when all are opened
+    return params.dim // rows if 0 < rows < params.dim else 1
 
 
 def _match(path: Path) -> re.Match[str] | None:
