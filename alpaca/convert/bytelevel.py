@@ -53,3 +53,18 @@ def byte_level(
     tokenizer.pre_tokenizer = parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _printable() -> list[str]:
+    """GPT-2's stand-in character for each byte: itself where printable, else from U+0100 on."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in plain else chr(next(stand_ins)) for byte in range(256)]
+
+
+_PRINTABLE = _printable()
+
+
+def spell(word: bytes) -> str:
+    """A byte string as byte-level vocabularies write it."""
+    return "".join(_PRINTABLE[byte] for byte in word)

@@ -7,6 +7,8 @@ final name only after every file has passed.
 import hashlib
 import os
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from alpaca.errors import UserError
 
 PIECE = 16 << 20
 LINE = re.compile(r"([0-9a-fA-F]{32}) [ *](.+)")
+
+
+class DamagedFileError(UserError):
+    """A source file is not what its publisher made: what was written from it is worthless."""
 
 
 def read_checklist(path: Path) -> dict[str, str]:
@@ -46,9 +52,13 @@ def stamp(files: list[Path]) -> list[list[Any]]:
 def check_file(path: Path, md5: str | None) -> dict[str, Any]:
     """Read a whole file and return its size and hash for the passport.
 
+    PyTorch files carry a CRC-32 of each tensor, which stands in where there is no checklist.
+
     Raises:
-        UserError: its MD5 is not the one the checklist gives.
+        DamagedFileError: its MD5 is not the one the checklist gives, or a CRC-32 does not hold.
     """
+    if md5 is None and zipfile.is_zipfile(path):
+        _check_crcs(path)
     algorithm = "sha256" if md5 is None else "md5"
     digest = hashlib.new(algorithm, usedforsecurity=False)
     buffer = memoryview(bytearray(PIECE))
@@ -58,8 +68,20 @@ def check_file(path: Path, md5: str | None) -> dict[str, Any]:
             digest.update(buffer[:count])
         size = file.tell()
     if md5 is not None and digest.hexdigest() != md5:
-        raise UserError(
+        raise DamagedFileError(
             f"{path} is damaged: its MD5 is {digest.hexdigest()}, the checklist says {md5}.",
             "Fetch the file again.",
         )
     return {"bytes": size, algorithm: digest.hexdigest()}
+
+
+def _check_crcs(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.CRC != 0:  # 0: PyTorch was told not to compute it, or the entry is empty
+                    with archive.open(entry) as member:
+                        while member.read(PIECE):
+                            pass
+    except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}", "Fetch the file again.") from None

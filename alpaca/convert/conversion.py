@@ -1,6 +1,6 @@
 """From a source to a finished folder: complete and verified, or absent.
 
-The folder grows as `.NAME.partial` with a journal of finished shards and their hashes. After a
+The folder grows as `.NAME.partial`, beside a journal of finished shards and their hashes. After a
 kill, shards whose hash still holds are kept and the rest is written again. The final name appears
 when the sources have passed their checks and every byte written has been read back.
 """
@@ -10,11 +10,11 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,28 @@ from tqdm import tqdm
 
 from alpaca import atomic, passport
 from alpaca.convert import shards
-from alpaca.convert.checksums import check_file, stamp
+from alpaca.convert.checksums import DamagedFileError, check_file, stamp
+from alpaca.convert.expected import check_fit
+from alpaca.convert.journal import Journal
 from alpaca.convert.shards import Shard
 from alpaca.convert.source import DTYPES, SHORT_NAMES, Source
 from alpaca.errors import UserError
 from alpaca.model import free_disk
 from alpaca.prompt import template_hash
 
-JOURNAL = "journal.json"
 MADE_BY = "convert"
 SLACK = 64 << 20  # bytes beside the tensors: tokenizer, headers, the file system's own
 
 
-def convert(source: Source, output: Path, dtype: torch.dtype, *, force: bool = False) -> Path:
+@dataclass(frozen=True)
+class Layout:
+    """The user's choices: the type of the weights, and the largest size of a file."""
+
+    dtype: torch.dtype
+    shard_bytes: int = shards.SHARD_BYTES
+
+
+def convert(source: Source, output: Path, layout: Layout, *, force: bool = False) -> Path:
     """Write `source` to `output`/NAME and its tokenizer to `output`/tokenizer.
 
     Returns the model folder. Does nothing when it is there already, made from the same files.
@@ -44,26 +53,26 @@ def convert(source: Source, output: Path, dtype: torch.dtype, *, force: bool = F
         UserError: a folder is in the way, the disk is full or too small, a source file is damaged.
     """
     final = output / source.name
-    made_from = fingerprint(source, dtype)
+    made_from = fingerprint(source, layout)
     atomic.recover(final)
     if not force and final.exists():
         _check_same(final, made_from)
         print(f"{final} is complete already, made from the same files.")
     else:
-        _write_folder(source, final, dtype, made_from)
+        _write_folder(source, final, layout, made_from)
     write_tokenizer(source, output / "tokenizer")
     return final
 
 
-def fingerprint(source: Source, dtype: torch.dtype) -> str:
-    """A hash of what shapes the output: the files read, the options, the layout, the templates."""
+def fingerprint(source: Source, layout: Layout) -> str:
+    """A hash of what shapes the output: the files read, the layout, the templates."""
     parts = [
         stamp(list(source.files)),
         source.config,
-        SHORT_NAMES[dtype],
+        [SHORT_NAMES[layout.dtype], layout.shard_bytes],
         [(tensor.name, tensor.shape) for tensor in source.tensors],
         template_hash(),
-        passport.versions(),
+        passport.FORMAT,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -77,71 +86,28 @@ def _check_same(final: Path, made_from: str) -> None:
         )
 
 
-def _write_folder(source: Source, final: Path, dtype: torch.dtype, made_from: str) -> None:
-    planned = shards.plan(source.tensors, dtype)
+def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -> None:
+    check_fit(source)
+    planned = shards.plan(source.tensors, layout.dtype, layout.shard_bytes)
+    journal_path = final.with_name(f".{final.name}.journal.json")
     with (
         _plain_disk_errors(final),
         atomic.folder(final, keep_partial=True) as partial,
         _lock(partial),
     ):
-        journal = _Journal(partial, made_from)
+        journal = Journal(journal_path, partial, made_from)
         kept = journal.keep(planned)
         _check_disk(planned, kept, final)
         sources = _write_shards(source, planned, kept, journal)
-        journal.remove()
-        _write_texts(source, partial, planned, dtype)
-        facts = {**source.facts, "dtype": SHORT_NAMES[dtype], "sources": sources}
+        _write_texts(source, partial, planned, layout.dtype)
+        facts = {**source.facts, "dtype": SHORT_NAMES[layout.dtype], "sources": sources}
         written = passport.write(partial, MADE_BY, made_from=made_from, **facts)
         _check_written(partial, planned, journal.hashes, written["files"])
-
-
-class _Journal:
-    """Which shards of a partial folder are finished, and the SHA-256 each must have."""
-
-    def __init__(self, partial: Path, made_from: str) -> None:
-        """Read what an interrupted run left; clear it where it was made from something else."""
-        self.path, self.made_from = partial / JOURNAL, made_from
-        self.hashes: dict[str, str] = {}
-        held = _read_journal(self.path)
-        if held.get("made_from") == made_from:
-            self.hashes = held["shards"]
-        else:
-            for path in partial.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def keep(self, planned: list[Shard]) -> set[str]:
-        """Names of the finished shards whose content still has its hash."""
-        for shard in planned:
-            path = self.path.parent / shard.name
-            if shard.name in self.hashes and not (
-                path.is_file() and passport.sha256(path) == self.hashes[shard.name]
-            ):
-                del self.hashes[shard.name]
-        if self.hashes:
-            print(f"Going on: {len(self.hashes)} of {len(planned)} shards are finished.")
-        return set(self.hashes)
-
-    def add(self, name: str, digest: str) -> None:
-        """Note a shard as finished; it must be synced before."""
-        self.hashes[name] = digest
-        held = {"made_from": self.made_from, "shards": self.hashes}
-        atomic.write_text(self.path, json.dumps(held, indent=1))
-
-    def remove(self) -> None:
-        """Delete the file: the folder is about to be complete."""
-        self.path.unlink(missing_ok=True)
-
-
-def _read_journal(path: Path) -> dict[str, Any]:
-    try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return held
+    journal_path.unlink(missing_ok=True)
 
 
 def _write_shards(
-    source: Source, planned: list[Shard], kept: set[str], journal: _Journal
+    source: Source, planned: list[Shard], kept: set[str], journal: Journal
 ) -> dict[str, Any]:
     """Write what is missing while the source files are hashed beside it; return their hashes."""
     total = sum(shard.data_bytes for shard in planned)
@@ -151,18 +117,23 @@ def _write_shards(
         try:
             for shard in planned:
                 if shard.name not in kept:
-                    journal.add(shard.name, shards.write(shard, journal.path.parent, bar.update))
-                _raise_first(checks)
-            return {path.name: check.result() for path, check in checks.items()}
+                    journal.add(shard.name, shards.write(shard, journal.partial, bar.update))
+                _results(checks, only_done=True)
+            return _results(checks)
+        except DamagedFileError:
+            journal.clear()  # it was made from wrong numbers
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _raise_first(checks: dict[Path, Future[dict[str, Any]]]) -> None:
-    """Stop at once when a source file has failed its check."""
-    for check in checks.values():
-        if check.done():
-            check.result()
+def _results(
+    checks: dict[Path, Future[dict[str, Any]]], *, only_done: bool = False
+) -> dict[str, Any]:
+    """What the checks of the source files found, by name; raises where one has failed."""
+    return {
+        path.name: check.result() for path, check in checks.items() if check.done() or not only_done
+    }
 
 
 def _bar(total: int, done: int) -> "tqdm[Any]":
@@ -189,7 +160,7 @@ def _write_texts(source: Source, partial: Path, planned: list[Shard], dtype: tor
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     kept = {key: entry for key, entry in value.items() if entry is not None}
-    atomic.write_text(path, json.dumps(kept, indent=2) + "\n")
+    atomic.write_text(path, json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def _check_written(

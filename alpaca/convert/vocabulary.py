@@ -71,9 +71,9 @@ class Vocabulary:
         _write_json(folder / "tokenizer_config.json", settings)
         _write_json(folder / "special_tokens_map.json", special)
 
-    def _post_processor(self) -> processors.PostProcessor:
+    def _post_processor(self) -> processors.PostProcessor | None:
         if not self.adds_bos or self.bos is None:
-            return processors.ByteLevel(trim_offsets=False)
+            return None
         return processors.TemplateProcessing(
             single=f"{self.bos} $A",
             pair=f"{self.bos} $A {self.bos}:1 $B:1",
