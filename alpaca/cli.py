@@ -14,6 +14,7 @@ from alpaca.errors import exit_code
 # verb: (module, one line)
 VERBS = {
     "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
+    "audit": ("alpaca.dataset.audit", "what is wrong with a data set, record by record"),
     "generate": ("alpaca.dataset.generate", "grow an instruction data set with a teacher model"),
 }
 
