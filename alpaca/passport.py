@@ -79,6 +79,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def hash_files(paths: list[Path]) -> list[str]:
     """SHA-256 of many files at once; hashing releases the interpreter lock."""
     with ThreadPoolExecutor() as pool:

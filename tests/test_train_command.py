@@ -127,7 +127,7 @@ def test_without_packing_the_losses_are_the_same_and_the_tokens_are_not(
     padded = [line for line in lines(tmp_path / "o") if "loss" in line]
     assert padded[0]["loss"] == pytest.approx(packed[0]["loss"], rel=1e-6)
     assert padded[0]["tokens"] > 1.3 * packed[0]["tokens"]
-    assert padded[0]["tokens"] == padded[0]["padded"]
+    assert padded[0]["tokens"] == padded[0]["padded_tokens"]
 
 
 def test_another_runs_model_is_not_replaced_unasked(run: Run) -> None:

@@ -14,6 +14,8 @@ from typing import Any, get_args, get_type_hints
 
 from alpaca.errors import UserError
 
+SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
+
 
 def flag(default: Any, text: str, *choices: str) -> Any:
     """A field with its line of `--help` and, where there are, its allowed values."""
@@ -52,8 +54,24 @@ class Arguments:
 
     bf16: bool = flag(False, "compute in bf16 where the hardware is fast at it (weights stay fp32)")
     tf32: bool = flag(False, "allow TF32 matrix products (Ampere and newer GPUs)")
+    fsdp: str = flag("full_shard auto_wrap", "how to shard; see below")
+    fsdp_transformer_layer_cls_to_wrap: str = flag(
+        "", "checked against the model's own layer class"
+    )
+    gradient_checkpointing: bool = flag(False, "compute activations again to save memory")
+
+    save_strategy: str = flag("steps", "when to write a checkpoint", "no", "steps", "epoch")
+    save_steps: int = flag(500, "steps between checkpoints")
+    save_total_limit: int = flag(1, "how many checkpoints to keep")
+
     packing: bool = flag(True, "pack examples without padding; False pads as in 2023")
     max_tokens_per_pack: int = flag(0, "0: per_device_train_batch_size x model_max_length")
+
+    @property
+    def sharding(self) -> str:
+        """The one word of `fsdp` that names a way to shard."""
+        words = [word for word in self.fsdp.split() if word in SHARDINGS]
+        return words[0] if words else SHARDINGS[0]
 
     @property
     def pack_tokens(self) -> int:
@@ -68,14 +86,11 @@ RENAMED = {"evaluation_strategy": "eval_strategy"}
 # Flags of the published commands that change nothing here, each with the reason.
 WITHOUT_EFFECT = {
     "cache_dir": "nothing is downloaded",
-    "fsdp": "one process needs no sharding",
-    "fsdp_transformer_layer_cls_to_wrap": "the decoder layer is found from the model",
+    "fsdp_config": "layers, mixed precision and prefetching are found from the model",
     "optim": "AdamW, fused, is what trains here",
     "per_device_eval_batch_size": "evaluation packs examples as training does",
     "report_to": "the log is OUTPUT_DIR/log.jsonl",
-    "save_steps": "the model is saved at the end",
-    "save_strategy": "the model is saved at the end",
-    "save_total_limit": "the model is saved at the end",
+    "resume_from_checkpoint": "a run goes on from its newest checkpoint by itself",
 }
 
 
@@ -85,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
         prog="train.py",
         description="Fine-tune a LLaMA-family model on Alpaca-format data.",
         epilog="One process:   python train.py --data_path alpaca_data.json\n"
+        f"--fsdp: one of {', '.join(SHARDINGS)}; with offload, weights wait in CPU memory\n"
         "Also accepted: " + ", ".join(f"--{name}" for name in [*RENAMED, *WITHOUT_EFFECT]),
         formatter_class=_Formatter,
         allow_abbrev=False,
@@ -167,9 +183,19 @@ def _nearest(name: str, known: set[str]) -> str:
 
 def check(arguments: Arguments) -> None:
     """Raise UserError where a value, or two together, cannot work."""
-    for name in ("model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
+    for name in (
+        "model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "save_steps", "save_total_limit", "eval_steps", "logging_steps",
+    ):  # fmt: skip
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
+    words = arguments.fsdp.split()
+    unknown = set(words) - {*SHARDINGS, "auto_wrap", "offload"}
+    if unknown or len(set(words) & set(SHARDINGS)) > 1:
+        raise UserError(
+            f"--fsdp {arguments.fsdp!r} is not understood.",
+            f"Give one of {', '.join(SHARDINGS)}, with auto_wrap and offload if you like.",
+        )
     if not 0 <= arguments.eval_fraction < 1:
         raise UserError(f"--eval_fraction must be in [0, 1), not {arguments.eval_fraction}.")
     if arguments.eval_fraction and arguments.eval_data_path:

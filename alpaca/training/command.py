@@ -1,8 +1,11 @@
 """What `train.py` does, from parsed flags to a finished model folder."""
 
-import json
+import dataclasses
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,46 +13,54 @@ import torch.distributed as dist
 
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.model import compute_dtype, finish_install, load_tokenizer
+from alpaca.model import compute_dtype, finish_install, free_disk, load_tokenizer
 from alpaca.passport import sha256
 from alpaca.tokens import Codec
-from alpaca.training import sharding, steps
+from alpaca.training import checkpoint, sharding, steps, telling
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus, open_corpus
 from alpaca.training.export import export
-from alpaca.training.loop import Result, Trainer, recipe
+from alpaca.training.loop import Data, Progress, Trainer
+from alpaca.training.signals import StoppedError
+from alpaca.training.steps import Schedule
 
 CACHE = Path(".cache/alpaca")
 
 
 def run(arguments: Arguments) -> None:
-    """Run the training job of one process.
+    """Run the training job of one process; ends with exit code 143 or 130 when a signal stops it.
 
     Raises:
         UserError: whatever is wrong with data, model or hardware, before the first step.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    main = os.environ.get("RANK", "0") == "0"
     device = _device()
-    dtype = _dtype(arguments, device)
+    dtype = _dtype(arguments, device, main)
     codec = Codec(load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path))
-    corpus = _open(arguments, arguments.data_path, codec)
-    identity = _identity(arguments, len(corpus))
-    finish_install(arguments.output_dir)
-    if _already_done(arguments, identity):
-        print(f"train: {arguments.output_dir} already holds the model of exactly this run")
-        return
-    train, held_out = _split(arguments, corpus, codec)
-    mesh = sharding.start(device)
+    data = _split(arguments, codec)
+    # Counted from the environment: everything a user can mend is found before ranks meet.
+    schedule = steps.schedule(arguments, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    identity = _identity(arguments, codec, schedule, dtype)
+    mesh = sharding.start(device, arguments.sharding)
     try:
-        schedule = steps.schedule(arguments, len(train), dist.get_world_size())
-        if rank == 0:
-            _tell(arguments, corpus, len(train), schedule, dtype)
-        module = sharding.build(arguments.model_name_or_path, mesh, dtype, device)
-        result = Trainer(arguments, module, corpus, train, held_out, schedule, device).run()
-        facts = {"run": identity, "base": _base(arguments), "result": vars(result)}
+        if _agreed(lambda: _already_done(arguments, identity)):
+            if main:
+                print(f"train: {arguments.output_dir} already holds the model of exactly this run")
+            return
+        if main:
+            _tell(arguments, data, schedule, dtype, codec)
+        module = sharding.build(arguments.model_name_or_path, mesh, dtype, device, arguments)
+        _rehearse(arguments, module)
+        trainer = Trainer(arguments, module, data, schedule, device, identity)
+        result = trainer.train()
+        facts = {"run": identity, "base": _base(arguments), "result": dataclasses.asdict(result)}
         export(module.model, codec, arguments.output_dir, facts)
-        if rank == 0:
+        if main:
             _summary(arguments, result)
+    except StoppedError as stopped:
+        if main:
+            print(f"train: {stopped}; run the same command again to go on", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     finally:
         dist.destroy_process_group()
 
@@ -62,13 +73,15 @@ def _device() -> torch.device:
     return device
 
 
-def _dtype(arguments: Arguments, device: torch.device) -> torch.dtype:
+def _dtype(arguments: Arguments, device: torch.device, main: bool) -> torch.dtype:
     """The compute type the flags ask for, where the hardware is fast at it."""
     if arguments.tf32 and device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
+    elif arguments.tf32 and main:
+        print("train: --tf32 has no effect: this machine has no NVIDIA GPU")
     fast = compute_dtype(device)
-    if arguments.bf16 and fast is not torch.bfloat16:
-        print("train: --bf16 True: this device emulates bf16, so fp32 is used, which is faster")
+    if arguments.bf16 and fast is not torch.bfloat16 and main:
+        print("train: --bf16 has no effect: this device only emulates bf16; fp32 is faster here")
     return fast if arguments.bf16 else torch.float32
 
 
@@ -78,80 +91,137 @@ def _open(arguments: Arguments, data: Path, codec: Codec) -> Corpus:
     )
 
 
-def _split(
-    arguments: Arguments, corpus: Corpus, codec: Codec
-) -> tuple[list[int], tuple[Corpus, list[int]]]:
-    """Indices to train on, and the held-out corpus with its indices."""
-    everything = [int(i) for i in range(len(corpus)) if corpus.targets(i) > 0]
-    if not everything:
+def _split(arguments: Arguments, codec: Codec) -> Data:
+    """The data set, with what is held out of it or read beside it."""
+    corpus = _open(arguments, arguments.data_path, codec)
+    usable = [i for i in range(len(corpus)) if corpus.targets(i) > 0]
+    if not usable:
         raise UserError(
             f"No example of {arguments.data_path} has an answer token left after truncation.",
             f"Raise --model_max_length (now {arguments.model_max_length}).",
         )
     if arguments.eval_data_path:
         other = _open(arguments, arguments.eval_data_path, codec)
-        return everything, (other, list(range(len(other))))
-    count = round(arguments.eval_fraction * len(everything))
-    if count == len(everything):
+        return Data(corpus, usable, other, range(len(other)))
+    count = round(arguments.eval_fraction * len(usable))
+    if count == len(usable):
         raise UserError("--eval_fraction leaves nothing to train on.", "Lower it.")
-    order = np.random.default_rng([arguments.seed]).permutation(everything)
-    return sorted(int(i) for i in order[count:]), (corpus, sorted(int(i) for i in order[:count]))
+    order = [int(i) for i in np.random.default_rng([arguments.seed]).permutation(usable)]
+    return Data(corpus, sorted(order[count:]), corpus, sorted(order[:count]))
 
 
-def _identity(arguments: Arguments, examples: int) -> dict[str, object]:
-    """What makes two runs the same run; kept in the passport of the result."""
-    elsewhere = {
-        "output_dir",
-        "overwrite_output_dir",
-        "model_name_or_path",
-        "tokenizer_name_or_path",
-        "data_path",
-    }
-    settings = {name: v for name, v in recipe(arguments).items() if name not in elsewhere}
+def _identity(
+    arguments: Arguments, codec: Codec, schedule: Schedule, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What makes two runs the same run, whatever the number of ranks and the paths."""
+    tokenizer = codec.tokenizer.backend_tokenizer.to_str()
+    held_out = arguments.eval_data_path
     return {
         "data_sha256": sha256(arguments.data_path),
-        "examples": examples,
+        "eval_data_sha256": sha256(held_out) if held_out else None,
         "base_sha256": passport.fingerprint(arguments.model_name_or_path),
-        "recipe": settings,
+        "tokenizer_sha256": passport.text_sha256(tokenizer),
+        "compute": str(dtype).removeprefix("torch."),
+        **dataclasses.asdict(schedule),
+        "eval_fraction": arguments.eval_fraction,
+        "model_max_length": arguments.model_max_length,
+        "joint_tokenization": arguments.joint_tokenization,
+        "weight_decay": arguments.weight_decay,
+        "max_grad_norm": arguments.max_grad_norm,
     }
 
 
-def _already_done(arguments: Arguments, identity: dict[str, object]) -> bool:
-    """Whether output_dir holds this run's model; refuses to train over another one."""
+def _agreed(body: Callable[[], bool]) -> bool:
+    """What `body` returns or refuses on rank 0, on every rank."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [body()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return bool(outcome[0])
+
+
+def _already_done(arguments: Arguments, identity: dict[str, Any]) -> bool:
+    """Whether output_dir holds this run's model; refuses to train over another run's."""
     folder = arguments.output_dir
+    finish_install(folder)
     found = passport.read(folder)
-    same = found is not None and found.get("run") == json.loads(json.dumps(identity))
-    if not same and (folder / "config.json").exists() and not arguments.overwrite_output_dir:
+    if found is not None and found.get("run") == identity:
+        return True
+    if arguments.overwrite_output_dir:
+        if not _resumable(folder, identity):
+            checkpoint.clear(folder)
+        return False
+    checkpoint.newest(folder, identity)  # refuses one of another run
+    if (folder / "config.json").exists():
         raise UserError(
             f"{folder} already holds another model.",
             "Choose another --output_dir, or give --overwrite_output_dir to replace it.",
         )
-    return same
+    return False
 
 
-def _base(arguments: Arguments) -> dict[str, object]:
+def _resumable(folder: Path, identity: dict[str, Any]) -> bool:
+    try:
+        return checkpoint.newest(folder, identity) is not None
+    except UserError:
+        return False
+
+
+def _base(arguments: Arguments) -> dict[str, Any]:
     found = passport.read(arguments.model_name_or_path) or {}
     return {"folder": arguments.model_name_or_path.name, "files": found.get("files")}
 
 
+def _rehearse(arguments: Arguments, module: torch.nn.Module) -> None:
+    """Refuse now what would fail at the end: no permission to write, or no space for it."""
+    parameters = sum(p.numel() for p in module.parameters())
+    saves = arguments.save_strategy != "no"
+    # bf16 export; a checkpoint holds the fp32 weights and AdamW's two moments
+    needed = 2 * parameters + 12 * parameters * (arguments.save_total_limit + 1) * saves
+    folder = arguments.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{dist.get_rank()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error}", "Name another --output_dir."
+        ) from None
+    if free_disk(folder) < needed:
+        raise UserError(
+            f"{folder} has {free_disk(folder) / 1e9:.1f} GB free; checkpoints and the model need "
+            f"up to {needed / 1e9:.1f} GB.",
+            "Free some space, lower --save_total_limit, or give --save_strategy no.",
+        )
+
+
 def _tell(
-    arguments: Arguments,
-    corpus: Corpus,
-    examples: int,
-    schedule: steps.Schedule,
-    dtype: torch.dtype,
+    arguments: Arguments, data: Data, schedule: Schedule, dtype: torch.dtype, codec: Codec
 ) -> None:
+    corpus = data.corpus
+    for kind, name in enumerate(("without input", "with input")):
+        shown = next((i for i in data.train if corpus.kinds[i] == kind), None)
+        if shown is not None:
+            text = telling.show_example(corpus, shown, codec.decode, arguments.model_max_length)
+            print(f"--- an example {name}, as it is trained on\n{text}\n")
     print(
-        f"train: {examples} examples, {schedule.steps} steps of {schedule.batch}, "
+        f"train: {len(data.train)} examples, {schedule.steps} steps of {schedule.batch}, "
         f"{dist.get_world_size()} rank(s), computing in {str(dtype).removeprefix('torch.')}; "
         f"{corpus.truncated} example(s) cut at {arguments.model_max_length} tokens, "
-        f"{corpus.without_targets} of them left without an answer token (not trained on)"
+        f"{corpus.without_targets} of them left without an answer token (not trained on)",
+        flush=True,
     )
 
 
-def _summary(arguments: Arguments, result: Result) -> None:
+def _summary(arguments: Arguments, result: Progress) -> None:
     saved = 1 - result.tokens / max(1, result.padded_tokens)
-    print(f"train: {result.steps} steps in {result.seconds:.0f} s, loss {result.final_loss:.4f}")
+    print(f"train: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}")
     print(
         f"train: {result.tokens} tokens computed, {result.padded_tokens} in the padded recipe "
         f"({saved:.0%} saved)"

@@ -1,42 +1,54 @@
 """The training loop, read from top to bottom in the order things happen.
 
 step k -> examples -> this rank's packs -> loss sum / global targets -> backward
-       -> clip -> AdamW -> log line
+       -> clip -> AdamW -> log line -> maybe evaluate, maybe checkpoint
 """
 
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
-from alpaca import atomic
-from alpaca.training import loss, packing
+from alpaca.training import checkpoint, loss, packing
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus
 from alpaca.training.loss import TargetLoss
+from alpaca.training.signals import SAVE, STOP, Requests, StoppedError
 from alpaca.training.steps import Schedule
+from alpaca.training.telling import Journal
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run ended with; losses are means over target tokens, None without held-out data."""
+class Progress:
+    """What a run has done so far; kept in its checkpoints.
 
-    steps: int
-    final_loss: float
-    eval_loss_before: float | None
-    eval_loss_after: float | None
-    seconds: float
-    tokens: int
-    padded_tokens: int
+    Losses are means over target tokens, None without held-out data; `padded_tokens` is what the
+    padded recipe would have computed for the same steps.
+    """
+
+    steps: int = 0
+    loss: float = math.nan
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+    padded_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Indices of `corpus` to train on, and of `other` to evaluate on."""
+
+    corpus: Corpus
+    train: Sequence[int]
+    other: Corpus
+    held_out: Sequence[int]
 
 
 class Trainer:
@@ -46,53 +58,59 @@ class Trainer:
         self,
         arguments: Arguments,
         module: TargetLoss,
-        corpus: Corpus,
-        train: list[int],
-        held_out: tuple[Corpus, list[int]],
+        data: Data,
         schedule: Schedule,
         device: torch.device,
+        run: dict[str, Any],
     ) -> None:
-        """`train` are the indices of `corpus` to train on; `held_out` a corpus and its indices."""
+        """`run` is what makes this run this run: a checkpoint is resumed only where it agrees."""
         self.arguments = arguments
         self.module = module
-        self.corpus = corpus
-        self.train = train
-        self.held_out = held_out
+        self.data = data
         self.schedule = schedule
         self.device = device
+        self.identity = run
         self.optimizer = adamw(module, arguments)
-        self.log = arguments.output_dir / "log.jsonl"
+        self.requests = Requests()
+        self.progress = Progress()
 
-    def run(self) -> Result:
-        """Train from the first step to the last."""
-        if self.is_main:
-            atomic.write_text(self.log, "")
-        started = time.monotonic()
-        before = self.evaluate(0)
-        last, tokens, padded = math.nan, 0, 0
-        bar = tqdm(total=self.schedule.steps, desc="train", unit="step", disable=not self.is_main)
-        after = before
-        for step in self.schedule.walk():
-            line = self.step(step)
-            last, tokens, padded = line["loss"], tokens + line["tokens"], padded + line["padded"]
-            if (step + 1) % self.arguments.logging_steps == 0:
-                self.write({"step": step + 1, **line})
-            bar.set_postfix(loss=f"{last:.4f}", tok_s=f"{line['tokens_per_second']:.0f}")
-            bar.update()
-            if self.evaluation_due(step + 1):
-                after = self.evaluate(step + 1)
-        bar.close()
-        seconds = time.monotonic() - started
-        return Result(self.schedule.steps, last, before, after, seconds, tokens, padded)
+    def train(self) -> Progress:
+        """Train to the last step, from the newest checkpoint where there is one.
+
+        Raises:
+            StoppedError: a signal asked for it; a checkpoint was written.
+        """
+        folder = self.arguments.output_dir
+        newest = checkpoint.newest(folder, self.identity)
+        if newest is not None:
+            meta = checkpoint.load(newest, self.module, self.optimizer)
+            self.progress = Progress(**meta["progress"])
+        earlier, started = self.progress.seconds, time.monotonic()
+        with Journal(folder, self.schedule.steps, self.progress.steps) as journal:
+            if newest is None:
+                self.evaluate(journal)
+            for step in range(self.progress.steps, self.schedule.steps):
+                line = self.step(step)
+                self.advance(line, earlier + time.monotonic() - started)
+                journal.step(line, write=(step + 1) % self.arguments.logging_steps == 0)
+                wanted = self.agree(self.requests.wanted)
+                if self.due(self.arguments.eval_strategy, self.arguments.eval_steps, last=True):
+                    self.evaluate(journal)
+                if wanted or self.due(self.arguments.save_strategy, self.arguments.save_steps):
+                    self.save()
+                    self.requests.clear()
+                if wanted == STOP and self.progress.steps < self.schedule.steps:
+                    raise StoppedError(self.requests.number, self.progress.steps)
+        return self.progress
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its log line."""
         started = time.monotonic()
-        members = [self.train[i] for i in self.schedule.indices(step)]
-        targets = sum(self.corpus.targets(i) for i in members)
+        members = [self.data.train[i] for i in self.schedule.indices(step)]
+        targets = sum(self.data.corpus.targets(i) for i in members)
         total = torch.zeros((), device=self.device)
         tokens = 0
-        for pack in self.packs(self.corpus, members):
+        for pack in self.packs(self.data.corpus, members):
             value = loss.run(self.module, pack, self.device) / max(1, targets)
             # FSDP averages gradients over ranks; the loss is a sum over them.
             (value * dist.get_world_size()).backward()
@@ -104,24 +122,26 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        dist.all_reduce(total)
-        tokens = self.sum(tokens)
+        mean, computed = self.sum(total.item(), tokens)
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"step {step + 1}: the loss is {mean}")
         seconds = time.monotonic() - started
-        batch = self.arguments.per_device_train_batch_size
-        if not math.isfinite(total.item()):
-            raise FloatingPointError(f"step {step + 1}: the loss is {total.item()}")
+        padded = packing.padded_tokens(
+            self.data.corpus, members, self.arguments.per_device_train_batch_size
+        )
         return {
-            "loss": total.item(),
+            "step": step + 1,
+            "loss": mean,
             "grad_norm": norm,
             "lr": rate,
             "step_seconds": round(seconds, 4),
-            "tokens": tokens,
+            "tokens": int(computed),
             "target_tokens": targets,
-            "padded": packing.padded_tokens(self.corpus, members, batch),
-            "tokens_per_second": round(tokens / seconds, 1),
+            "padded_tokens": padded,
+            "tokens_per_second": round(computed / seconds, 1),
         }
 
-    def packs(self, corpus: Corpus, members: list[int]) -> Iterator[packing.Pack]:
+    def packs(self, corpus: Corpus, members: Sequence[int]) -> Iterator[packing.Pack]:
         """This rank's packs of a step."""
         arguments, ranks = self.arguments, dist.get_world_size()
         if arguments.packing:
@@ -136,46 +156,57 @@ class Trainer:
                 yield packing.idle(corpus, members[0])
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> float | None:
-        """Mean loss over the target tokens of the held-out examples; None where there are none."""
-        corpus, members = self.held_out
+    def evaluate(self, journal: Journal) -> None:
+        """Write the mean loss over the held-out examples' target tokens, where there are any."""
+        corpus, members = self.data.other, self.data.held_out
         if not members:
-            return None
+            return
         self.module.eval()
-        total = torch.zeros((), device=self.device)
-        for pack in self.packs(corpus, members):
-            total += loss.run(self.module, pack, self.device)
+        packs = self.packs(corpus, members)
+        total = sum(float(loss.run(self.module, pack, self.device)) for pack in packs)
         self.module.train()
+        mean = self.sum(total)[0] / max(1, sum(corpus.targets(i) for i in members))
+        journal.write({"step": self.progress.steps, "eval_loss": mean})
+        if self.progress.steps:
+            self.progress = dataclasses.replace(self.progress, eval_loss_after=mean)
+        else:
+            self.progress = dataclasses.replace(self.progress, eval_loss_before=mean)
+
+    def advance(self, line: dict[str, Any], seconds: float) -> None:
+        """Count a step that was done."""
+        self.progress = dataclasses.replace(
+            self.progress,
+            steps=line["step"],
+            loss=line["loss"],
+            seconds=seconds,
+            tokens=self.progress.tokens + line["tokens"],
+            padded_tokens=self.progress.padded_tokens + line["padded_tokens"],
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done so far."""
+        meta = {"run": self.identity, "progress": dataclasses.asdict(self.progress)}
+        keep, folder = self.arguments.save_total_limit, self.arguments.output_dir
+        checkpoint.save(folder, self.progress.steps, self.module, self.optimizer, meta, keep)
+
+    def due(self, strategy: str, every: int, *, last: bool = False) -> bool:
+        """Whether `strategy` asks for something after the steps done; `last`: always at the end."""
+        period = {"no": 0, "steps": every, "epoch": self.schedule.steps_per_epoch}[strategy]
+        done = self.progress.steps
+        return bool(period and done % period == 0) or (last and done == self.schedule.steps)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all ranks."""
+        total = torch.tensor(values, device=self.device, dtype=torch.float64)
         dist.all_reduce(total)
-        mean = total.item() / max(1, sum(corpus.targets(i) for i in members))
-        self.write({"step": step, "eval_loss": mean})
-        return mean
+        return [float(value) for value in total]
 
-    def evaluation_due(self, done: int) -> bool:
-        """Whether to evaluate after `done` steps: as --eval_strategy says, and at the end."""
-        every = {
-            "no": self.schedule.steps,
-            "steps": self.arguments.eval_steps,
-            "epoch": self.schedule.steps_per_epoch,
-        }[self.arguments.eval_strategy]
-        return done % every == 0 or done == self.schedule.steps
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank prints and writes."""
-        return dist.get_rank() == 0
-
-    def sum(self, value: int) -> int:
-        """Sum of an integer over all ranks."""
-        total = torch.tensor(value, device=self.device)
-        dist.all_reduce(total)
-        return int(total.item())
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line to the log."""
-        if self.is_main:
-            with open(self.log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    def agree(self, wanted: int) -> int:
+        """The most that a signal asks of any rank: nothing, SAVE or STOP."""
+        most = torch.tensor(wanted, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        assert most.item() in (0, SAVE, STOP)
+        return int(most.item())
 
 
 def adamw(module: torch.nn.Module, arguments: Arguments) -> torch.optim.AdamW:
@@ -196,11 +227,3 @@ def clip(module: torch.nn.Module, limit: float) -> float:
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return float(whole.item())
-
-
-def recipe(arguments: Arguments) -> dict[str, Any]:
-    """The arguments as JSON values, for the passport."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in dataclasses.asdict(arguments).items()
-    }

@@ -5,15 +5,15 @@ One process is a group of one, so there is a single code path from a laptop to m
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -21,26 +21,44 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alpaca.errors import UserError
 from alpaca.model import check_folder
 from alpaca.training import attention
+from alpaca.training.arguments import Arguments
 from alpaca.training.loss import TargetLoss
 
 
-def start(device: torch.device) -> DeviceMesh:
-    """Join the process group torchrun describes, or make one of this process alone."""
+def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
+    """Join the process group torchrun describes, or make one of this process alone.
+
+    The mesh says how to shard: one dimension shards over all ranks; of two, the first keeps
+    copies and the second shards, within a node for `hybrid_shard`, not at all for `no_shard`.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    return init_device_mesh(device.type, (dist.get_world_size(),))
+    world = dist.get_world_size()
+    inner = {"hybrid_shard": int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "no_shard": 1}
+    if how not in inner:
+        return init_device_mesh(device.type, (world,))
+    shape = (world // inner[how], inner[how])
+    return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))
 
 
-def build(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device) -> TargetLoss:
+def build(
+    folder: Path,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    device: torch.device,
+    arguments: Arguments | None = None,
+) -> TargetLoss:
     """Build, shard and load the model of `folder`: fp32 master weights, computing in `dtype`.
 
     Raises:
-        UserError: no model folder, or weights that do not fit its config.json.
+        UserError: no model folder, weights that do not fit its config.json, or a layer class
+            that the model does not have.
     """
+    arguments = arguments or Arguments()
     check_folder(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.dtype = torch.float32
@@ -49,10 +67,20 @@ def build(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, device: torch.devi
     model.tie_weights()
     module = TargetLoss(model.float().train())
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        # The gradient-only modes keep the gathered weights from the forward to the backward pass.
+        "reshard_after_forward": arguments.sharding not in ("shard_grad_op", "no_shard"),
+    }
+    if "offload" in arguments.fsdp:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        device = torch.device("cpu")
+    for layer in decoder_layers(model, arguments.fsdp_transformer_layer_cls_to_wrap):
+        fully_shard(layer, **options)
+    fully_shard(module, **options)
     module.to_empty(device=device)
     for name, buffer in module.named_buffers():
         buffer.copy_(buffers[name])  # rotary frequencies are computed, not stored in the files
@@ -60,10 +88,18 @@ def build(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, device: torch.devi
     return module
 
 
-def decoder_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
-    """The modules that transformers says must not be split: the unit of sharding."""
+def decoder_layers(model: PreTrainedModel, named: str = "") -> list[torch.nn.Module]:
+    """The modules that transformers says must not be split: the unit of sharding.
+
+    `named` is the class name a user gave; old spellings such as LLaMADecoderLayer are accepted.
+    """
     classes = set(model._no_split_modules or ())
-    return (module for module in model.modules() if type(module).__name__ in classes)
+    if named and named.lower() not in {name.lower() for name in classes}:
+        raise UserError(
+            f"--fsdp_transformer_layer_cls_to_wrap {named}: this model has no such layer.",
+            f"Its layer is {', '.join(sorted(classes))}; without the flag it is found by itself.",
+        )
+    return [module for module in model.modules() if type(module).__name__ in classes]
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ hardware sees the same data in the same order.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,10 +52,6 @@ class Schedule:
             "constant": 1.0,
         }
         return self.peak * factors[self.shape]
-
-    def walk(self, start: int = 0) -> Iterator[int]:
-        """The steps from `start` to the end."""
-        yield from range(start, self.steps)
 
 
 def schedule(arguments: Arguments, examples: int, world_size: int) -> Schedule:

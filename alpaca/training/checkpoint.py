@@ -1,0 +1,98 @@
+"""Checkpoints of a running job: sharded, complete or absent, and only for the same run.
+
+`torch.distributed.checkpoint` writes each rank's shards; the folder gets its final name when all
+ranks are done. It holds what the run is made of (data, base model, recipe), so a checkpoint of
+another run is refused with the difference named. It can be read on another number of ranks.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from alpaca import atomic
+from alpaca.errors import UserError
+
+PREFIX = "checkpoint-"
+META = "run.json"
+
+
+def save(
+    folder: Path,
+    step: int,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    meta: dict[str, Any],
+    keep: int,
+) -> None:
+    """Write `checkpoint-STEP` below `folder`; a collective call. The newest `keep` remain."""
+    final = folder / f"{PREFIX}{step}"
+    partial = atomic.partial_path(final)
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    model, optim = get_state_dict(module, optimizer)
+    state_dict_saver.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        atomic.write_text(partial / META, json.dumps({**meta, "step": step}, indent=1))
+        atomic.sync_tree(partial)
+        atomic.replace_folder(partial, final)
+        for old in found(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Read a checkpoint into a sharded model and its optimizer; returns what `save` got as meta."""
+    model, optim = get_state_dict(module, optimizer)
+    state_dict_loader.load({"model": model, "optimizer": optim}, checkpoint_id=folder)
+    set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=optim)
+    meta: dict[str, Any] = json.loads((folder / META).read_text())
+    return meta
+
+
+def found(folder: Path) -> list[Path]:
+    """The complete checkpoints below `folder`, oldest first."""
+    complete = [path for path in folder.glob(f"{PREFIX}*") if (path / META).is_file()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints, and what interrupted writers left of others."""
+    for path in [*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*")]:
+        shutil.rmtree(path)
+
+
+def newest(folder: Path, run: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, or None; refuses one of another run.
+
+    Raises:
+        UserError: the newest checkpoint belongs to a run that differs; the message says where.
+    """
+    complete = found(folder)
+    if not complete:
+        return None
+    meta = json.loads((complete[-1] / META).read_text())
+    differing = differences(meta["run"], json.loads(json.dumps(run)))
+    if differing:
+        raise UserError(
+            f"{complete[-1]} is of another run:\n    " + "\n    ".join(differing),
+            "Choose another --output_dir, or give --overwrite_output_dir to start anew.",
+        )
+    return complete[-1]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each setting in which two runs differ."""
+    return [
+        f"{name}: {old.get(name)} there, {new.get(name)} here"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]

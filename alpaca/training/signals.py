@@ -1,0 +1,43 @@
+"""Signals that ask a running job to save: SIGUSR1 to go on, SIGTERM and Ctrl-C to stop.
+
+A signal only leaves a mark; the loop looks at it between steps, together with the other ranks,
+because a checkpoint is written by all of them at once.
+"""
+
+import signal
+from types import FrameType
+
+SAVE, STOP = 1, 2
+
+
+class Requests:
+    """What the signals received so far ask for: 0, SAVE or STOP."""
+
+    def __init__(self) -> None:
+        """Take over the signals; a second Ctrl-C stops at once."""
+        self.wanted = 0
+        self.number = 0
+        signal.signal(signal.SIGUSR1, self._mark)
+        signal.signal(signal.SIGTERM, self._mark)
+        signal.signal(signal.SIGINT, self._mark)
+
+    def _mark(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.wanted = max(self.wanted, SAVE)
+            return
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.wanted, self.number = STOP, number
+
+    def clear(self) -> None:
+        """A save was done."""
+        self.wanted = 0
+
+
+class StoppedError(Exception):
+    """The job saved a checkpoint because a signal asked it to stop."""
+
+    def __init__(self, number: int, step: int) -> None:
+        """`number` is the signal's; another rank's where it is 0."""
+        super().__init__(f"stopped after step {step}")
+        self.exit_code = 128 + (number or signal.SIGTERM)

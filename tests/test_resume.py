@@ -1,0 +1,209 @@
+"""A run that is interrupted, however, ends as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from alpaca.training import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 12
+
+
+def command(tiny_model: Path, out: Path, *changed: object, ranks: int = 0) -> list[str]:
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    flags = {
+        "model_name_or_path": tiny_model,
+        "output_dir": out,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "eval_fraction": 0.05,
+        "save_steps": 3,
+        "save_total_limit": 2,
+    }
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    return [*launcher, "train.py", *words, *map(str, changed)]
+
+
+def start(words: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(words: list[str]) -> str:
+    job = start(words)
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    return output
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return [line["loss"] for line in steps]
+
+
+def wait_until(reached: Callable[[], bool], job: "subprocess.Popen[str]") -> None:
+    while not reached():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+
+
+def logged(out: Path) -> int:
+    log = out / "log.jsonl"
+    return log.read_text().count('"loss"') if log.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    finish(command(tiny_model, out))
+    assert len(losses(out)) == STEPS
+    return out
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_checkpoints_are_kept_to_the_limit(undisturbed: Path) -> None:
+    assert [path.name for path in checkpoint.found(undisturbed)] == [
+        "checkpoint-9",
+        "checkpoint-12",
+    ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "out"
+    words = command(tiny_model, out, "--save_strategy=no")
+    job = start(words)
+    wait_until(lambda: logged(out) >= 2, job)
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == code, output
+    assert "run the same command again to go on" in output
+    assert "Traceback" not in output
+    saved = checkpoint.found(out)
+    assert len(saved) == 1
+    assert 2 <= int(saved[0].name.removeprefix("checkpoint-")) < STEPS
+    finish(words)
+    assert losses(out) == losses(undisturbed)
+    assert_same_model(out, undisturbed)
+
+
+def kill_once_and_finish(tiny_model: Path, out: Path, chance: random.Random) -> None:
+    words = command(tiny_model, out)
+    job = start(words)
+    target = chance.randrange(0, STEPS)
+    wait_until(lambda: logged(out) >= target, job)
+    time.sleep(chance.random() * 0.2)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    finish(words)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    kill_once_and_finish(tiny_model, tmp_path / "out", random.Random(3))
+    assert losses(tmp_path / "out") == losses(undisturbed)
+    assert_same_model(tmp_path / "out", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_any_moment_goes_on_bit_for_bit(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, seed: int
+) -> None:
+    kill_once_and_finish(tiny_model, tmp_path / "out", random.Random(seed))
+    assert losses(tmp_path / "out") == losses(undisturbed)
+    assert_same_model(tmp_path / "out", undisturbed)
+
+
+def test_usr1_saves_and_the_run_goes_on(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    job = start(command(tiny_model, out, "--save_strategy=no"))
+    wait_until(lambda: logged(out) >= 1, job)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    assert len(checkpoint.found(out)) == 1
+    assert_same_model(out, undisturbed)
+
+
+def test_another_run_is_refused_and_the_difference_is_named(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    job = start(command(tiny_model, out))
+    wait_until(lambda: bool(checkpoint.found(out)), job)
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=120)
+    other = start(command(tiny_model, out, "--learning_rate=0.02"))
+    output, _ = other.communicate(timeout=120)
+    assert other.returncode == 2
+    assert "peak: 0.01 there, 0.02 here" in output
+    assert "--overwrite_output_dir" in output
+    finish(command(tiny_model, out, "--learning_rate=0.02", "--overwrite_output_dir"))
+
+
+def test_the_command_of_2023_trains_is_stopped_and_resumes_on_another_number_of_ranks(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29292",
+        "train.py", "--model_name_or_path", tiny_model, "--tokenizer_name_or_path", tiny_model,
+        "--data_path", "data/seed_tasks.jsonl", "--bf16", "False", "--output_dir", out,
+        "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
+        "--per_device_eval_batch_size", "4", "--gradient_accumulation_steps", "1",
+        "--evaluation_strategy", "no", "--save_strategy", "steps", "--save_steps", "3",
+        "--save_total_limit", "1", "--learning_rate", "0.01", "--weight_decay", "0.",
+        "--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1",
+        "--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap",
+        "LLaMADecoderLayer", "--tf32", "True", "--max_steps", STEPS, "--eval_fraction", "0.05",
+    ]  # fmt: skip
+    job = start([str(word) for word in words])
+    wait_until(lambda: bool(checkpoint.found(out)), job)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    output = finish(command(tiny_model, out, "--save_total_limit=1"))  # one rank, twice the batches
+    assert "the model is in" in output
+    assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-4)
+    assert losses(out)[:3] == pytest.approx(losses(undisturbed)[:3], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fsdp", ["shard_grad_op", "hybrid_shard auto_wrap", "no_shard", "full_shard offload"]
+)
+def test_every_way_to_shard_gives_the_same_losses(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, fsdp: str
+) -> None:
+    out = tmp_path / "out"
+    flags = [f"--fsdp={fsdp}", "--gradient_accumulation_steps=1", "--save_strategy=no"]
+    finish(command(tiny_model, out, *flags, ranks=2))
+    assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-4)
+    assert losses(out)[:3] == pytest.approx(losses(undisturbed)[:3], rel=1e-6)
