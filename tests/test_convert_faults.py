@@ -395,12 +395,8 @@ def filling(source: Source, ballast: Path) -> Source:
     """The same source; reading its tenth tensor fills the disk, as another program may."""
 
     def read(dtype: torch.dtype) -> torch.Tensor:
-        with (
-            open(ballast, "wb", buffering=0) as file,
-            pytest.raises(OSError, match="No space left"),
-        ):
-            while file.write(bytes(4096)) == 4096:
-                pass
+        free = shutil.disk_usage(ballast.parent).free
+        ballast.write_bytes(bytes(free - 4096))
         return source.tensors[10].read(dtype)
 
     tensors = list(source.tensors)
@@ -414,6 +410,8 @@ KILLER = """
 import os, random, signal, sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 from reference import convert
+from alpaca.convert import command
+from transformers import LlamaForCausalLM
 import shutil, pathlib
 inp, out = {inp!r}, pathlib.Path({out!r})
 options = ["--input_dir", inp, "--output_dir", out, "--max_shard_size", "100KB"]
@@ -424,8 +422,11 @@ def fork():
         if code: print(said, flush=True)
         os._exit(code)
     return pid
-began = time.monotonic(); assert os.waitpid(fork(), 0)[1] == 0
-whole = time.monotonic() - began
+def seconds():
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.monotonic(); assert os.waitpid(fork(), 0)[1] == 0
+    return time.monotonic() - began
+whole = min(seconds() for _ in range(3))
 shutil.move(out / "llama-7b", out / "right")
 dice, met = random.Random({seed}), 0
 for trial in range({trials}):
@@ -466,7 +467,7 @@ def test_killed_conversion_is_ended_by_a_second_run(good: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_killed_twenty_times(good: Path, tmp_path: Path) -> None:
-    assert kill_and_resume(good, tmp_path, 20) > 10
+    assert kill_and_resume(good, tmp_path, 20) > 5
 
 
 def test_finished_shards_are_not_written_again(good: Path, tmp_path: Path) -> None:
@@ -498,6 +499,65 @@ def test_finished_shards_are_not_written_again(good: Path, tmp_path: Path) -> No
         for name, tensor in load_file(path).items():
             assert torch.equal(tensor, right[name]), name
     assert not list(bench.output.glob(".*"))
+
+
+def test_disk_that_loses_what_was_written_is_caught_by_reading_back(
+    good: Path, tmp_path: Path
+) -> None:
+    bench = Bench(good, "one", tmp_path, checklist=True)
+    source = open_source(bench.input, bench.folder)
+    layout = Layout(torch.float16, shard_bytes=100_000)
+
+    def fault(dtype: torch.dtype) -> torch.Tensor:
+        shard = bench.output / f".{NAME}.partial" / "model-00001-of-00004.safetensors"
+        content = bytearray(shard.read_bytes())
+        content[-5] ^= 4
+        shard.write_bytes(content)
+        return source.tensors[-1].read(dtype)
+
+    tensors = (*source.tensors[:-1], replace(source.tensors[-1], read=fault))
+    with pytest.raises(UserError, match="did not read back"):
+        write_folder(replace(source, tensors=tensors), bench.output, layout)
+    assert not (bench.output / NAME).exists()
+    assert write_folder(source, bench.output, layout).is_dir()
+
+
+def test_passport_says_what_the_folder_was_made_of(good: Path, tmp_path: Path) -> None:
+    bench = Bench(good, "four", tmp_path, checklist=True)
+    assert bench.run()[0] == 0
+    passport = json.loads((bench.output / NAME / "passport.json").read_text())
+    assert passport["family"] == "LLaMA 1"
+    assert passport["dtype"] == "fp16"
+    right = load_file(bench.right / "model.safetensors")
+    assert passport["parameters"] == sum(tensor.numel() for tensor in right.values())
+    shard = bench.folder / "consolidated.01.pth"
+    assert passport["sources"]["consolidated.01.pth"] == {
+        "bytes": shard.stat().st_size,
+        "md5": hashlib.md5(shard.read_bytes()).hexdigest(),
+    }
+    assert set(passport["sources"]) == {
+        path.name for path in bench.folder.iterdir() if path.name != "checklist.chk"
+    }
+    written = bench.output / NAME / "model.safetensors"
+    assert passport["files"]["model.safetensors"] == (
+        hashlib.sha256(written.read_bytes()).hexdigest()
+    )
+    assert "transformers" in passport["versions"]
+
+
+def test_tokenizer_checklist_beside_the_models_is_used(good: Path, tmp_path: Path) -> None:
+    bench = Bench(good, "one", tmp_path, checklist=False)
+    shared = bench.input / "tokenizer.model"
+    (bench.folder / "tokenizer.model").rename(shared)
+    digest = hashlib.md5(shared.read_bytes()).hexdigest()
+    checklist = bench.input / "tokenizer_checklist.chk"
+    checklist.write_text(f"{digest}  tokenizer.model\n")
+    assert bench.run()[0] == 0
+    shutil.rmtree(bench.output)
+    checklist.write_text(f"{'0' * 32}  tokenizer.model\n")
+    code, said = bench.run()
+    assert code == 2
+    assert "tokenizer.model is damaged: its MD5" in said
 
 
 def test_second_conversion_of_the_same_model_waits_its_turn(good: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from reference import LLAMA_1, LLAMA_3, Shape, convert
+from reference import LLAMA_1, LLAMA_3, LLAMA_3_1, Shape, convert
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def modern(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders as this program writes them, by family."""
     root = tmp_path_factory.mktemp("modern")
-    for shape in (LLAMA_1, LLAMA_3):
+    for shape in (LLAMA_1, LLAMA_3, LLAMA_3_1):
         held = reference.weights(shape, torch.float16)
         reference.save(root / "in" / shape.family, shape, held)
         code, said = convert("--input_dir", root / "in" / shape.family, "--output_dir", root)
@@ -92,7 +92,7 @@ def test_folder_of_early_2023_comes_out_clean(
         assert torch.equal(ours(ids).logits[..., :512], first(ids).logits)
 
 
-@pytest.mark.parametrize("shape", [LLAMA_1, LLAMA_3], ids=lambda shape: shape.family)
+@pytest.mark.parametrize("shape", [LLAMA_1, LLAMA_3, LLAMA_3_1], ids=lambda shape: shape.family)
 def test_own_output_converts_to_itself(shape: Shape, modern: Path, tmp_path: Path) -> None:
     name = shape.family.lower()
     shutil.copytree(modern / name, tmp_path / "in" / name)

@@ -22,6 +22,14 @@ FAMILIES = {
     "llama-3.2": LLAMA_3_2,
 }
 
+SCALING = {
+    "rope_type",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+}
+
 
 def only_folder(output: Path) -> Path:
     (found,) = [path for path in output.iterdir() if path.name != "tokenizer"]
@@ -43,6 +51,11 @@ def test_converted_folder_gives_the_logits_of_the_reference(
     assert f"{shards} shard" in said
     model = AutoModelForCausalLM.from_pretrained(only_folder(tmp_path / "out"))
     assert model.config.tie_word_embeddings == shape.tied
+    written = json.loads((only_folder(tmp_path / "out") / "config.json").read_text())
+    if shape.scaled:
+        assert set(written["rope_scaling"]) == SCALING, "transformers 4 knows these and no other"
+    else:
+        assert "rope_scaling" not in written
     ids = torch.randint(0, 400, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = model(ids).logits

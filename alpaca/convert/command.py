@@ -15,12 +15,20 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         description="Convert Meta checkpoints, GGUF files or old Hugging Face folders. "
         "With no options and one model in unconverted-weights/ it just does the right thing.",
-        epilog="writes OUTPUT_DIR/llama-7b for a folder named 7B, else a folder of the same name "
-        "in lower case, and OUTPUT_DIR/tokenizer. Killed? Run it again: finished shards are kept.",
+        epilog="Writes OUTPUT_DIR/llama-7b for a folder named 7B, else a folder of the same name "
+        "in lower case (Llama-2-7b: llama-2-7b), and OUTPUT_DIR/tokenizer. "
+        "Killed? Run it again: finished shards are kept.",
     )
-    options.add_argument("--input_dir", type=Path, default=Path("unconverted-weights"))
+    options.add_argument(
+        "--input_dir",
+        type=Path,
+        default=Path("unconverted-weights"),
+        help="where models lie, or one model's own folder (default: %(default)s)",
+    )
     options.add_argument("--model_size", help="folder below --input_dir, for example 7B")
-    options.add_argument("--output_dir", type=Path, default=Path("weights"))
+    options.add_argument(
+        "--output_dir", type=Path, default=Path("weights"), help="(default: %(default)s)"
+    )
     options.add_argument(
         "--dtype",
         choices=[*DTYPES, "keep"],

@@ -115,10 +115,14 @@ def _write_shards(
     with ThreadPoolExecutor(max_workers=1) as pool, _bar(total, done) as bar:
         checks = {path: pool.submit(check_file, path, md5) for path, md5 in source.files.items()}
         try:
-            for shard in planned:
-                if shard.name not in kept:
-                    journal.add(shard.name, shards.write(shard, journal.partial, bar.update))
-                _results(checks, only_done=True)
+            try:
+                for shard in planned:
+                    if shard.name not in kept:
+                        journal.add(shard.name, shards.write(shard, journal.partial, bar.update))
+                    _results(checks, only_done=True)
+            except UserError:
+                _results(checks)  # a damaged file may be the cause, and is then what to say
+                raise
             return _results(checks)
         except DamagedFileError:
             journal.clear()  # it was made from wrong numbers

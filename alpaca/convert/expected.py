@@ -3,6 +3,7 @@
 The model is built on the meta device, from shapes alone, so even 405B takes a moment and no memory.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from alpaca.errors import UserError
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a model of this config has; tied ones once."""
-    settings = {key: value for key, value in config.items() if value is not None}
+    # A copy all the way down: transformers writes into the dictionaries it is given.
+    settings = deepcopy({key: value for key, value in config.items() if value is not None})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     held = {name: tuple(value.shape) for name, value in model.state_dict().items()}

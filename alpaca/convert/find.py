@@ -66,8 +66,15 @@ def _listing(input_dir: Path) -> str:
 
 
 def output_name(folder: Path) -> str:
-    """Name of the folder to write: `7B` becomes llama-7b, any other name its lower case."""
+    """Name of the folder to write: `7B` becomes llama-7b, any other name its lower case.
+
+    A model that lies directly in unconverted-weights/ has no name of its own: its GGUF file's, or
+    "model".
+    """
     name = folder.resolve().name.lower()
+    if name == "unconverted-weights":
+        ggufs = sorted(folder.glob("*.gguf"))
+        name = ggufs[0].stem.lower() if ggufs else "model"
     return f"llama-{name}" if SIZE.fullmatch(name) else name
 
 

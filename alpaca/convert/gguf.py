@@ -86,7 +86,12 @@ def _tensors(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> tupl
     rows = names.rows(layers, tied)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     return tuple(
-        Tensor(name, _shape(stored[other]), partial(_read, stored[other], heads.get(row.gguf)))
+        Tensor(
+            name,
+            _shape(stored[other]),
+            FLOAT_TYPES.get(stored[other].tensor_type.name, torch.float32),
+            partial(_read, stored[other], heads.get(row.gguf)),
+        )
         for (name, other), row in zip(wanted.items(), rows.values(), strict=True)
     )
 

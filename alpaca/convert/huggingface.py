@@ -157,8 +157,9 @@ def _tensors(
     if unknown:
         raise UserError(f"{folder} holds the tensor {unknown[0]}, which is not known.")
     return tuple(
-        Tensor(name, tuple(stored[name][1].shape), partial(_read, stored[name][1]))
+        Tensor(name, tuple(tensor.shape), tensor.dtype, partial(_read, tensor))
         for name in wanted
+        for _, tensor in [stored[name]]
     )
 
 

@@ -109,7 +109,8 @@ def _tensors(opened: Shards, params: Params, vocab: int, tied: bool) -> tuple[Te
         heads = None
         if rows[name].rotary:
             heads = params.heads if rows[name].meta == "attention.wq" else params.kv_heads
-        tensors.append(Tensor(name, shape, partial(_join, other, parts, axis, heads, shape)))
+        join = partial(_join, other, parts, axis, heads, shape)
+        tensors.append(Tensor(name, shape, parts[0].dtype, join))
     return tuple(tensors)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,14 @@ def write(shard: Shard, folder: Path, advance: Callable[[int], object]) -> str:
     that whoever reads it back reads the disk.
     """
     digest = hashlib.sha256(shard.header)
-    with open(folder / shard.name, "wb") as file:
+    with open(folder / shard.name, "wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
         file.write(shard.header)
         for tensor in shard.tensors:
             for piece in _pieces(_value(tensor, shard.dtype)):
-                digest.update(piece)
+                hashed = hasher.submit(digest.update, piece)
                 file.write(piece)
                 advance(len(piece))
+                hashed.result()
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -114,7 +116,7 @@ def _value(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     value = tensor.read(dtype)
     assert tuple(value.shape) == tensor.shape, f"{tensor.name}: {tuple(value.shape)}"
     assert value.dtype == dtype, f"{tensor.name}: {value.dtype}"
-    if dtype == torch.float16 and value.isinf().any():
+    if dtype == torch.float16 and tensor.stored != dtype and value.isinf().any():
         raise UserError(
             f"{tensor.name} has numbers too large for fp16.", "Convert with --dtype bf16 or fp32."
         )

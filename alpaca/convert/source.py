@@ -24,10 +24,14 @@ SHORT_NAMES = {kind: short for short, (kind, _, _) in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the output: `read(dtype)` gives it, contiguous, of `shape`."""
+    """One tensor of the output: `read(dtype)` gives it, contiguous, of `shape`.
+
+    `stored` is the type it is read from (fp32 where it is dequantized).
+    """
 
     name: str
     shape: tuple[int, ...]
+    stored: torch.dtype
     read: Callable[[torch.dtype], torch.Tensor]
 
     @property
