@@ -1,16 +1,18 @@
 """The Cog runner: validates inputs, calls the engine, yields completions; nothing else."""
 
+import asyncio
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cog
-import torch
 
-from alpaca import model, passport
+from alpaca.serving import cancellation, loading
 from alpaca.serving import weights as serving_weights
-from alpaca.serving.engine import Engine, Request
-from alpaca.tokens import Codec
+from alpaca.serving.request import Answer, CanceledError, Job, Request, Sampling
 
 ROOT = Path(__file__).resolve().parent
 
@@ -20,22 +22,29 @@ class Runner(cog.BaseRunner):
 
     def setup(self, weights: cog.Path | str | None = None) -> None:
         """Load the model that Cog hands over, else ALPACA_WEIGHTS, else alpaca_out/."""
-        given = None if weights is None else Path(weights)
+        cancellation.install()
+        given = None if weights is None else fetched(weights)
         found = serving_weights.locate(given, os.environ, ROOT)
-        passport.check_template(found.folder, passport.read(found.folder))
-        self.codec = Codec(model.load_tokenizer(found.folder))
-        dtype = model.compute_dtype(torch.device("cpu"))
-        self.engine = Engine(model.load_model(found.folder, dtype), self.codec)
-        print(f"serving {found.folder}, from {found.origin}")
+        self.engine, self.codec = loading.load(found)
+
+    def healthcheck(self) -> bool:
+        """Whether the engine serves."""
+        return self.engine.healthy
 
     @cog.streaming
     @cog.concurrent(max=256)
     async def run(
         self,
         prompt: str = cog.Input(description="The instruction to answer."),
+        input: str = cog.Input(  # noqa: A002 - the data set's own word
+            description="A text that the instruction is about; may be empty.", default=""
+        ),
         n: int = cog.Input(description="How many answers to make.", default=1, ge=1, le=5),
         total_tokens: int = cog.Input(
             description="Most tokens of prompt and answer together.", default=2000, ge=1
+        ),
+        max_new_tokens: int | None = cog.Input(
+            description="Most tokens of each answer, if less.", default=None, ge=1
         ),
         temperature: float = cog.Input(
             description="Above 1 is more random, below is less, 0 always takes the likeliest.",
@@ -49,21 +58,81 @@ class Runner(cog.BaseRunner):
             ge=0.01,
             le=1.0,
         ),
+        top_k: int = cog.Input(
+            description="Sample from this many likeliest tokens; 0 is all.", default=0, ge=0
+        ),
         repetition_penalty: float = cog.Input(
             description="Above 1 makes repeated words less likely, below 1 more likely.",
             default=1.0,
             ge=0.01,
             le=5,
         ),
+        stop: list[str] = cog.Input(  # noqa: B008 - Cog reads it, and never passes it on
+            description="Texts that end an answer, and are not part of it.", default=[]
+        ),
+        seed: int | None = cog.Input(
+            description="The same seed and inputs give the same answers.", default=None, ge=0
+        ),
+        stream: bool = cog.Input(
+            description="Yield pieces of the answer as they are made (n=1 only).", default=False
+        ),
     ) -> Iterator[str]:
         """Answer an instruction n times."""
-        request = Request(
-            prompt=tuple(self.codec.prompt(prompt)),
-            total_tokens=total_tokens,
+        sampling = Sampling(
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             repetition_penalty=repetition_penalty,
+            seed=secrets.randbits(32) if seed is None else seed,
         )
-        texts = [await self.engine.complete(request) for _ in range(n)]
-        # Cog sends what a plain generator yields; an async one it would collect first.
-        return (text for text in texts)
+        request = Request(
+            prompt=tuple(self.codec.prompt(prompt, input)),
+            n=n,
+            total_tokens=total_tokens,
+            max_new_tokens=max_new_tokens,
+            stop=tuple(stop),
+            sampling=sampling,
+        )
+        job = self.engine.submit(request)
+        cancellation.on_cancel(job.cancel)
+        # Cog sends what a plain generator yields at once; an async one it would collect first.
+        if stream and n == 1:
+            return pieces(job, self.scope)
+        answers = await job.answers()
+        record(self.scope, job, answers)
+        return (answer.text for answer in answers)
+
+
+def pieces(job: Job, scope: Any) -> Iterator[str]:
+    """The pieces of a job's only completion; runs on a thread of Cog's."""
+    [completion] = job.completions
+    try:
+        yield from completion
+        record(scope, job, [completion.result.result()])
+    except CanceledError:
+        raise asyncio.CancelledError from None
+    finally:
+        job.cancel()  # frees the slot if Cog stopped listening; a finished job does not mind
+
+
+def record(scope: Any, job: Job, answers: list[Answer]) -> None:
+    """Tell Cog what the prediction cost. Times are in seconds from its submission."""
+    now = time.monotonic()
+    tokens = sum(answer.tokens for answer in answers)
+    first = min((c.first_token for c in job.completions if c.first_token), default=now)
+    metrics: dict[str, str | int | float] = {
+        "prompt_tokens": len(job.request.prompt),
+        "completion_tokens": tokens,
+        "time_to_first_token": first - job.submitted,
+        "tokens_per_second": tokens / (now - job.submitted),
+        "finish_reason": ",".join(answer.reason for answer in answers),
+        "seed": job.request.sampling.seed,
+    }
+    for name, value in metrics.items():
+        scope.record_metric(name, value)
+
+
+def fetched(weights: cog.Path | str) -> Path:
+    """A local path to what Cog hands over; a URL is downloaded by Cog's own means."""
+    path: Any = cog.Path.validate(weights)
+    return Path(path.convert() if hasattr(path, "convert") else path)
