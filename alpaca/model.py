@@ -15,13 +15,59 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from alpaca import atomic
 from alpaca.errors import UserError
 
-SHARD_SIZE = "5GB"
+STAGING = ".model.partial"
+READY = ".ready"
+
+
+def staging(folder: Path) -> Path:
+    """An empty folder inside `folder` to write a model into before `install` puts it in place.
+
+    A training folder also holds a log and checkpoints, so it can't be replaced as a whole.
+    """
+    inner = folder / STAGING
+    if inner.exists():
+        shutil.rmtree(inner)
+    inner.mkdir(parents=True)
+    return inner
+
+
+def install(inner: Path, folder: Path) -> None:
+    """Move a complete, synced model from its staging folder to `folder`, replacing an older one.
+
+    Until it ends, `check_folder` refuses `folder`; a move that was cut short can be repeated.
+    """
+    atomic.sync_tree(inner)
+    (inner / READY).touch()
+    atomic.sync(inner)
+    names = {path.name for path in inner.iterdir()} - {READY}
+    for old in folder.glob("*.safetensors*"):
+        if old.name not in names:
+            old.unlink()
+    for name in sorted(names):
+        (inner / name).replace(folder / name)
+    atomic.sync(folder)
+    shutil.rmtree(inner)
+
+
+def finish_install(folder: Path) -> None:
+    """Repeat an `install` that was cut short; drop a staging folder that never became ready."""
+    inner = folder / STAGING
+    if (inner / READY).exists():
+        install(inner, folder)
+    elif inner.exists():
+        shutil.rmtree(inner)
 
 
 def check_folder(folder: Path, what: str = "model") -> None:
     """Raise UserError unless `folder` is a complete model folder."""
+    if (folder / STAGING / READY).exists():
+        raise UserError(
+            f"{folder} was being replaced when its writer was stopped.",
+            "Run the same training command again: it finishes at once.",
+        )
     if not folder.is_dir():
         raise UserError(
             f"There is no {what} folder {folder}.",

@@ -94,3 +94,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "absent"
     return found
+
+
+def fingerprint(folder: Path) -> str:
+    """One hash for a model folder's weights: from its passport, else from sizes and headers.
+
+    Hashing 13 GB at every start would cost a minute, so a folder without a passport is known by
+    its config and the first 64 KiB and the size of each weight file.
+    """
+    found = read(folder)
+    if found is not None:
+        parts: Any = sorted(found["files"].items())
+    else:
+        parts = []
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+            with open(path, "rb") as file:
+                head = hashlib.sha256(file.read(65536)).hexdigest()
+            parts.append([path.name, path.stat().st_size, head])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

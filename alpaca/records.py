@@ -51,7 +51,7 @@ def read_records(path: Path) -> list[Record]:
         UserError: no such file, not UTF-8, not JSON, no records, or bad records: all of them are
             counted, and the first 50 are listed with index, field and reason.
     """
-    raw = _parse(path)
+    raw = read_raw(path)
     records, problems = [], []
     for index, item in enumerate(raw):
         try:
@@ -80,7 +80,12 @@ def _reasons(error: ValidationError) -> list[str]:
     ]
 
 
-def _parse(path: Path) -> list[Any]:
+def read_raw(path: Path) -> list[Any]:
+    """The items of a JSON list or JSONL file as they stand, whatever they are.
+
+    Raises:
+        UserError: no such file, not UTF-8, or not JSON.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

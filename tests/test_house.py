@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from alpaca.cli import VERBS
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("convert", "training", "serving", "dataset")
 GROUND = ("errors", "prompt", "atomic")
@@ -16,6 +18,7 @@ DOORS = (
     "predict.py",
     "train.py",
     "alpaca/cli.py",
+    "alpaca/demo.py",
     "alpaca/__main__.py",
     "bench",
 )
@@ -122,11 +125,18 @@ def test_scripts_stay_short() -> None:
         assert path.read_text().count("\n") <= 25, f"{path.name} is longer than 25 lines"
 
 
-@pytest.mark.parametrize("command", [["-m", "alpaca"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, "-m", "alpaca"],
+        [sys.executable, "train.py"],
+        ["./convert_weights.sh"],
+        *([sys.executable, "-m", "alpaca", verb] for verb in VERBS),
+    ],
+    ids=lambda command: " ".join(command[-2:]),
+)
 def test_help_is_one_screen(command: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert 5 < done.stdout.count("\n") <= 50
     assert not done.stderr

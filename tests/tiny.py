@@ -53,7 +53,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerBase:
     )
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    return LlamaTokenizer(vocab=model["vocab"], merges=merges)
+    return LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
 
 
 def set_eos(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,87 @@
+"""What was read: every source file hashed, and compared with the publisher's MD5 checklist.
+
+Hashing runs in threads beside the conversion, which reads the same pages; the folder gets its
+final name only after every file has passed.
+"""
+
+import hashlib
+import os
+import re
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from alpaca.errors import UserError
+
+PIECE = 16 << 20
+LINE = re.compile(r"([0-9a-fA-F]{32}) [ *](.+)")
+
+
+class DamagedFileError(UserError):
+    """A source file is not what its publisher made: what was written from it is worthless."""
+
+
+def read_checklist(path: Path) -> dict[str, str]:
+    """File name -> MD5 of a `checklist.chk`, the output of `md5sum`; empty when there is none.
+
+    Raises:
+        UserError: a line is not one, or names a file outside the folder.
+    """
+    if not path.is_file():
+        return {}
+    found = {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        match = LINE.fullmatch(line.rstrip())
+        if match is None:
+            raise UserError(f"{path}, line {number}: not an MD5 and a file name: {line[:80]!r}.")
+        name = match[2].removeprefix("./")
+        if "/" in name or name in ("", ".", ".."):
+            raise UserError(f"{path}, line {number}: {name!r} is not a file of this folder.")
+        found[name] = match[1].lower()
+    return found
+
+
+def stamp(files: list[Path]) -> list[list[Any]]:
+    """Name, size and time of change of each file: equal stamps mean the same source."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def check_file(path: Path, md5: str | None) -> dict[str, Any]:
+    """Read a whole file and return its size and hash for the passport.
+
+    PyTorch files carry a CRC-32 of each tensor, which stands in where there is no checklist.
+
+    Raises:
+        DamagedFileError: its MD5 is not the one the checklist gives, or a CRC-32 does not hold.
+    """
+    if md5 is None and zipfile.is_zipfile(path):
+        _check_crcs(path)
+    algorithm = "sha256" if md5 is None else "md5"
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    buffer = memoryview(bytearray(PIECE))
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+        size = file.tell()
+    if md5 is not None and digest.hexdigest() != md5:
+        raise DamagedFileError(
+            f"{path} is damaged: its MD5 is {digest.hexdigest()}, the checklist says {md5}.",
+            "Fetch the file again.",
+        )
+    return {"bytes": size, algorithm: digest.hexdigest()}
+
+
+def _check_crcs(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.CRC != 0:  # 0: PyTorch was told not to compute it, or the entry is empty
+                    with archive.open(entry) as member:
+                        while member.read(PIECE):
+                            pass
+    except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}", "Fetch the file again.") from None

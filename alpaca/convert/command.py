@@ -1,0 +1,62 @@
+"""`python -m alpaca convert`: weights as they were published to a clean Hugging Face folder."""
+
+import argparse
+import re
+from pathlib import Path
+
+from alpaca.convert.conversion import Layout, convert
+from alpaca.convert.find import find, open_source
+from alpaca.convert.shards import SHARD_BYTES
+from alpaca.convert.source import DTYPES
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verb's options."""
+    options = argparse.ArgumentParser(
+        description="Convert Meta checkpoints, GGUF files or old Hugging Face folders. "
+        "With no options and one model in unconverted-weights/ it just does the right thing.",
+        epilog="writes OUTPUT_DIR/llama-7b for a folder named 7B, else a folder of the same name "
+        "in lower case, and OUTPUT_DIR/tokenizer. Killed? Run it again: finished shards are kept.",
+    )
+    options.add_argument("--input_dir", type=Path, default=Path("unconverted-weights"))
+    options.add_argument("--model_size", help="folder below --input_dir, for example 7B")
+    options.add_argument("--output_dir", type=Path, default=Path("weights"))
+    options.add_argument(
+        "--dtype",
+        choices=[*DTYPES, "keep"],
+        default="keep",
+        help="type of the weights written (default: keep the source's; quantized become bf16)",
+    )
+    options.add_argument(
+        "--instruct",
+        action=argparse.BooleanOptionalAction,
+        help="Llama 3 from Meta: whether it is a chat model (default: the folder's name says so)",
+    )
+    options.add_argument(
+        "--max_shard_size",
+        type=shard_size,
+        default=SHARD_BYTES,
+        metavar="SIZE",
+        help="largest output file, for example 500MB (default: 5GB)",
+    )
+    options.add_argument("--force", action="store_true", help="replace an existing folder")
+    return options
+
+
+def shard_size(text: str) -> int:
+    """`500MB` or `5GB` in bytes, as transformers counts them (powers of ten)."""
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)", text.upper())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 5GB")
+    return int(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Find, say what was found, convert."""
+    folder = find(arguments.input_dir, arguments.model_size)
+    source = open_source(arguments.input_dir, folder, instruct=arguments.instruct)
+    print(source.found, flush=True)
+    dtype = source.dtype if arguments.dtype == "keep" else DTYPES[arguments.dtype][0]
+    layout = Layout(dtype, arguments.max_shard_size)
+    final = convert(source, arguments.output_dir, layout, force=arguments.force)
+    print(f"{final} is ready.")

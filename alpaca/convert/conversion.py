@@ -1,0 +1,228 @@
+"""From a source to a finished folder: complete and verified, or absent.
+
+The folder grows as `.NAME.partial`, beside a journal of finished shards and their hashes. After a
+kill, shards whose hash still holds are kept and the rest is written again. The final name appears
+when the sources have passed their checks and every byte written has been read back.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from alpaca import atomic, passport
+from alpaca.convert import shards
+from alpaca.convert.checksums import DamagedFileError, check_file, stamp
+from alpaca.convert.expected import check_fit
+from alpaca.convert.journal import Journal
+from alpaca.convert.shards import Shard
+from alpaca.convert.source import DTYPES, SHORT_NAMES, Source
+from alpaca.errors import UserError
+from alpaca.model import free_disk
+from alpaca.prompt import template_hash
+
+MADE_BY = "convert"
+SLACK = 64 << 20  # bytes beside the tensors: tokenizer, headers, the file system's own
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The user's choices: the type of the weights, and the largest size of a file."""
+
+    dtype: torch.dtype
+    shard_bytes: int = shards.SHARD_BYTES
+
+
+def convert(source: Source, output: Path, layout: Layout, *, force: bool = False) -> Path:
+    """Write `source` to `output`/NAME and its tokenizer to `output`/tokenizer.
+
+    Returns the model folder. Does nothing when it is there already, made from the same files.
+
+    Raises:
+        UserError: a folder is in the way, the disk is full or too small, a source file is damaged.
+    """
+    final = output / source.name
+    made_from = fingerprint(source, layout)
+    atomic.recover(final)
+    if not force and final.exists():
+        _check_same(final, made_from)
+        print(f"{final} is complete already, made from the same files.")
+    else:
+        _write_folder(source, final, layout, made_from)
+    write_tokenizer(source, output / "tokenizer")
+    return final
+
+
+def fingerprint(source: Source, layout: Layout) -> str:
+    """A hash of what shapes the output: the files read, the layout, the templates."""
+    parts = [
+        stamp(list(source.files)),
+        source.config,
+        [SHORT_NAMES[layout.dtype], layout.shard_bytes],
+        [(tensor.name, tensor.shape) for tensor in source.tensors],
+        template_hash(),
+        passport.FORMAT,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same(final: Path, made_from: str) -> None:
+    held = passport.read(final)
+    if held is None or held.get("made_from") != made_from:
+        raise UserError(
+            f"{final} exists already, and was not made from these files with these options.",
+            "Give --force to replace it, or another --output_dir.",
+        )
+
+
+def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -> None:
+    check_fit(source)
+    planned = shards.plan(source.tensors, layout.dtype, layout.shard_bytes)
+    journal_path = final.with_name(f".{final.name}.journal.json")
+    with (
+        _plain_disk_errors(final),
+        atomic.folder(final, keep_partial=True) as partial,
+        _lock(partial),
+    ):
+        journal = Journal(journal_path, partial, made_from)
+        kept = journal.keep(planned)
+        _check_disk(planned, kept, final)
+        sources = _write_shards(source, planned, kept, journal)
+        _write_texts(source, partial, planned, layout.dtype)
+        facts = {**source.facts, "dtype": SHORT_NAMES[layout.dtype], "sources": sources}
+        written = passport.write(partial, MADE_BY, made_from=made_from, **facts)
+        _check_written(partial, planned, journal.hashes, written["files"])
+    journal_path.unlink(missing_ok=True)
+
+
+def _write_shards(
+    source: Source, planned: list[Shard], kept: set[str], journal: Journal
+) -> dict[str, Any]:
+    """Write what is missing while the source files are hashed beside it; return their hashes."""
+    total = sum(shard.data_bytes for shard in planned)
+    done = sum(shard.data_bytes for shard in planned if shard.name in kept)
+    with ThreadPoolExecutor(max_workers=1) as pool, _bar(total, done) as bar:
+        checks = {path: pool.submit(check_file, path, md5) for path, md5 in source.files.items()}
+        try:
+            for shard in planned:
+                if shard.name not in kept:
+                    journal.add(shard.name, shards.write(shard, journal.partial, bar.update))
+                _results(checks, only_done=True)
+            return _results(checks)
+        except DamagedFileError:
+            journal.clear()  # it was made from wrong numbers
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _results(
+    checks: dict[Path, Future[dict[str, Any]]], *, only_done: bool = False
+) -> dict[str, Any]:
+    """What the checks of the source files found, by name; raises where one has failed."""
+    return {
+        path.name: check.result() for path, check in checks.items() if check.done() or not only_done
+    }
+
+
+def _bar(total: int, done: int) -> "tqdm[Any]":
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="B",
+        unit_scale=True,
+        desc="converting",
+        file=sys.stderr,
+        mininterval=0.5,
+    )
+
+
+def _write_texts(source: Source, partial: Path, planned: list[Shard], dtype: torch.dtype) -> None:
+    ids = source.vocabulary.ids()
+    name = DTYPES[SHORT_NAMES[dtype]][2]
+    _write_json(partial / "config.json", {**source.config, **ids, "torch_dtype": name})
+    _write_json(partial / "generation_config.json", ids)
+    if len(planned) > 1:
+        _write_json(partial / shards.INDEX, shards.index(planned))
+    source.vocabulary.write(partial, source.config["max_position_embeddings"])
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    kept = {key: entry for key, entry in value.items() if entry is not None}
+    atomic.write_text(path, json.dumps(kept, indent=2, sort_keys=True) + "\n")
+
+
+def _check_written(
+    partial: Path, planned: list[Shard], meant: dict[str, str], read: dict[str, str]
+) -> None:
+    """Compare what was read back from the disk with what was meant to be written."""
+    shards.check(planned, partial)
+    for shard in planned:
+        if read[shard.name] != meant[shard.name]:
+            (partial / shard.name).unlink()
+            raise UserError(
+                f"{shard.name} did not read back as it was written: the disk or memory is faulty.",
+                "Run the same command again, on another disk if it happens twice.",
+            )
+
+
+def write_tokenizer(source: Source, folder: Path) -> None:
+    """Put the tokenizer where the command lines of 2023 look for it.
+
+    It is the one of the model converted last; a folder that this program did not write stays.
+    """
+    if folder.exists() and passport.read(folder) is None:
+        print(f"{folder} was not made by this program and stays as it is.")
+        return
+    with atomic.folder(folder) as partial:
+        source.vocabulary.write(partial, source.config["max_position_embeddings"])
+        passport.write(partial, MADE_BY, model=source.name)
+
+
+def _check_disk(planned: list[Shard], kept: set[str], final: Path) -> None:
+    needed = sum(shard.size for shard in planned if shard.name not in kept) + SLACK
+    free = free_disk(final)
+    if free < needed:
+        raise UserError(
+            f"{final} needs {needed / 1e9:,.1f} GB more; {free / 1e9:,.1f} GB are free.",
+            "Free some space, or name a folder on another disk with --output_dir.",
+        )
+
+
+@contextmanager
+def _plain_disk_errors(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"The disk of {final} is full.",
+            "Free some space and run the same command again; finished shards are kept.",
+        ) from None
+
+
+@contextmanager
+def _lock(partial: Path) -> Iterator[None]:
+    """Hold the partial folder against a second conversion of the same model."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(
+            f"Another conversion is writing {partial}.", "Wait until it has ended."
+        ) from None
+    finally:
+        os.close(descriptor)

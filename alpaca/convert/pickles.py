@@ -1,0 +1,68 @@
+"""Opening `.pth` and `.bin` files without running what is in them.
+
+A pickle is a program. torch's own restricted unpickler (`weights_only=True`) builds tensors and
+nothing else; what a file wants beyond that is read from its opcodes first, so that the refusal can
+name it. Tensors stay memory-mapped: opening a 16 GB file costs nothing until they are read.
+"""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from alpaca.errors import UserError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def open_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint file, memory-mapped, by name.
+
+    Raises:
+        UserError: the file is cut short or damaged, wants to run code, or holds something else.
+    """
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch file: "
+            "it is cut short, damaged, or older than PyTorch 1.6.",
+            "Fetch it again; a file that old must be saved again with a newer PyTorch.",
+        )
+    try:
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        if not wanted:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a damaged pickle can make the unpickler raise anything
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged: {reason}", "Fetch it again.") from None
+    if wanted:
+        raise UserError(
+            f"{path} is refused: it wants to run {', '.join(sorted(wanted))}.",
+            "Weights need no code. Do not open this file with anything else; get another copy.",
+        )
+    return _check_tensors(path, content)
+
+
+def _check_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path} holds no table of tensors.", "Is it a model's weights file?")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path} holds {name!r}, which is not a tensor.")
+    return dict(content)
+
+
+def check_type(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise UserError unless a tensor holds plain floating-point numbers."""
+    if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{path}: {name} is {kind}; weights are fp16, bf16 or fp32.",
+            "Quantized checkpoints are converted from GGUF only.",
+        )
+
+
+def saved_as(path: Path) -> str:
+    """The name a file had when PyTorch wrote it, without its ending ("archive" in older files)."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()[0].split("/")[0]

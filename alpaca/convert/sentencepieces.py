@@ -1,0 +1,101 @@
+"""SentencePiece BPE vocabularies (LLaMA 1 and 2, Mistral v1) as fast tokenizers.
+
+SentencePiece joins the adjacent pair whose whole has the best score; the fast tokenizer wants a
+ranked list of pairs. So every way to cut a piece into two pieces becomes a pair, ranked by the
+piece's score: the same order of joining (Kudo & Richardson, "SentencePiece", 2018).
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from alpaca.convert.vocabulary import Vocabulary
+from alpaca.errors import UserError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+BPE = 2
+SPACE = "\u2581"  # ▁
+Piece = tuple[str, float, int]  # text, score, kind
+
+
+def read_sentencepiece(path: Path) -> Vocabulary:
+    """The vocabulary of a `tokenizer.model`, with the special ids it names.
+
+    Raises:
+        UserError: the file is damaged, or not the plain BPE that LLaMA uses.
+    """
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError:
+        raise UserError(f"{path} is damaged.", "Fetch the file again.") from None
+    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    trainer, rules = proto.trainer_spec, proto.normalizer_spec
+    plain = not rules.precompiled_charsmap and not rules.remove_extra_whitespaces
+    if not pieces or trainer.model_type != BPE or not plain or not rules.escape_whitespaces:
+        raise UserError(
+            f"{path} is not a plain SentencePiece BPE model, as LLaMA's is.", "Is it this model's?"
+        )
+    special = [pieces[index][0] for index in (trainer.unk_id, trainer.bos_id, trainer.eos_id)]
+    return Vocabulary(
+        sentencepiece_bpe(pieces, leading_space=rules.add_dummy_prefix),
+        unk=special[0],
+        bos=special[1],
+        eos=special[2],
+    )
+
+
+def sentencepiece_bpe(pieces: Sequence[Piece], *, leading_space: bool) -> Tokenizer:
+    """A fast tokenizer that encodes as SentencePiece does.
+
+    Args:
+        pieces: in order of id.
+        leading_space: a space is put before every text.
+    """
+    vocab = {text: index for index, (text, _, _) in enumerate(pieces)}
+    ranked = sorted(
+        (index for index, piece in enumerate(pieces) if piece[2] == NORMAL),
+        key=lambda index: (-pieces[index][1], index),
+    )
+    unk = next((text for text, _, kind in pieces if kind == UNKNOWN), None)
+    model = models.BPE(
+        vocab=vocab,
+        merges=pairs([pieces[index][0] for index in ranked]),
+        unk_token=unk,
+        fuse_unk=True,
+        byte_fallback=any(kind == BYTE for _, _, kind in pieces),
+    )
+    tokenizer = Tokenizer(model)
+    escape: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
+    prefix: list[normalizers.Normalizer] = [normalizers.Prepend(SPACE)] if leading_space else []
+    tokenizer.normalizer = normalizers.Sequence(prefix + escape)
+    unescape = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [decoders.Strip(content=" ", left=1)] if leading_space else []
+    tokenizer.decoder = decoders.Sequence(unescape + strip)
+    _add_special(tokenizer, pieces)
+    return tokenizer
+
+
+def _add_special(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> None:
+    for text, _, kind in pieces:
+        if kind in (CONTROL, UNKNOWN):
+            tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+        elif kind == USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(text, normalized=SPACE in text)])
+
+
+def pairs(ranked: Collection[str]) -> list[tuple[str, str]]:
+    """Every cut of every token into two tokens, in the order of `ranked` (best first).
+
+    Pairs of one token are ordered by their parts' ranks, as byte-level merge files have it.
+    """
+    rank = {token: number for number, token in enumerate(ranked)}
+    merges = []
+    for token in ranked:
+        cuts = [(token[:middle], token[middle:]) for middle in range(1, len(token))]
+        known = [cut for cut in cuts if cut[0] in rank and cut[1] in rank]
+        merges += sorted(known, key=lambda cut: (rank[cut[0]], rank[cut[1]]))
+    return merges

@@ -1,0 +1,90 @@
+"""What a conversion reads, in one form for Meta checkpoints, GGUF files and HF folders.
+
+Nothing is loaded while a source is described: a tensor knows its shape and how to get itself.
+The writer asks for one at a time, so a 405B model needs little more memory than a 1B one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alpaca.convert.vocabulary import Vocabulary
+
+# --dtype: torch type, name in a safetensors header, name in config.json
+DTYPES = {
+    "bf16": (torch.bfloat16, "BF16", "bfloat16"),
+    "fp16": (torch.float16, "F16", "float16"),
+    "fp32": (torch.float32, "F32", "float32"),
+}
+SHORT_NAMES = {kind: short for short, (kind, _, _) in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the output: `read(dtype)` gives it, contiguous, of `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[torch.dtype], torch.Tensor]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model found on disk, ready to be written as a clean folder.
+
+    `name`: of the folder to write. `found`: one line for people. `dtype`: what `--dtype keep`
+    means. `files`: everything read, with the MD5 it should have where a checklist says so.
+    `config`: config.json without the token ids and dtype, which follow from the rest.
+    """
+
+    name: str
+    found: str
+    files: dict[Path, str | None]
+    config: dict[str, Any]
+    dtype: torch.dtype
+    tensors: tuple[Tensor, ...]
+    vocabulary: Vocabulary
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model holds, tied ones counted once."""
+        return sum(tensor.parameters for tensor in self.tensors)
+
+
+def llama_config(**shape: Any) -> dict[str, Any]:
+    """config.json of a LLaMA-architecture model, in the spelling that transformers 4 and 5 read."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        **shape,
+    }
+
+
+def unpermute(heads: torch.Tensor, count: int) -> torch.Tensor:
+    """Reorder the rows of query or key weights from Meta's rotary layout to Hugging Face's.
+
+    Meta rotates channels (0, 1), (2, 3), ... of each head (Su et al., "RoFormer", 2021);
+    transformers rotates (0, d/2), (1, d/2 + 1), ... So the even channels go first.
+
+    Args:
+        heads: (count * head_dim, ...) weights or biases; a view is returned.
+        count: number of heads in it.
+    """
+    rest = heads.shape[1:]
+    half = heads.shape[0] // count // 2
+    return heads.view(count, half, 2, *rest).transpose(1, 2)  # (heads, 2, half, ...)

@@ -1,0 +1,33 @@
+"""Which kind of `tokenizer.model` this is; both kinds come under that one name."""
+
+import re
+from pathlib import Path
+
+from alpaca.convert.families import Tokenizer
+from alpaca.convert.sentencepieces import read_sentencepiece
+from alpaca.convert.tiktokens import is_tiktoken, read_tiktoken
+from alpaca.convert.vocabulary import Vocabulary
+from alpaca.errors import UserError
+
+CHAT = re.compile(r"instruct|chat", re.IGNORECASE)
+
+
+def read_vocabulary(path: Path, model: str, instruct: bool | None) -> tuple[Vocabulary, Tokenizer]:
+    """The vocabulary in a file, and its kind.
+
+    Args:
+        path: a `tokenizer.model`.
+        model: name of the model's folder, which says whether it is a chat model...
+        instruct: ...unless this says so.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing.", "Put the tokenizer.model that came with the model there."
+        )
+    if not is_tiktoken(path):
+        return read_sentencepiece(path), "sentencepiece"
+    chat = CHAT.search(model) is not None if instruct is None else instruct
+    return read_tiktoken(path, instruct=chat), "tiktoken"

@@ -1,0 +1,107 @@
+"""`python -m alpaca audit DATA`: what is wrong with an instruction data set, record by record.
+
+It never edits. `--write-clean FILE` writes a copy without the records that have one of the chosen
+findings, and `FILE`'s `.left_out.jsonl` beside it, which lists each of those with its reasons.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alpaca import atomic
+from alpaca.dataset import report
+from alpaca.dataset.findings import MEANINGS, NEAR, Audit
+from alpaca.errors import UserError
+from alpaca.records import read_raw
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `audit`."""
+    made = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0].partition(": ")[2],
+        epilog="checks: " + ", ".join(MEANINGS),
+    )
+    add = made.add_argument
+    add("data", type=Path, help="Alpaca-format JSON or JSONL")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="where tokenizer.json lies: counts tokens")
+    add("--max_length", type=int, default=512, help="tokens of an example that training keeps")
+    add("--near", type=float, default=NEAR, help="ROUGE-L from which two records are near")
+    add("--json", action="store_true", help="print the report as JSON")
+    add("--html", type=Path, metavar="FILE", help="write the report as one HTML page with plots")
+    add("--write-clean", "--write_clean", type=Path, metavar="FILE", help="write a cleaned copy")
+    add("--leave_out", type=_checks, default=list(MEANINGS), metavar="CHECK,...",
+        help="what the cleaned copy goes without (default: every check)")  # fmt: skip
+    return made
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Audit, report, and write what was asked for."""
+    if not 0.5 <= arguments.near <= 1:
+        raise UserError(f"--near is {arguments.near}.", "Give a number from 0.5 to 1.")
+    name, clean = str(arguments.data), arguments.write_clean
+    if clean and clean.resolve() == arguments.data.resolve():
+        raise UserError("--write-clean names the data set itself.", "Give another file.")
+    items = read_raw(arguments.data)
+    if not isinstance(items, list) or not items:
+        raise UserError(f"{name} holds no records.", "Give it at least one example.")
+    try:
+        from alpaca.dataset.examine import examine
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing.", "pip install '.[data]'") from None
+    audit = examine(items, arguments.tokenizer, arguments.max_length, arguments.near)
+    if arguments.json:
+        print(json.dumps(report.as_json(audit, name)))
+    else:
+        print(report.as_text(audit, items, name))
+    if arguments.html:
+        atomic.write_text(arguments.html, report.as_html(audit, items, name))
+    if clean:
+        left_out = _left_out(audit, arguments.leave_out)
+        _write_clean(clean, items, left_out, as_lines=arguments.data.suffix == ".jsonl")
+        if not arguments.json:
+            print(f"\n{clean}: {len(items) - len(left_out):,} records; {len(left_out):,} left out")
+
+
+def _left_out(audit: Audit, checks: Sequence[str]) -> dict[int, list[str]]:
+    """Index -> reasons, of each record with one of the chosen findings."""
+    reasons: dict[int, list[str]] = defaultdict(list)
+    for finding in audit.findings:
+        if finding.check in checks:
+            reasons[finding.index].append(f"{finding.check}: {finding.detail}")
+    return dict(sorted(reasons.items()))
+
+
+def _write_clean(
+    path: Path, items: list[Any], left_out: dict[int, list[str]], *, as_lines: bool
+) -> None:
+    stay = [item for index, item in enumerate(items) if index not in left_out]
+    if not stay:
+        raise UserError("No record would be left.", "Choose fewer checks with --leave_out.")
+    listed = [
+        {"index": index, "reasons": reasons, "record": items[index]}
+        for index, reasons in left_out.items()
+    ]
+    atomic.write_text(path.with_name(f"{path.stem}.left_out.jsonl"), _lines(listed))
+    atomic.write_text(path, _lines(stay) if as_lines else _dump(stay, indent=4) + "\n")
+
+
+def _lines(items: list[Any]) -> str:
+    return "".join(_dump(item) + "\n" for item in items)
+
+
+def _dump(value: Any, indent: int | None = None) -> str:
+    """JSON that people can read, unless it holds half a surrogate pair: UTF-8 has none of those."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return json.dumps(value, indent=indent) if re.search("[\ud800-\udfff]", text) else text
+
+
+def _checks(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in MEANINGS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"knows no check {', '.join(unknown)}")
+    return names

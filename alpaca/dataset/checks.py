@@ -1,0 +1,172 @@
+"""What can be wrong with one record, seen from its text alone: one small function a defect.
+
+The patterns are kept narrow on purpose: a finding should be worth a look, so a record that talks
+about a template, quotes an apology or answers in another language passes. A check returns what it
+saw, or None.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ftfy.badness import is_bad
+
+from alpaca.dataset.findings import FIELDS, Text
+
+PLACEHOLDER = re.compile(
+    r"\W*(?:no ?output|output|n/?a|null|nan|nil|todo|tbd|fixme|placeholder|answer|response"
+    r"|(?:your|insert|enter|add|write)\b[\w ]{0,30}\bhere|lorem ipsum\b.*|[.…?_-]*)\W*",
+    flags=re.IGNORECASE | re.DOTALL,
+)
+BLANK_TO_FILL = re.compile(
+    r"[\[<{](?:insert|your|enter|add)\b[^\]>}\n]{0,40}[\]>}]", flags=re.IGNORECASE
+)
+NO_INPUT = re.compile(r"\W*(?:no ?input|n/?a|none|null|nan|nil|empty)\W*", flags=re.IGNORECASE)
+
+REFUSAL = re.compile(
+    r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|(?:(?:i'm|i am|we're) (?:\w+ )?(?:sorry|afraid)|sorry|apologies|i apologi[sz]e)\b"
+    r"[^.!?\n]{0,40}?\b(?:i|we) (?:can(?:'t|not| not)|am unable|'m unable|am not able|'m not able"
+    r"|do not have|don't have|could(?:n't| not)|won't|will not)\b"
+    r"|i(?: am|'m) (?:unable|not able) to\b"
+    r"|i (?:can't|cannot|can not|won't|will not) (?:help|assist|provide|fulfil|generate|create"
+    r"|complete|comply|answer|do that|do this|access|see|view|open|browse)\b",
+    flags=re.IGNORECASE,
+)
+AS_A_MODEL = re.compile(r"\bas an? (?:ai|large) (?:language )?model\b", flags=re.IGNORECASE)
+
+TEMPLATE = re.compile(
+    r"^#{2,3} ?(?:instruction|input|response):"
+    r"|below is an instruction that describes a task"
+    r"|<\|(?:im_start|im_end|endoftext|eot_id|begin_of_text|start_header_id|system|user|assistant)\|>"
+    r"|\[/?INST\]|<</?SYS>>|<s>\s*\[INST|</s>\s*\Z",
+    flags=re.IGNORECASE | re.MULTILINE,
+)
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff]")
+
+# An instruction that points at a text which is not there.
+POINTS = re.compile(
+    r"\b(?:(?:the|these|this) (?:following|given|provided|attached)"
+    r"|(?<!\ba )(?:following|given|provided)"
+    r"|(?:the|this|these) (?:\w+ )?(?=\w+ (?:below|above)\b))"
+    r" ?(?:\w+ )?(?:text|sentences?|paragraphs?|passages?|articles?|words?|lists?|numbers?|code"
+    r"|poems?|stor(?:y|ies)|statements?|phrases?|dialogues?|conversations?|emails?|reviews?|tables?"
+    r"|data|questions?|equations?|quotes?|tweets?|functions?|items?|documents?|essays?)\b",
+    flags=re.IGNORECASE,
+)
+CARRIES = re.compile(r"[:\n\"“”'‘«»`\d=]|\(|\s-\s|,.*,")  # it may hold that text itself
+MERGED = re.compile(r"^\W*(?:input|output|response)\W*:", flags=re.IGNORECASE | re.MULTILINE)
+
+
+def invalid(item: Any) -> str | None:
+    """Not an object with three texts (`input` may be absent)."""
+    if not isinstance(item, dict):
+        return f"is {type(item).__name__}, not an object"
+    for field in FIELDS:
+        if field not in item and field != "input":
+            return f"has no {field}"
+        value = item.get(field, "")
+        if not isinstance(value, str):
+            return f"{field} is {type(value).__name__}, not text"
+        if re.search(r"[\ud800-\udfff]", value):
+            return f"{field} holds half of a surrogate pair"
+    return None
+
+
+def empty_instruction(text: Text) -> str | None:
+    """Nothing is asked."""
+    return None if text.instruction.strip() else "the instruction is empty"
+
+
+def empty_output(text: Text) -> str | None:
+    """Nothing is answered."""
+    return None if text.output.strip() else "the output is empty"
+
+
+def placeholder(text: Text) -> str | None:
+    """Something stands where an answer or an input should."""
+    output, given = text.output.strip(), text.input.strip()
+    if output and len(output) < 80 and PLACEHOLDER.fullmatch(output):
+        return f"the output is {output!r}"
+    if given and NO_INPUT.fullmatch(given):
+        return f"the input is {given!r}"
+    asked = BLANK_TO_FILL.search(text.instruction) or BLANK_TO_FILL.search(text.input)
+    blank = None if asked else BLANK_TO_FILL.search(text.output)
+    return f"the output leaves {blank[0]!r} to fill in" if blank else None
+
+
+def refusal(text: Text) -> str | None:
+    """The answer declines, or speaks as a model."""
+    plain = text.output.replace("’", "'").strip()
+    found = REFUSAL.match(plain) or AS_A_MODEL.search(plain)
+    return f"{found[0]!r}" if found else None
+
+
+def leaked_template(text: Text) -> str | None:
+    """Prompt template or control tokens inside a field."""
+    for field, content in zip(FIELDS, text, strict=True):
+        if found := TEMPLATE.search(content):
+            return f"{field} holds {found[0].strip()!r}"
+    return None
+
+
+def encoding(text: Text) -> str | None:
+    """Characters lost, decoded wrongly (mojibake) or of no use in text."""
+    for field, content in zip(FIELDS, text, strict=True):
+        if content.isascii() and content.isprintable():
+            continue
+        if "\ufffd" in content:
+            return f"{field} holds U+FFFD, a character that was lost"
+        if found := CONTROL.search(content):
+            return f"{field} holds the control character U+{ord(found[0]):04X}"
+        if is_bad(content):
+            return f"{field} looks like UTF-8 that was decoded as something else"
+    return None
+
+
+def missing_input(text: Text) -> str | None:
+    """The instruction points at a text that is not there."""
+    found = POINTS.search(text.instruction)
+    if not found or text.input.strip() or CARRIES.search(text.instruction):
+        return None
+    return f"{found[0]!r}, but there is no input"
+
+
+def repeated_text(text: Text) -> str | None:
+    """One field is a copy of another, or the input stands in the instruction as well."""
+    asked, given, said = (" ".join(part.casefold().split()) for part in text)
+    if given and given == asked:
+        return "the input is the instruction"
+    if said and said == asked:
+        return "the output is the instruction"
+    # To the letter: an answer may be the input with its capitals mended or its lines broken.
+    if len(given.split()) > 3 and text.input.strip() == text.output.strip():
+        return "the output is the input"
+    if len(given.split()) > 3 and given in asked:
+        return "the instruction holds the input as well"
+    if len(asked.split()) > 3 and asked in given:
+        return "the input holds the instruction as well"
+    return None
+
+
+def merged_fields(text: Text) -> str | None:
+    """Fields of a record run together in one."""
+    found = MERGED.search(text.instruction)
+    if found:
+        return f"the instruction holds {found[0].strip()!r}"
+    found = re.match(r"\W*(?:output|response)\W{0,3}:", text.output, flags=re.IGNORECASE)
+    return f"the output begins with {found[0].strip()!r}" if found else None
+
+
+# check: what is asked of each record by itself; the key is its name in reports and options
+CHECKS: dict[str, Callable[[Text], str | None]] = {
+    "empty_instruction": empty_instruction,
+    "empty_output": empty_output,
+    "placeholder": placeholder,
+    "refusal": refusal,
+    "leaked_template": leaked_template,
+    "encoding": encoding,
+    "missing_input": missing_input,
+    "repeated_text": repeated_text,
+    "merged_fields": merged_fields,
+}

@@ -1,0 +1,43 @@
+"""What a run leaves beside its journal: the data set, what was dropped, and who was near to whom.
+
+All three are written whole, from the journal's content alone.
+"""
+
+import json
+from pathlib import Path
+
+from alpaca import atomic
+from alpaca.dataset.journal import Entry
+from alpaca.dataset.pool import Pool
+from alpaca.dataset.reply import Task
+
+
+def write(output: Path, pool: Pool, wanted: int) -> None:
+    """Write the data set and its two side files from the pool; nothing while nothing is kept."""
+    if not pool.kept:
+        return
+    kept = pool.kept[:wanted]
+    records = [{field: item[field] for field in Task._fields} for item in kept]
+    neighbours = [
+        {
+            "index": index,
+            "request": item["request"],
+            "nearest": [
+                {"score": score, "instruction": pool.tasks[number].instruction}
+                for number, score in item["nearest"]
+            ],
+        }
+        for index, item in enumerate(kept)
+    ]
+    atomic.write_text(beside(output, "neighbours"), _lines(neighbours))
+    atomic.write_text(beside(output, "dropped"), _lines(pool.dropped))
+    atomic.write_text(output, json.dumps(records, indent=4, ensure_ascii=False) + "\n")
+
+
+def beside(output: Path, what: str) -> Path:
+    """The side file `what` of a data set."""
+    return output.with_name(f"{output.stem}.{what}.jsonl")
+
+
+def _lines(items: list[Entry]) -> str:
+    return "".join(json.dumps(item) + "\n" for item in items)

@@ -1,0 +1,66 @@
+"""What an audit finds, as plain data: text, JSON, HTML and the cleaned copy all tell of the same.
+
+No third-party import, so that `--help` and reports need nothing installed.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+FIELDS = ("instruction", "input", "output")
+NEAR = 0.9  # ROUGE-L from which two records count as near duplicates
+
+# check: what it means, in the order of the report
+MEANINGS = {
+    "invalid": "Not an object with the texts instruction, output and perhaps input.",
+    "empty_instruction": "Nothing is asked.",
+    "empty_output": "Nothing is answered.",
+    "placeholder": "Something stands where an answer or an input should.",
+    "refusal": "The answer declines, or speaks as a model.",
+    "leaked_template": "Prompt template or control tokens inside a field.",
+    "encoding": "Characters that were lost, decoded wrongly (mojibake), or are of no use in text.",
+    "missing_input": "The instruction points at a text that is not there.",
+    "repeated_text": "One field is a copy of another, or the instruction holds the input as well.",
+    "merged_fields": "Fields of a record run together in one.",
+    "language": "The instruction is in another language than the set's own.",
+    "exact_duplicate": "Asks what an earlier record asks, word for word.",
+    "near_duplicate": "Asks nearly what an earlier record asks (ROUGE-L of instruction and input).",
+    "truncated": "Longer than the token limit: the answer is cut in training.",
+    "eos_cut": "The EOS falls beyond the token limit: the model is not shown where to stop.",
+}
+
+
+class Text(NamedTuple):
+    """A record's three texts; "" where a field is absent or no text."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Record `index` (from 0) and what `check` saw in it; `other` is the record it resembles."""
+
+    check: str
+    index: int
+    detail: str
+    other: int | None = None
+
+
+@dataclass
+class Audit:
+    """What was found in a data set of `count` records, and the figures behind the plots."""
+
+    count: int
+    findings: list[Finding]
+    with_input: int
+    languages: dict[str, int]
+    lengths: dict[str, list[int]] = field(repr=False)  # "instruction words" -> one number a record
+    max_length: int | None = None
+
+    def by_check(self) -> dict[str, list[Finding]]:
+        """Findings of each check that found something, in the report's order."""
+        found: dict[str, list[Finding]] = {name: [] for name in MEANINGS}
+        for finding in self.findings:
+            found[finding.check].append(finding)
+        return {name: findings for name, findings in found.items() if findings}

@@ -1,0 +1,121 @@
+"""The append-only record of a run: every reply that was paid for, and what was made of it.
+
+One JSON object a line; a reply is synced to the disk before anything else happens to it, so a run
+that is killed at any moment goes on from its journal without asking again. The first line holds
+the settings that shape the replies: going on with others would mix two runs, and is refused.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from alpaca import atomic
+from alpaca.errors import UserError
+
+FORMAT = 1
+
+Entry = dict[str, Any]
+
+
+class Journal:
+    """One open journal, held by one process at a time.
+
+    `entries` is what stood in it when it was opened, without its first line.
+    """
+
+    def __init__(self, path: Path, settings: Entry) -> None:
+        """Open or begin the journal of a run with these settings (JSON values).
+
+        Raises:
+            UserError: another process holds it, it was begun with other settings, or a line that
+                is not the last (a kill can only tear the last) cannot be read.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = open(path, "a+b")  # noqa: SIM115 - held until close()
+        try:
+            self._lock()
+            lines = self._whole_lines()
+            self.entries = [self._entry(number, line) for number, line in enumerate(lines, 1)]
+            if self.entries:
+                self._check(self.entries.pop(0), settings)
+            else:
+                self.append({"entry": "run", "format": FORMAT, "settings": settings})
+                atomic.sync(path.parent)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, entry: Entry, *, durable: bool = True) -> None:
+        """Add one line; `durable` returns only when it is on the disk."""
+        # ASCII only: a teacher can send half a surrogate pair, which UTF-8 has no bytes for.
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and let go of the journal."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        """Hold it for a with block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another run is writing {self.path}.", "Wait for it, or give another --output."
+            ) from None
+
+    def _whole_lines(self) -> list[bytes]:
+        """Every complete line; a last one that a kill tore is cut off the file."""
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            self._file.truncate(len(whole))
+        return whole.split(b"\n")[:-1]
+
+    def _entry(self, number: int, line: bytes) -> Entry:
+        try:
+            value: Entry = json.loads(line)
+            assert isinstance(value, dict)
+        except (ValueError, AssertionError):
+            raise UserError(
+                f"{self.path} is damaged: line {number} is not a journal entry.",
+                "Restore the file from a copy, or move it away to begin anew (and pay again).",
+            ) from None
+        return value
+
+    def _check(self, begun: Entry, settings: Entry) -> None:
+        if begun.get("entry") != "run" or begun.get("format") != FORMAT:
+            raise UserError(
+                f"{self.path} is not a journal this version can go on with.",
+                "Move it away, or give another --output.",
+            )
+        differing = [
+            f"{name} was {begun['settings'].get(name)!r} and is now {value!r}"
+            for name, value in settings.items()
+            if begun["settings"].get(name) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self.path} was begun with other settings: {'; '.join(differing)}.",
+                "Give the same settings to go on, or another --output to begin anew.",
+            )

@@ -1,0 +1,126 @@
+"""A teacher's reply to tasks: tolerant of how models really number, mark up and cut their lists.
+
+Numbered blocks (`4. Instruction: ... 4. Input: ... 4. Output: ...`, with or without numbers, bold,
+headings, separators) and JSON (a list, an object holding one, one object a line, fenced or not)
+are read alike. Nothing in a reply raises; what cannot be read is left out, and of a reply that was
+cut off only the last task is.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+FIELDS = ("instruction", "input", "output")
+NO_INPUT = {"", "-", "none", "n/a", "noinput", "no input", "null", "empty"}
+
+HEADER = re.compile(
+    r"^[ \t>*_#-]*(?P<number>(?:task[ \t]*)?\d+[ \t]*[.):][ \t]*)?[*_]*"
+    r"(?P<field>instruction|input|output)[*_]*[ \t]*:[*_]*",
+    flags=re.IGNORECASE | re.MULTILINE,
+)
+# What stands between two blocks: lines of ###, --- or ***, then perhaps the next block's number.
+SEPARATOR = re.compile(
+    r"(?:^|\n)[ \t]*(?:#{3,}|-{3,}|\*{3,})[ \t]*(?:\n[ \t]*(?:task[ \t]*)?\d*[.):]*[ \t]*)?\s*\Z",
+    flags=re.IGNORECASE,
+)
+# The last line of ### with nothing but the fragment of a block's first line after it.
+CLOSING = re.compile(r"\n[ \t]*#{3,}[ \t]*\n(?!.*:).*\Z")
+
+
+class Task(NamedTuple):
+    """One task as the teacher wrote it; any field may be empty."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+def parse(text: str, *, cut: bool = False) -> list[Task]:
+    """Read every task of a reply, in its order; `cut` says that it ended at the token limit."""
+    return _from_blocks(text, cut) or _from_json(text)
+
+
+def block(number: int, task: Task) -> str:
+    """One task as a numbered block: the form asked for, and shown in a request's examples."""
+    return (
+        f"{number}. Instruction: {task.instruction}\n"
+        f"{number}. Input:\n{task.input or '<noinput>'}\n"
+        f"{number}. Output:\n{task.output}\n###"
+    )
+
+
+def _from_blocks(text: str, cut: bool) -> list[Task]:
+    closed = CLOSING.search(text)
+    if cut and closed:
+        text, cut = text[: closed.start()], False  # what follows the last closing line is the loss
+    tasks = []
+    for headers in _groups(list(HEADER.finditer(text))):
+        fields = dict.fromkeys(FIELDS, "")
+        for header, end in headers:
+            content = text[header.end() : len(text) if end is None else end]
+            fields[header["field"].lower()] = SEPARATOR.sub("", content.rstrip()).strip()
+        tasks.append(Task(fields["instruction"], _input(fields["input"]), fields["output"]))
+    return tasks[:-1] if cut else tasks
+
+
+def _groups(headers: list[re.Match[str]]) -> list[list[tuple[re.Match[str], int | None]]]:
+    """Headers task by task, each with where its content ends (None: with the text).
+
+    A header counts only where a task's fields go forward, so that `Input:` and `Output:` inside
+    an answer stay text; once a reply's first header is numbered, only numbered ones count.
+    """
+    numbered = bool(headers) and headers[0]["number"] is not None
+    taken: list[list[re.Match[str]]] = []
+    for header in headers:
+        place = FIELDS.index(header["field"].lower())
+        if numbered and header["number"] is None:
+            continue
+        if place == 0:
+            taken.append([header])
+        elif taken and place > FIELDS.index(taken[-1][-1]["field"].lower()):
+            taken[-1].append(header)
+    flat = [header for group in taken for header in group]
+    ends = [*[header.start() for header in flat[1:]], None] if flat else []
+    end = dict(zip([header.start() for header in flat], ends, strict=True))
+    return [[(header, end[header.start()]) for header in group] for group in taken]
+
+
+def _from_json(text: str) -> list[Task]:
+    decoder = json.JSONDecoder(strict=False)  # models write raw newlines into strings
+    tasks: list[Task] = []
+    at = text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            tasks += _tasks_in(value)
+        at = text.find("{", end)
+    return tasks
+
+
+def _tasks_in(value: Any) -> Iterator[Task]:
+    """Every task object inside a JSON value; `{"tasks": [...]}` is a common wrapping."""
+    if isinstance(value, dict):
+        named = {str(key).strip().lower(): part for key, part in value.items()}
+        if "instruction" in named:
+            instruction, given, output = (_text(named.get(field)) for field in FIELDS)
+            yield Task(instruction, _input(given), output)
+            return
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _tasks_in(part)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _input(text: str) -> str:
+    """An input, empty where the teacher wrote that there is none."""
+    return "" if text.strip("<>()[]. \n").lower() in NO_INPUT else text

@@ -1,0 +1,256 @@
+"""The teacher: a model behind an OpenAI-compatible endpoint, asked until it gives a usable reply.
+
+The only module of the package that opens a network connection. Passing faults (429, 5xx, cut or
+hanging connections, broken JSON, empty choices) are tried again after Retry-After, or after an
+exponentially growing pause with jitter; a 429 holds back every other request too. Nothing is
+retried inside the client library, so that every attempt is seen and counted here.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+
+from alpaca.errors import UserError
+
+FIRST_PAUSE = 0.5  # seconds
+LONGEST_PAUSE = 60.0
+PASSING = {408, 409, 425, 429}  # and every 5xx
+NO_KEY = "none"  # local servers want no key, the client library wants something
+CHARACTERS_PER_TOKEN = 4  # where the endpoint reports no usage
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request; `estimated` where the endpoint did not report them."""
+
+    tokens_in: int
+    tokens_out: int
+    estimated: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply that can be read: its text, whether it was cut at the token limit, what it took."""
+
+    text: str
+    cut: bool
+    usage: Usage
+
+
+class RefusedError(Exception):
+    """The endpoint will never answer this one request (HTTP 400 or 422, a content filter)."""
+
+
+class StoppedError(Exception):
+    """The run is ending, and the request would have had to be tried again."""
+
+
+class _PassingError(Exception):
+    """One attempt failed in a way that may pass; `usage` is set when it was paid all the same."""
+
+    def __init__(self, why: str, after: float | None = None, usage: Usage | None = None) -> None:
+        super().__init__(why)
+        self.after = after
+        self.usage = usage
+
+
+@dataclass
+class Teacher:
+    """Where and how to ask.
+
+    `wasted` is called with each reply that was paid for and held nothing, so it can be counted;
+    `sleep` and `clock` are time itself, in seconds.
+    """
+
+    url: str
+    model: str
+    key: str = field(repr=False)
+    endpoint: str = "chat"
+    timeout: float = 600.0
+    retries: int = 8
+    patience: float = 900.0
+    body: dict[str, Any] = field(default_factory=dict)
+    wasted: Callable[[str, Usage], None] = lambda why, usage: None
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        """Make the client; it connects at the first request."""
+        self.stopping = False
+        self._hold_until = 0.0
+        self._jitter = random.Random()
+        self._client = openai.AsyncOpenAI(
+            base_url=self.url, api_key=self.key, max_retries=0, timeout=self.timeout
+        )
+
+    async def ask(self, prompt: str, opening: str) -> Reply:
+        """Send one request, again and again where it fails in passing, and return its reply.
+
+        `opening` begins the reply in the completion endpoint, where a model continues a text.
+
+        Raises:
+            RefusedError: this request can have no answer; others may.
+            StoppedError: `stopping` was set while it failed.
+            UserError: no request will be answered until the user changes something.
+        """
+        why = ""
+        for attempt in range(self.retries + 1):
+            while (held := self._hold_until - self.clock()) > 0:
+                await self._pause(held)
+            try:
+                return await self._attempt(prompt, opening)
+            except _PassingError as error:
+                why = self._redact(str(error))
+                if error.usage:
+                    self.wasted(why, error.usage)
+                await self._after(error, attempt)
+        raise UserError(
+            f"The teacher failed {self.retries + 1} times at one request, last: {why}.",
+            "Nothing is lost: run the same command again when the endpoint is well.",
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def _after(self, error: _PassingError, attempt: int) -> None:
+        """Wait before the next attempt, and have all requests wait where the server says so."""
+        seconds = pause(attempt, error.after, self._jitter.random())
+        if seconds > self.patience:
+            raise UserError(
+                f"The teacher asks to wait {seconds:.0f} s ({self._redact(str(error))}).",
+                "Nothing is lost: run the same command again then.",
+            )
+        if error.after is not None:
+            self._hold_until = max(self._hold_until, self.clock() + seconds)
+        else:
+            await self._pause(seconds)
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, in steps short enough to notice that the run is ending."""
+        end = self.clock() + seconds
+        while (left := end - self.clock()) > 0:
+            if self.stopping:
+                raise StoppedError
+            await self.sleep(min(left, 0.5))
+
+    async def _attempt(self, prompt: str, opening: str) -> Reply:
+        try:
+            async with asyncio.timeout(self.timeout):
+                answer = await self._send(prompt, opening)
+        except (TimeoutError, openai.APITimeoutError):
+            raise _PassingError(f"no reply within {self.timeout:g} s") from None
+        except openai.APIStatusError as error:
+            raise self._verdict(error) from None
+        except openai.APIConnectionError as error:
+            raise _PassingError(f"connection failed ({error.__cause__ or error})") from None
+        except (openai.APIError, ValueError) as error:
+            raise _PassingError(f"the reply is not JSON ({error})") from None
+        return _read(answer, prompt)
+
+    async def _send(self, prompt: str, opening: str) -> ChatCompletion | Completion:
+        if self.endpoint == "chat":
+            messages: Any = [{"role": "user", "content": prompt}]
+            return await self._client.chat.completions.create(
+                model=self.model, messages=messages, extra_body=self.body
+            )
+        return await self._client.completions.create(
+            model=self.model, prompt=prompt + opening, extra_body=self.body
+        )
+
+    def _verdict(self, error: openai.APIStatusError) -> Exception:
+        """What an HTTP error means: try again, give this request up, or give up."""
+        said = self._redact(f"HTTP {error.status_code}: {error.message}"[:400])
+        quota = "insufficient_quota" in json.dumps(error.body, default=str)
+        if error.status_code in PASSING or error.status_code >= 500:
+            if not quota:
+                return _PassingError(said, retry_after(error.response.headers, time.time()))
+        elif error.status_code in (400, 422):
+            return RefusedError(said)
+        remedy = {
+            401: "Set OPENAI_API_KEY to a key this endpoint accepts.",
+            403: "The key may not use this model: check both.",
+            404: "Check --teacher (it usually ends in /v1), --model and --endpoint.",
+            429: "The account's quota is used up; run the same command again when it is not.",
+        }
+        return UserError(
+            f"The teacher at {self.url} refuses: {said}",
+            remedy.get(error.status_code, "Check --teacher, --model and OPENAI_API_KEY."),
+        )
+
+    def _redact(self, text: str) -> str:
+        """Servers quote keys in their errors; nothing we print or write may hold one."""
+        return text.replace(self.key, "[key]") if self.key != NO_KEY else text
+
+
+def base_url(text: str) -> str:
+    """The endpoint's URL; one without a path gets /v1. Raises UserError when it is no URL."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UserError(f"--teacher {text} is no URL.", "Example: http://localhost:8000/v1")
+    return text if parts.path.strip("/") else text.rstrip("/") + "/v1"
+
+
+def pause(attempt: int, after: float | None, jitter: float) -> float:
+    """Seconds before the next attempt: what the server asks, else 0.5 s doubling up to 60 s.
+
+    `jitter` (0 to 1) shortens our own pauses by up to half and lengthens the server's by up to a
+    tenth, so that requests which failed together do not come back together.
+    """
+    if after is not None:
+        return after * (1 + jitter / 10)
+    return float(min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * (1 - jitter / 2))
+
+
+def retry_after(headers: Any, now: float) -> float | None:
+    """Seconds a response asks to wait: retry-after-ms, or Retry-After (RFC 9110, 10.2.3)."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name)
+        try:
+            if value is not None and float(value) >= 0:
+                return float(value) * unit
+        except ValueError:
+            try:
+                return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+            except ValueError:
+                continue
+    return None
+
+
+def _read(answer: ChatCompletion | Completion, prompt: str) -> Reply:
+    """The text of a completion object, which the client library builds without validation."""
+    choices = getattr(answer, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = getattr(choice, "message", None)
+    text = getattr(choice, "text", None) or getattr(message, "content", None) or ""
+    usage = _usage(getattr(answer, "usage", None), prompt, text)
+    finish = getattr(choice, "finish_reason", None)
+    if isinstance(text, str) and text.strip():
+        return Reply(text, finish == "length", usage)
+    if finish == "content_filter":
+        raise RefusedError("the endpoint's content filter removed the reply")
+    why = "the reply is empty" if choice else "the reply has no choices"
+    raise _PassingError(why, usage=usage)
+
+
+def _usage(reported: Any, prompt: str, text: str) -> Usage:
+    tokens_in = getattr(reported, "prompt_tokens", None)
+    tokens_out = getattr(reported, "completion_tokens", None)
+    if isinstance(tokens_in, int) and isinstance(tokens_out, int):
+        return Usage(tokens_in, tokens_out)
+    return Usage(estimate(prompt), estimate(text), estimated=True)
+
+
+def estimate(text: str) -> int:
+    """About how many tokens a text is."""
+    return len(text) // CHARACTERS_PER_TOKEN + 1

@@ -1,0 +1,220 @@
+"""`python -m alpaca demo`: the whole way, small but real, on any machine.
+
+Fetches a real base model, converts it, fine-tunes it on this project's seed tasks, serves the
+result with Cog's server, and asks it three questions over HTTP with curl. Each stage is the
+command a person would type, and each is skipped when its result is already there.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alpaca import atomic, passport
+from alpaca.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = Path("weights/smollm2-135m")
+OUT = Path("alpaca_out")
+DATA = Path("data/seed_tasks.jsonl")
+# One pass over 85% of the seed tasks: enough to see the held-out loss fall, in minutes on 2 cores.
+RECIPE = {
+    "--model_name_or_path": BASE,
+    "--data_path": DATA,
+    "--output_dir": OUT,
+    "--eval_fraction": 0.15,
+    "--num_train_epochs": 1,
+    "--per_device_train_batch_size": 4,
+    "--gradient_accumulation_steps": 2,
+    "--learning_rate": 1e-4,
+    "--bf16": True,
+}
+PROMPTS = (
+    "tell me something about รามาเกียรติ์",
+    "Why is the sky blue?",
+    "Give me three tips for sleeping better.",
+)
+LIMITS = {"total_tokens": 160, "temperature": 0.5, "repetition_penalty": 1.1}
+START_SECONDS = 120
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the verb."""
+    made = argparse.ArgumentParser(
+        description="Fetch, convert, train, serve and ask: the whole way on any machine."
+    )
+    made.add_argument("--keep", action="store_true", help="leave the server running at the end")
+    made.add_argument("--port", type=int, default=5000, help="port to serve on (%(default)s)")
+    return made
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run all stages; what they made stays, so a second run is short.
+
+    Raises:
+        UserError: a stage failed; its own message stands above.
+    """
+    if shutil.which("curl") is None:
+        raise UserError("The demo asks its questions with curl, which is not installed.",
+                        "On Debian and Ubuntu: apt-get install curl")  # fmt: skip
+    demo = Demo(arguments.port, keep=arguments.keep)
+    demo.stage("fetch", "A base model", demo.fetch)
+    demo.stage("convert", "To a Hugging Face folder", demo.convert)
+    demo.stage("train", "Fine-tuning on our seed tasks", demo.train)
+    demo.stage("serve", "Serving the trained model with Cog, and asking it", demo.serve)
+    demo.finish()
+
+
+class Demo:
+    """The stages, and the facts they leave in `alpaca_out/demo.json`."""
+
+    def __init__(self, port: int, *, keep: bool) -> None:
+        """`keep`: leave the server running on `port`."""
+        self.port = port
+        self.keep = keep
+        self.seconds: dict[str, float] = {}
+        self.answers: list[dict[str, str]] = []
+
+    def stage(self, name: str, headline: str, body: Callable[[], None]) -> None:
+        """Run one stage under its headline, and time it."""
+        print(f"\n=== {len(self.seconds) + 1}. {headline}\n", flush=True)
+        started = time.monotonic()
+        body()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+
+    def fetch(self) -> None:
+        """Bring the default model into unconverted-weights/."""
+        command("fetch")
+
+    def convert(self) -> None:
+        """Write weights/smollm2-135m/, unless it is complete."""
+        if passport.read(ROOT / BASE) is not None:
+            print(f"{BASE} is there already")
+            return
+        command("convert", "--model_size", BASE.name)
+
+    def train(self) -> None:
+        """Fine-tune; train.py itself knows when exactly this run is already done."""
+        flags = [str(word) for pair in RECIPE.items() for word in pair]
+        execute([sys.executable, "train.py", *flags])
+
+    def serve(self) -> None:
+        """Start the server, ask, and stop it unless it is to be kept."""
+        with self.server():
+            for prompt in PROMPTS:
+                self.ask(prompt)
+
+    @contextmanager
+    def server(self) -> Iterator[None]:
+        """The running server; its output goes to .cache/demo-server.log."""
+        log = ROOT / ".cache/demo-server.log"
+        log.parent.mkdir(exist_ok=True)
+        words = [sys.executable, "-m", "alpaca", "serve", "--weights", str(OUT)]
+        words += ["--port", str(self.port)]
+        print(f"$ ./script/serve --weights {OUT} --port {self.port}", flush=True)
+        with open(log, "w") as output:
+            # A session of its own: Ctrl-C then reaches us alone, and we stop the server properly.
+            process = subprocess.Popen(
+                words, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+            )
+        kept = False
+        try:
+            self.wait(process, log)
+            yield
+            kept = self.keep
+        finally:
+            if not kept:
+                stop(process)
+        if kept:
+            print(f"\nThe server goes on; stop it with: kill {process.pid}")
+
+    def wait(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+        """Wait until the health check says READY."""
+        url = f"http://127.0.0.1:{self.port}/health-check"
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise UserError(f"The server did not start:\n{log.read_text()[-2000:]}")
+            answer = subprocess.run(["curl", "-s", url], capture_output=True, text=True)
+            status = json.loads(answer.stdout)["status"] if answer.stdout else "STARTING"
+            if status == "READY":
+                return
+            if status not in ("STARTING", "BUSY"):
+                raise UserError(f"The server says {status}:\n{log.read_text()[-2000:]}")
+            time.sleep(0.5)
+        raise UserError(f"The server was not ready within {START_SECONDS} s.", f"See {log}.")
+
+    def ask(self, prompt: str) -> None:
+        """Send one prediction with curl, showing the line, and print the answer."""
+        body = json.dumps({"input": {"prompt": prompt, **LIMITS}}, ensure_ascii=False)
+        words = ["curl", "-s", f"http://127.0.0.1:{self.port}/predictions"]
+        words += ["-H", "Content-Type: application/json", "-d", body]
+        print(f"\n$ {self.curl_line(body)}", flush=True)
+        reply = subprocess.run(words, capture_output=True, text=True)
+        answer: dict[str, Any] = json.loads(reply.stdout) if reply.stdout else {}
+        if answer.get("status") != "succeeded":
+            raise UserError(f"The server answered: {reply.stdout or reply.stderr}")
+        print(answer["output"][0].strip(), flush=True)
+        self.answers.append({"prompt": prompt, "answer": answer["output"][0]})
+
+    def curl_line(self, body: str) -> str:
+        """The request as a line to paste into a shell."""
+        quoted = body.replace("'", "'\\''")
+        return (
+            f"curl -s http://127.0.0.1:{self.port}/predictions "
+            f"-H 'Content-Type: application/json' -d '{quoted}'"
+        )
+
+    def finish(self) -> None:
+        """Write demo.json and say what was reached."""
+        trained = passport.read(ROOT / OUT)
+        assert trained is not None
+        before, after = (trained["result"][f"eval_loss_{when}"] for when in ("before", "after"))
+        facts = {
+            "seconds": self.seconds,
+            "loss_before": before,
+            "loss_after": after,
+            "answers": self.answers,
+        }
+        text = json.dumps(facts, indent=1, ensure_ascii=False)
+        atomic.write_text(ROOT / OUT / "demo.json", text + "\n")
+        spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        print(f"\n=== Done: held-out loss {before:.3f} before, {after:.3f} after ({spent})")
+        print(f"The model is in {OUT}/, the facts are in {OUT}/demo.json.")
+        if self.keep:
+            body = json.dumps({"input": {"prompt": "Name a colour.", **LIMITS}})
+            print(f"Ask it: {self.curl_line(body)}")
+        else:
+            print("Serve it: ./script/serve")
+
+
+def command(*words: str) -> None:
+    """Run one verb of this program."""
+    execute([sys.executable, "-m", "alpaca", *words])
+
+
+def execute(words: list[str]) -> None:
+    """Run a command a person could type, showing it; raises UserError when it fails."""
+    print("$", "python", *words[1:], flush=True)
+    code = subprocess.run(words, cwd=ROOT).returncode
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if code:
+        raise UserError("The demo stops here; the reason stands above.", "Then run it again.")
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a server with SIGTERM, or harder when it does not listen."""
+    process.terminate()
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,184 @@
+"""The trainer's flags: one frozen dataclass, and the names people type since 2023.
+
+The flags are those of the published command, which the Hugging Face Trainer of 2023 defined.
+Renamed flags are accepted under both names; flags that no longer matter are accepted with one
+line of notice; an unknown one is refused with its nearest match.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from alpaca.errors import UserError
+
+
+def flag(default: Any, text: str, *choices: str) -> Any:
+    """A field with its line of `--help` and, where there are, its allowed values."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All settings of a training run; the defaults are the published recipe."""
+
+    model_name_or_path: Path = flag(Path("weights/smollm2-135m"), "folder with the base model")
+    data_path: Path = flag(Path("data/seed_tasks.jsonl"), "Alpaca-format JSON or JSONL")
+    output_dir: Path = flag(Path("alpaca_out"), "folder for the trained model")
+    overwrite_output_dir: bool = flag(False, "replace another run's model in output_dir")
+    tokenizer_name_or_path: Path | None = flag(None, "tokenizer folder, if not the model's")
+    model_max_length: int = flag(512, "longest example in tokens; more is cut off and counted")
+    joint_tokenization: bool = flag(False, "tokenize prompt and answer as one text, as in 2023")
+
+    num_train_epochs: float = flag(3.0, "passes over the data")
+    max_steps: int = flag(-1, "stop after this many optimizer steps instead")
+    per_device_train_batch_size: int = flag(4, "examples a device takes at once")
+    gradient_accumulation_steps: int = flag(8, "batches that make one optimizer step")
+    learning_rate: float = flag(2e-5, "peak of the schedule")
+    lr_scheduler_type: str = flag("cosine", "schedule", "cosine", "linear", "constant")
+    warmup_ratio: float = flag(0.03, "share of all steps in which the learning rate rises")
+    warmup_steps: int = flag(0, "the same as a number of steps; wins over the ratio")
+    weight_decay: float = flag(0.0, "AdamW's weight decay (not on norms and biases)")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    seed: int = flag(42, "decides the order of the data")
+
+    eval_data_path: Path | None = flag(None, "held-out examples")
+    eval_fraction: float = flag(0.0, "share of data_path to hold out instead")
+    eval_strategy: str = flag("no", "when to evaluate", "no", "steps", "epoch")
+    eval_steps: int = flag(500, "steps between evaluations")
+    logging_steps: int = flag(1, "steps between lines of log.jsonl")
+
+    bf16: bool = flag(False, "compute in bf16 where the hardware is fast at it (weights stay fp32)")
+    tf32: bool = flag(False, "allow TF32 matrix products (Ampere and newer GPUs)")
+    packing: bool = flag(True, "pack examples without padding; False pads as in 2023")
+    max_tokens_per_pack: int = flag(0, "0: per_device_train_batch_size x model_max_length")
+
+    @property
+    def pack_tokens(self) -> int:
+        """The most tokens one forward pass holds, which is what bounds the memory."""
+        batch = self.per_device_train_batch_size * self.model_max_length
+        return self.max_tokens_per_pack or batch
+
+
+# 2023 name: today's field
+RENAMED = {"evaluation_strategy": "eval_strategy"}
+
+# Flags of the published commands that change nothing here, each with the reason.
+WITHOUT_EFFECT = {
+    "cache_dir": "nothing is downloaded",
+    "fsdp": "one process needs no sharding",
+    "fsdp_transformer_layer_cls_to_wrap": "the decoder layer is found from the model",
+    "optim": "AdamW, fused, is what trains here",
+    "per_device_eval_batch_size": "evaluation packs examples as training does",
+    "report_to": "the log is OUTPUT_DIR/log.jsonl",
+    "save_steps": "the model is saved at the end",
+    "save_strategy": "the model is saved at the end",
+    "save_total_limit": "the model is saved at the end",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of train.py."""
+    made = argparse.ArgumentParser(
+        prog="train.py",
+        description="Fine-tune a LLaMA-family model on Alpaca-format data.",
+        epilog="One process:   python train.py --data_path alpaca_data.json\n"
+        "Also accepted: " + ", ".join(f"--{name}" for name in [*RENAMED, *WITHOUT_EFFECT]),
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    for name, kind, spec in _flags():
+        made.add_argument(
+            f"--{name}",
+            **_reader(kind),
+            default=spec.default,
+            choices=spec.metadata["choices"] or None,
+            metavar=name.rpartition("_")[2].upper(),
+            help=f"{spec.metadata['help']} [{spec.default}]",
+        )
+    return made
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """One line a flag, so that all of them fit on one screen."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=44, width=120)
+
+
+def _flags() -> list[tuple[str, Any, dataclasses.Field[Any]]]:
+    hints = get_type_hints(Arguments)
+    return [(spec.name, hints[spec.name], spec) for spec in dataclasses.fields(Arguments)]
+
+
+def _reader(kind: Any) -> dict[str, Any]:
+    """How argparse reads a field of this type; `--flag` alone means True, as in 2023."""
+    if kind is bool:
+        return {"type": _truth, "nargs": "?", "const": True}
+    inner = [part for part in get_args(kind) if part is not type(None)]
+    return {"type": inner[0] if inner else kind}
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return words[text.lower()]
+
+
+def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
+    """Read a command line; returns the arguments and the notices to print once.
+
+    Raises:
+        UserError: an unknown flag, or values that cannot work together. A value of the wrong
+            type ends in argparse's own message, exit code 2.
+    """
+    known = {name for name, _, _ in _flags()}
+    kept: list[str] = []
+    notices: list[str] = []
+    ignoring = False
+    for word in argv:
+        if not word.startswith("--"):
+            if not ignoring:
+                kept.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = RENAMED.get(name, name)
+        ignoring = name in WITHOUT_EFFECT
+        if ignoring:
+            notices.append(f"--{name} has no effect: {WITHOUT_EFFECT[name]}")
+            continue
+        if name not in known | {"help"}:
+            raise UserError(f"train.py knows no flag --{name}.", _nearest(name, known))
+        kept.append(f"--{name}{equals}{value}")
+    arguments = Arguments(**vars(parser().parse_args(kept)))
+    check(arguments)
+    return arguments, notices
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    if name == "deepspeed":
+        return "Use --fsdp full_shard, which shards as ZeRO stage 3 does."
+    match = difflib.get_close_matches(name, [*known, *RENAMED, *WITHOUT_EFFECT], n=1)
+    return f"Did you mean --{match[0]}?" if match else "python train.py --help lists all of them."
+
+
+def check(arguments: Arguments) -> None:
+    """Raise UserError where a value, or two together, cannot work."""
+    for name in ("model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
+    if not 0 <= arguments.eval_fraction < 1:
+        raise UserError(f"--eval_fraction must be in [0, 1), not {arguments.eval_fraction}.")
+    if arguments.eval_fraction and arguments.eval_data_path:
+        raise UserError("--eval_fraction and --eval_data_path exclude each other.", "Give one.")
+    if arguments.pack_tokens < arguments.model_max_length:
+        raise UserError(
+            f"--max_tokens_per_pack {arguments.max_tokens_per_pack} cannot hold one example of "
+            f"--model_max_length {arguments.model_max_length}.",
+            "Raise the first or lower the second.",
+        )
+    if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
+        raise UserError("Nothing to train: --num_train_epochs and --max_steps leave no step.")

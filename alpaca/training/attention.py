@@ -1,0 +1,141 @@
+"""Attention for packs, registered with transformers under the name `alpaca_packed`.
+
+Each segment of a pack attends, causally and aligned at the end, to its shared prefix and to
+itself. With a gather of the prefix's keys and values that is ordinary variable-length attention:
+`varlen_attn` on CUDA, one `scaled_dot_product_attention` a segment on CPU. No model code is
+touched: the pack's index travels through the model's keyword arguments.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from alpaca.training.packing import Segment
+
+NAME = "alpaca_packed"
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """Where each segment's queries, keys and values are.
+
+    gather: (keys,) positions in the pack; segment s attends with queries
+    `cu_q[s]:cu_q[s+1]` of the pack to keys `gather[cu_k[s]:cu_k[s+1]]`. All int; cu_* int32.
+    """
+
+    segments: tuple[Segment, ...]
+    gather: torch.Tensor
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+
+
+def index(segments: Sequence[Segment], device: torch.device) -> PackIndex:
+    """The index tensors of a pack, on `device`."""
+    keys = [[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in segments]
+    ends = torch.tensor([0] + [s.end for s in segments], dtype=torch.int32)
+    counts = torch.tensor([0] + [len(k) for k in keys])
+    return PackIndex(
+        segments=tuple(segments),
+        gather=torch.tensor([i for k in keys for i in k], device=device),
+        cu_q=ends.to(device),
+        cu_k=counts.cumsum(0).to(torch.int32).to(device),
+        max_q=max(s.end - s.start for s in segments),
+        max_k=int(counts.max()),
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    pack: PackIndex,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: (1, heads, tokens, head_dim) to (1, tokens, ...)."""
+    run = _varlen if query.is_cuda else _segmentwise
+    out = run(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling, pack
+    )
+    return out.unsqueeze(0), None
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, pack: PackIndex
+) -> torch.Tensor:
+    """CUDA: one fused kernel over all segments; (tokens, heads, head_dim) in and out."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
+    if "enable_gqa" in known:
+        causal["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    out: Any = varlen_attn(
+        query.contiguous(), key[pack.gather], value[pack.gather],
+        pack.cu_q, pack.cu_k, pack.max_q, pack.max_k, scale=scaling, **causal,
+    )  # fmt: skip
+    return cast(torch.Tensor, out)
+
+
+def _segmentwise(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, pack: PackIndex
+) -> torch.Tensor:
+    """CPU: one call a segment; (tokens, heads, head_dim) in and out.
+
+    The pack is split once and joined once: a slice a segment would make the backward pass
+    write a gradient as large as the whole pack for each of them.
+    """
+    sizes = [s.end - s.start for s in pack.segments]
+    starts = {s.start: at for at, s in enumerate(pack.segments)}
+    pieces = [t.transpose(0, 1).split(sizes, dim=1) for t in (query, key, value)]
+    results = []
+    for s, q, k, v in zip(pack.segments, *pieces, strict=True):
+        shared = s.prefix_end - s.prefix_start
+        if shared:
+            prefix = starts[s.prefix_start]
+            k = torch.cat([pieces[1][prefix], k], dim=1)
+            v = torch.cat([pieces[2][prefix], v], dim=1)
+        mask = _lower(shared, q.shape[1], query.dtype)
+        results.append(
+            F.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None,
+                scale=scaling, enable_gqa=q.shape[0] != k.shape[0],
+            )[0]
+        )  # fmt: skip
+    return torch.cat(results, dim=1).transpose(0, 1)
+
+
+def _lower(shared: int, own: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Additive mask (own, shared + own), causal, aligned at the end; None: plain causal."""
+    if not shared:
+        return None
+    return _triangle(shared, 1 << (own - 1).bit_length(), dtype)[:own, : shared + own]
+
+
+@lru_cache(maxsize=64)
+def _triangle(shared: int, own: int, dtype: torch.dtype) -> torch.Tensor:
+    blocked = torch.ones(own, shared + own, dtype=torch.bool).triu(diagonal=shared + 1)
+    return torch.zeros(own, shared + own, dtype=dtype).masked_fill(blocked, -torch.inf)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The pack's index says who sees whom; transformers need not build a mask."""
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _no_mask)

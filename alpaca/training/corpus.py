@@ -1,0 +1,159 @@
+"""Tokenize once: the data set as flat arrays on disk, memory-mapped by every rank.
+
+The cache is named by what it depends on (data, tokenizer, templates, length), so it can never be
+stale; it is made before any process group exists, so no collective times out waiting for it.
+"""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from alpaca import atomic
+from alpaca.passport import sha256
+from alpaca.prompt import template_hash
+from alpaca.records import Record, read_records
+from alpaca.tokens import Codec
+
+CHUNK = 2000
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Examples as token ids; example i is `ids[offsets[i]:offsets[i+1]]`.
+
+    ids: int32 (tokens,), offsets: int64 (examples + 1,), prompt_lengths: int32 (examples,),
+    kinds: uint8 (examples,), 0 without and 1 with input; prefix_lengths: for each kind, how many
+    leading tokens all its examples share.
+    """
+
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    prompt_lengths: npt.NDArray[np.int32]
+    kinds: npt.NDArray[np.uint8]
+    prefix_lengths: tuple[int, int]
+    truncated: int
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.kinds)
+
+    def example(self, index: int) -> npt.NDArray[np.int32]:
+        """Token ids of one example."""
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def length(self, index: int) -> int:
+        """Tokens of one example."""
+        return int(self.offsets[index + 1] - self.offsets[index])
+
+    def targets(self, index: int) -> int:
+        """Tokens of one example that are trained on."""
+        return self.length(index) - int(self.prompt_lengths[index])
+
+    @property
+    def without_targets(self) -> int:
+        """Examples whose prompt alone fills the limit: they teach nothing."""
+        return int((np.diff(self.offsets) <= self.prompt_lengths).sum())
+
+
+def open_corpus(
+    data: Path, codec: Codec, cache: Path, max_length: int, *, joint: bool = False
+) -> Corpus:
+    """Read, check and tokenize a data set, or open what an earlier run left in `cache`.
+
+    Raises:
+        UserError: as `read_records`.
+    """
+    if not data.is_file():
+        read_records(data)  # explains what is wrong
+    backend = codec.tokenizer.backend_tokenizer.to_str()
+    parts = [
+        FORMAT,
+        sha256(data),
+        backend,
+        codec.bos,
+        codec.eos,
+        template_hash(),
+        max_length,
+        joint,
+    ]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    folder = cache / f"tokens-{key}"
+    if not folder.exists():
+        with _lock(cache / f"tokens-{key}.lock"):
+            if not folder.exists():  # another rank may have made it while this one waited
+                _build(folder, read_records(data), codec, max_length, joint)
+    return _load(folder)
+
+
+def _build(
+    folder: Path, records: Sequence[Record], codec: Codec, max_length: int, joint: bool
+) -> None:
+    ids: list[npt.NDArray[np.int32]] = []
+    lengths, prompts, truncated = [0], [], 0
+    for start in tqdm(range(0, len(records), CHUNK), desc="tokenize", unit="chunk", disable=None):
+        for example in codec.examples(records[start : start + CHUNK], max_length, joint=joint):
+            ids.append(np.asarray(example.ids, dtype=np.int32))
+            lengths.append(len(example.ids))
+            prompts.append(example.prompt_length)
+            truncated += example.truncated
+    kinds = np.asarray([bool(record.input) for record in records], dtype=np.uint8)
+    with atomic.folder(folder) as partial:
+        np.save(partial / "ids.npy", np.concatenate(ids))
+        np.save(partial / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
+        np.save(partial / "prompt_lengths.npy", np.asarray(prompts, dtype=np.int32))
+        np.save(partial / "kinds.npy", kinds)
+        facts = {"prefix_lengths": _shared(ids, prompts, kinds), "truncated": truncated}
+        (partial / "facts.json").write_text(json.dumps(facts))
+
+
+def _load(folder: Path) -> Corpus:
+    def array(name: str) -> Any:
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+    facts = json.loads((folder / "facts.json").read_text())
+    return Corpus(
+        ids=array("ids"),
+        offsets=array("offsets"),
+        prompt_lengths=array("prompt_lengths"),
+        kinds=array("kinds"),
+        prefix_lengths=tuple(facts["prefix_lengths"]),
+        truncated=facts["truncated"],
+    )
+
+
+def _shared(
+    ids: Sequence[npt.NDArray[np.int32]], prompts: Sequence[int], kinds: npt.NDArray[np.uint8]
+) -> list[int]:
+    """For each kind, how many leading tokens all its examples have in common (no targets)."""
+    found = []
+    for kind in (0, 1):
+        members = [int(i) for i in np.flatnonzero(kinds == kind)]
+        if len(members) < 2:
+            found.append(0)
+            continue
+        first = ids[members[0]]
+        common = min(prompts[i] for i in members)
+        for i in members:
+            differ = np.flatnonzero(ids[i][:common] != first[:common])
+            common = int(differ[0]) if len(differ) else common
+        found.append(common)
+    return found
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a file lock; the kernel drops it when the process dies, so none is ever stale."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

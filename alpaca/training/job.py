@@ -1,0 +1,66 @@
+"""Training as a child process group: what Cog's training API starts, follows and can cancel."""
+
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import torch
+
+from alpaca import atomic
+from alpaca.errors import UserError
+
+GRACE_SECONDS = 4.0
+
+
+def launch(flags: list[str], root: Path) -> None:
+    """Run train.py on all GPUs, or on two CPU ranks; its output is this process's output.
+
+    Whatever ends the wait, cancellation included, ends the whole process group.
+
+    Raises:
+        UserError: the job failed; its message stands in the output.
+    """
+    ranks = torch.cuda.device_count() or 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", "train.py", *flags]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    job = subprocess.Popen(
+        command, cwd=root, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        assert job.stdout is not None
+        for line in job.stdout:
+            print(line, end="", flush=True)
+        code = job.wait()
+    finally:
+        end_group(job)
+    if code:
+        raise UserError(f"Training failed with exit code {code}.", "The reason stands above.")
+
+
+def end_group(job: "subprocess.Popen[str]") -> None:
+    """End a job and all its children: SIGTERM, and SIGKILL for what is left after 4 s."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(job.pid, number)
+            job.wait(GRACE_SECONDS)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def archive(folder: Path, path: Path) -> Path:
+    """Pack a model folder's files (not its log and checkpoints) as a tar file; returns `path`."""
+    partial = atomic.partial_path(path)
+    with tarfile.open(partial, "w") as tar:
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.suffix != ".jsonl":
+                tar.add(file, arcname=file.name)
+    atomic.sync(partial)
+    partial.replace(path)
+    return path

@@ -1,0 +1,169 @@
+"""Examples of one optimizer step to packs: no padding, and the template computed once per pack.
+
+Pure functions over token ids. A pack is one long sequence: for each kind of example present, the
+tokens all examples of that kind start with (the shared prefix), then each example's own tokens.
+Positions are those the example would have alone, and an example's queries see its prefix and
+its own tokens only, so losses and gradients are those of the padded recipe, step by step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from alpaca.training.corpus import Corpus
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens `start:end` of a pack attend, causally, to `prefix_start:prefix_end` and themselves.
+
+    A prefix is a segment too: one without a prefix of its own.
+    """
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One forward pass.
+
+    ids, positions: (tokens,). segments cover the tokens without gap, in order.
+    sources: (targets,) positions in the pack whose hidden state predicts labels: (targets,).
+    """
+
+    ids: Ints
+    positions: Ints
+    segments: tuple[Segment, ...]
+    sources: Ints
+    labels: Ints
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence."""
+        return len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """How many tokens it is trained on."""
+        return len(self.labels)
+
+
+def build(corpus: Corpus, members: Sequence[int], *, padded: bool = False) -> Pack:
+    """Lay the examples `members` out as one pack.
+
+    `padded` is the recipe of 2023, for comparison: no shared prefix, and every example followed
+    by tokens that nobody looks at, up to the length of the longest.
+    """
+    ids: list[npt.NDArray[np.int32]] = []
+    positions, sources, labels, segments = [], [], [], []
+    at = 0
+    longest = max(corpus.length(i) for i in members) if padded else 0
+    for kind in (0, 1):
+        group = [i for i in members if corpus.kinds[i] == kind]
+        if not group:
+            continue
+        shared = 0 if padded else corpus.prefix_lengths[kind]
+        prefix_start, prefix_end = at, at + shared
+        if shared:
+            ids.append(corpus.example(group[0])[:shared])
+            positions.append(np.arange(shared))
+            segments.append(Segment(prefix_start, prefix_end, prefix_start, prefix_start))
+            at = prefix_end
+        for i in group:
+            own = corpus.example(i)[shared:]
+            if not len(own):  # cut off inside the prefix: nothing of its own is left
+                continue
+            prompt = int(corpus.prompt_lengths[i]) - shared
+            size = max(len(own), longest)
+            ids.append(np.pad(own, (0, size - len(own))))
+            positions.append(np.arange(shared, shared + size))
+            segments.append(Segment(at, at + size, prefix_start, prefix_end))
+            source = at - 1 + np.arange(prompt, len(own))
+            if prompt == 0 and len(source):  # the prefix's last token predicts the first target
+                source[0] = prefix_end - 1
+            sources.append(source)
+            labels.append(own[prompt:])
+            at += size
+    return Pack(
+        ids=_join(ids), positions=_join(positions), segments=tuple(segments),
+        sources=_join(sources), labels=_join(labels),
+    )  # fmt: skip
+
+
+def _join(parts: Sequence[npt.NDArray[np.integer]]) -> Ints:
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+
+
+def distribute(
+    corpus: Corpus, members: Sequence[int], capacity: int, world_size: int
+) -> list[list[list[int]]]:
+    """Share a step's examples out: `[rank][pack]` lists of members.
+
+    Every rank gets the same number of packs, the fewest that hold all examples within `capacity`
+    tokens each; longest first into the emptiest pack, which levels the load. A rank may get an
+    empty pack where there are fewer examples than packs.
+    """
+    shared = corpus.prefix_lengths
+    own = {i: corpus.length(i) - shared[corpus.kinds[i]] for i in members}
+    longest_first = sorted(members, key=lambda i: (-own[i], i))
+    total = sum(own.values()) + sum(shared)
+    count = max(1, -(-total // (capacity * world_size)))
+    while (packs := _fill(corpus, longest_first, own, capacity, count * world_size)) is None:
+        count += 1
+    return [packs[rank::world_size] for rank in range(world_size)]
+
+
+def batches(members: Sequence[int], batch: int, world_size: int) -> list[list[list[int]]]:
+    """Share a step's examples out as in 2023: `[rank][batch]`, in order, `batch` at a time."""
+    count = -(-len(members) // (batch * world_size))
+    pieces = [list(members[start : start + batch]) for start in range(0, len(members), batch)]
+    pieces += [[] for _ in range(count * world_size - len(pieces))]
+    return [pieces[rank::world_size] for rank in range(world_size)]
+
+
+def _fill(
+    corpus: Corpus, ordered: Sequence[int], own: dict[int, int], capacity: int, count: int
+) -> list[list[int]] | None:
+    """Put examples into `count` packs, or return None when one of them does not fit."""
+    packs: list[list[int]] = [[] for _ in range(count)]
+    kinds: list[set[int]] = [set() for _ in range(count)]
+    load = [0] * count
+    for i in ordered:
+        kind = int(corpus.kinds[i])
+
+        def after(pack: int, i: int = i, kind: int = kind) -> int:
+            return load[pack] + own[i] + (kind not in kinds[pack]) * corpus.prefix_lengths[kind]
+
+        best = min(range(count), key=after)
+        if after(best) > capacity:
+            return None
+        load[best] = after(best)
+        kinds[best].add(kind)
+        packs[best].append(i)
+    return packs
+
+
+def padded_tokens(corpus: Corpus, members: Sequence[int], batch: int) -> int:
+    """Tokens the recipe of 2023 computes: batches of `batch`, each padded to its longest."""
+    lengths = [corpus.length(i) for i in members]
+    batches = [lengths[start : start + batch] for start in range(0, len(lengths), batch)]
+    return sum(max(lengths) * len(lengths) for lengths in batches)
+
+
+def idle(corpus: Corpus, member: int) -> Pack:
+    """A pack with one example's first token and no targets, for a rank that has no example."""
+    nothing = np.zeros(0, dtype=np.int64)
+    return Pack(
+        ids=corpus.example(member)[:1].astype(np.int64),
+        positions=np.zeros(1, dtype=np.int64),
+        segments=(Segment(0, 1, 0, 0),),
+        sources=nothing,
+        labels=nothing,
+    )

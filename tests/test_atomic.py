@@ -1,0 +1,99 @@
+"""Complete or absent, wherever the writer is stopped."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from alpaca import atomic
+from alpaca.errors import UserError, exit_code
+
+
+class StoppedError(Exception):
+    pass
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in files}
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    for text in ("old", "new"):
+        with atomic.folder(final) as partial:
+            assert partial.parent == tmp_path  # same disk, or the rename would not be atomic
+            (partial / "sub").mkdir()
+            (partial / "sub/weights").write_text(text)
+        assert contents(tmp_path) == {"model/sub/weights": text}
+
+
+def test_a_writer_that_fails_leaves_the_old_folder_untouched(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    with atomic.folder(final) as partial:
+        (partial / "weights").write_text("old")
+
+    def stopped() -> None:
+        with atomic.folder(final) as partial:
+            (partial / "weights").write_text("half")
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        stopped()
+    assert contents(final) == {"weights": "old"}
+    with atomic.folder(final, keep_partial=True) as partial:
+        assert contents(partial) == {"weights": "half"}  # a resuming writer finds it
+    assert contents(final) == {"weights": "half"}
+
+
+def test_a_partial_folder_is_cleared_unless_the_writer_resumes(tmp_path: Path) -> None:
+    stale = atomic.partial_path(tmp_path / "model")
+    stale.mkdir()
+    (stale / "leftover").write_text("x")
+    with atomic.folder(tmp_path / "model") as partial:
+        (partial / "weights").write_text("new")
+    assert contents(tmp_path) == {"model/weights": "new"}
+
+
+def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path) -> None:
+    final, aside = tmp_path / "model", tmp_path / ".model.old"
+    aside.mkdir()
+    (aside / "weights").write_text("old")
+    atomic.recover(final)
+    assert contents(tmp_path) == {"model/weights": "old"}
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new/folder/log.json"
+    atomic.write_text(path, "ส้ม")
+    assert path.read_text(encoding="utf-8") == "ส้ม"
+    os.chmod(path, 0o644)
+    atomic.write_text(path, "second")
+    assert contents(tmp_path) == {"new/folder/log.json": "second"}
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "shown"),
+    [
+        (None, 0, ""),
+        (UserError("It broke.", "Mend it."), 2, "prog: error: It broke.\n  Mend it.\n"),
+        (KeyboardInterrupt(), 130, "\nprog: stopped; run the same command again to go on\n"),
+    ],
+)
+def test_exit_codes(
+    raised: BaseException | None, code: int, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        if raised:
+            raise raised
+
+    assert exit_code("prog", body) == code
+    assert capsys.readouterr().err == shown
+
+
+def test_bugs_keep_their_traceback() -> None:
+    def body() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        exit_code("prog", body)

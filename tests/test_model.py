@@ -1,0 +1,112 @@
+"""Model folders: what loads, what is refused, what a passport records."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from alpaca import model, passport
+from alpaca.errors import UserError
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "llama-tiny"))
+
+
+def test_a_folder_loads_in_the_type_asked_for(folder: Path) -> None:
+    loaded = model.load_model(folder, torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert not loaded.training
+
+
+@pytest.mark.parametrize(
+    ("remove", "expected"),
+    [
+        ("*", "There is no model folder"),
+        ("config.json", "no config.json"),
+        ("*.safetensors", r"no \*"),
+    ],
+)
+def test_incomplete_folders_are_refused_with_a_remedy(
+    folder: Path, remove: str, expected: str
+) -> None:
+    if remove == "*":
+        shutil.rmtree(folder)
+    else:
+        next(folder.glob(remove)).unlink()
+    with pytest.raises(UserError, match=expected) as caught:
+        model.load_model(folder, torch.float32)
+    assert caught.value.remedy
+
+
+def test_weights_that_are_pickles_are_not_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        model.load_model(folder, torch.float32)
+
+
+def test_a_folder_whose_replacement_was_cut_short_is_refused_until_it_is_finished(
+    folder: Path,
+) -> None:
+    inner = model.staging(folder)
+    for path in [p for p in folder.iterdir() if p.is_file()]:
+        shutil.copy(path, inner)
+    (inner / model.READY).touch()
+    with pytest.raises(UserError, match="being replaced"):
+        model.check_folder(folder)
+    model.finish_install(folder)
+    model.check_folder(folder)
+    assert not inner.exists()
+
+
+def test_installing_removes_shards_of_the_model_before(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").touch()
+    inner = model.staging(folder)
+    shutil.copy(folder / "model.safetensors", inner)
+    model.install(inner, folder)
+    assert [p.name for p in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert (folder / "config.json").exists()
+
+
+def test_a_passport_records_every_file_and_is_read_back(folder: Path) -> None:
+    written = passport.write(folder, made_by="test", steps=3)
+    assert passport.read(folder) == written
+    assert written["steps"] == 3
+    names = {p.name for p in folder.iterdir()} - {passport.NAME}
+    assert set(written["files"]) == names
+    assert all(passport.sha256(folder / name) == written["files"][name] for name in names)
+
+
+def test_other_templates_are_refused_and_no_passport_is_not(folder: Path) -> None:
+    passport.check_template(folder, passport.read(folder))
+    passport.write(folder, made_by="test")
+    passport.check_template(folder, passport.read(folder))
+    path = folder / passport.NAME
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"template_sha256": "0" * 64}))
+    with pytest.raises(UserError, match="other prompt templates"):
+        passport.check_template(folder, passport.read(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}', '{"made_by": "x"}'])
+def test_damaged_or_newer_passports_are_explained(folder: Path, content: str) -> None:
+    (folder / passport.NAME).write_text(content)
+    with pytest.raises(UserError, match=r"damaged|format 99"):
+        passport.read(folder)
+
+
+def test_fingerprints_tell_models_apart_with_and_without_passport(folder: Path) -> None:
+    without = passport.fingerprint(folder)
+    assert passport.fingerprint(folder) == without
+    passport.write(folder, made_by="test")
+    with_passport = passport.fingerprint(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text() + " ")
+    passport.write(folder, made_by="test")
+    assert passport.fingerprint(folder) != with_passport
+    (folder / passport.NAME).unlink()
+    assert passport.fingerprint(folder) != without

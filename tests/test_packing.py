@@ -1,0 +1,222 @@
+"""Packs: every example once, within capacity, and the same loss and gradient as padding."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from alpaca.model import load_tokenizer
+from alpaca.tokens import Codec
+from alpaca.training import attention, loss, packing
+from alpaca.training.corpus import Corpus, open_corpus
+from alpaca.training.loss import TargetLoss
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def corpus(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """The seed tasks cut at 160 tokens, so that some are truncated."""
+    codec = Codec(load_tokenizer(tiny_model))
+    cache = tmp_path_factory.mktemp("cache")
+    return open_corpus(ROOT / "data/seed_tasks.jsonl", codec, cache, 160)
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_model: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+@pytest.fixture(scope="session")
+def packed(tiny_model: Path) -> TargetLoss:
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation=attention.NAME
+    )
+    return TargetLoss(model)
+
+
+def made(prefixes: tuple[int, int], lengths: list[tuple[int, int, int]]) -> Corpus:
+    """A corpus from (kind, own prompt tokens, target tokens); ids are all different."""
+    counter = itertools.count(100)
+    ids, prompts = [], []
+    for kind, prompt, targets in lengths:
+        shared = [kind * 50 + i for i in range(prefixes[kind])]
+        ids.append(shared + [next(counter) for _ in range(prompt + targets)])
+        prompts.append(len(shared) + prompt)
+    return Corpus(
+        ids=np.asarray([i for example in ids for i in example], dtype=np.int32),
+        offsets=np.cumsum([0] + [len(example) for example in ids]),
+        prompt_lengths=np.asarray(prompts, dtype=np.int32),
+        kinds=np.asarray([kind for kind, _, _ in lengths], dtype=np.uint8),
+        prefix_lengths=prefixes,
+        truncated=0,
+    )
+
+
+corpora = st.builds(
+    made,
+    st.tuples(st.integers(0, 12), st.integers(0, 12)),
+    st.lists(
+        st.tuples(st.integers(0, 1), st.integers(0, 20), st.integers(1, 30)),
+        min_size=1,
+        max_size=24,
+    ),
+).filter(lambda c: min(np.diff(c.offsets)) > 0 and min(c.prompt_lengths) > 0)
+
+
+@given(corpora, st.integers(62, 200), st.integers(1, 4))
+def test_every_example_lands_in_one_pack_within_capacity_and_ranks_run_equally_many(
+    corpus: Corpus, capacity: int, world_size: int
+) -> None:
+    shares = packing.distribute(corpus, range(len(corpus)), capacity, world_size)
+    assert len(shares) == world_size
+    assert len({len(share) for share in shares}) == 1
+    placed = [i for share in shares for pack in share for i in pack]
+    assert sorted(placed) == list(range(len(corpus)))
+    for share in shares:
+        for pack in share:
+            assert packing.build(corpus, pack).tokens <= capacity
+
+
+@given(corpora)
+def test_a_pack_shows_each_example_whole_and_at_its_own_positions(corpus: Corpus) -> None:
+    pack = packing.build(corpus, range(len(corpus)))
+    views = [[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in pack.segments]
+    seen = {tuple(pack.ids[view]): list(pack.positions[view]) for view in views}
+    for i in range(len(corpus)):
+        if corpus.length(i) > corpus.prefix_lengths[corpus.kinds[i]]:
+            assert seen[tuple(corpus.example(i))] == list(range(corpus.length(i)))
+
+
+@given(corpora)
+def test_a_pack_is_trained_on_every_answer_token_and_no_other(corpus: Corpus) -> None:
+    pack = packing.build(corpus, range(len(corpus)))
+    answers = [corpus.example(i)[corpus.prompt_lengths[i] :] for i in range(len(corpus))]
+    assert sorted(pack.labels) == sorted(t for answer in answers for t in answer)
+    assert len(pack.sources) == pack.targets == sum(map(len, answers))
+
+
+def padded_loss(model: PreTrainedModel, corpus: Corpus, members: list[int]) -> torch.Tensor:
+    """The recipe of 2023 with transformers alone: pad, mask the prompt, sum the losses."""
+    examples = [torch.tensor(corpus.example(i)).long() for i in members]
+    ids = torch.nn.utils.rnn.pad_sequence(examples, batch_first=True)
+    labels = torch.full_like(ids, -100)
+    mask = torch.zeros_like(ids)
+    for row, i in enumerate(members):
+        prompt, length = int(corpus.prompt_lengths[i]), corpus.length(i)
+        labels[row, prompt:length] = ids[row, prompt:length]
+        mask[row, :length] = 1
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def gradient(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat(
+        [p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None]
+    )
+
+
+@pytest.mark.parametrize("members", [range(20), range(1), range(100, 140), range(0, 240, 17)])
+def test_packed_loss_and_gradient_equal_the_padded_ones(
+    plain: PreTrainedModel, packed: TargetLoss, corpus: Corpus, members: range
+) -> None:
+    chosen = [i for i in members if corpus.targets(i) > 0]
+    assert {int(corpus.kinds[i]) for i in chosen} == {0, 1} or len(chosen) == 1
+    assert max(corpus.prefix_lengths) > 10  # or sharing would not be tested
+    plain.zero_grad()
+    packed.zero_grad()
+    expected = padded_loss(plain, corpus, chosen)
+    expected.backward()
+    total = torch.zeros(())
+    for share in packing.distribute(corpus, chosen, 640, world_size=2):
+        for pack in share:
+            value = loss.run(packed, packing.build(corpus, pack), CPU) if pack else torch.zeros(())
+            if pack:
+                value.backward()
+            total += value.detach()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours, theirs = gradient(packed), gradient(plain)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-6
+
+
+def test_changing_one_example_changes_no_other_examples_loss(
+    packed: TargetLoss, corpus: Corpus
+) -> None:
+    def hidden(source: Corpus) -> torch.Tensor:
+        pack = packing.build(source, [0, 1, 2, 3])
+        decoder = packed.model.base_model
+        with torch.no_grad():
+            return decoder(
+                input_ids=torch.tensor(pack.ids)[None],
+                position_ids=torch.tensor(pack.positions)[None],
+                pack=attention.index(pack.segments, CPU),
+            ).last_hidden_state[0]
+
+    ids = np.array(corpus.ids)
+    inside = slice(int(corpus.offsets[1]) + max(corpus.prefix_lengths) + 1, int(corpus.offsets[2]))
+    ids[inside] = (ids[inside] + 7) % 900
+    changed = Corpus(**{**vars(corpus), "ids": ids})
+    differ = (hidden(corpus) - hidden(changed)).abs().amax(-1) > 0
+    pack = packing.build(corpus, [0, 1, 2, 3])
+    touched = [s for s in pack.segments if differ[s.start : s.end].any()]
+    assert len(touched) == 1
+    assert (
+        touched[0].end - touched[0].start
+        == corpus.length(1) - corpus.prefix_lengths[corpus.kinds[1]]
+    )
+
+
+@settings(max_examples=25)
+@given(corpora, st.integers(0, 1000))
+def test_segmentwise_attention_equals_dense_attention_over_the_index_tensors(
+    corpus: Corpus, seed: int
+) -> None:
+    pack = packing.build(corpus, range(len(corpus)))
+    index = attention.index(pack.segments, CPU)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(pack.tokens, 4, 8, generator=generator)
+    k, v = (torch.randn(pack.tokens, 2, 8, generator=generator) for _ in range(2))
+    out, _ = attention.packed_attention(
+        torch.nn.Identity(),
+        *(t.transpose(0, 1)[None] for t in (q, k, v)),
+        None,
+        scaling=0.3,
+        pack=index,
+    )
+    assert torch.allclose(out[0], dense(q, k, v, index, 0.3), atol=1e-5)
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: attention.PackIndex, scaling: float
+) -> torch.Tensor:
+    """Variable-length attention written out: causal, aligned at the end of each segment."""
+    k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+    out = torch.zeros_like(q)
+    for s in range(len(index.cu_q) - 1):
+        rows = slice(int(index.cu_q[s]), int(index.cu_q[s + 1]))
+        keys = index.gather[int(index.cu_k[s]) : int(index.cu_k[s + 1])]
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) * scaling
+        late = torch.ones(scores.shape[1:]).triu(scores.shape[2] - scores.shape[1] + 1).bool()
+        weights = scores.masked_fill(late, -torch.inf).softmax(-1)
+        out[rows] = torch.einsum("hqk,khd->qhd", weights, v[keys])
+    return out
+
+
+def test_a_rank_without_examples_runs_a_pack_that_adds_nothing(
+    packed: TargetLoss, corpus: Corpus
+) -> None:
+    packed.zero_grad()
+    value = loss.run(packed, packing.idle(corpus, 0), CPU)
+    value.backward()
+    assert value.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in packed.parameters())

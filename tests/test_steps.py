@@ -1,0 +1,73 @@
+"""Which examples make a step, and its learning rate: pure functions of seed and step."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import get_cosine_schedule_with_warmup
+
+from alpaca.training.arguments import Arguments
+from alpaca.training.steps import Schedule, schedule
+
+RECIPE = Arguments(per_device_train_batch_size=4, gradient_accumulation_steps=8)
+
+
+def test_the_published_run_has_609_steps_of_256() -> None:
+    made = schedule(RECIPE, examples=52_002, world_size=8)
+    assert (made.batch, made.steps, made.steps_per_epoch) == (256, 609, 203)
+
+
+@given(
+    examples=st.integers(1, 200),
+    batch=st.integers(1, 32),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_an_epoch_shows_no_example_twice_and_drops_less_than_a_batch(
+    examples: int, batch: int, epochs: int, seed: int
+) -> None:
+    arguments = replace(
+        RECIPE, per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        num_train_epochs=epochs, seed=seed,
+    )  # fmt: skip
+    made = schedule(arguments, examples, world_size=1)
+    for epoch in range(epochs):
+        first = epoch * made.steps_per_epoch
+        seen = [
+            i for step in range(first, first + made.steps_per_epoch) for i in made.indices(step)
+        ]
+        assert len(seen) == len(set(seen)) > examples - batch
+        assert set(seen) <= set(range(examples))
+
+
+def test_data_order_depends_on_seed_and_step_not_on_ranks() -> None:
+    eight = schedule(replace(RECIPE, gradient_accumulation_steps=1), 999, world_size=8)
+    one = schedule(RECIPE, 999, world_size=1)
+    assert one.batch == eight.batch
+    assert [one.indices(k) for k in range(40)] == [eight.indices(k) for k in range(40)]
+    other = schedule(replace(RECIPE, seed=1), 999, world_size=1)
+    assert one.indices(0) != other.indices(0)
+    assert one.indices(0) != one.indices(one.steps_per_epoch)  # epochs are shuffled apart
+
+
+def test_cosine_schedule_equals_that_of_transformers() -> None:
+    import torch
+
+    made = schedule(RECIPE, 52_002, world_size=8)
+    assert made.warmup == 19  # ceil(0.03 x 609)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=RECIPE.learning_rate)
+    reference = get_cosine_schedule_with_warmup(optimizer, made.warmup, made.steps)
+    for step in range(made.steps):
+        assert made.learning_rate(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_every_schedule_warms_up_to_the_peak_and_stays_within_it(shape: str) -> None:
+    made = Schedule(100, 10, 50, 5, 0, 1e-3, shape)
+    rates = [made.learning_rate(step) for step in range(50)]
+    assert rates[0] == 0
+    assert rates[5] == max(rates) == 1e-3
+    assert min(rates) >= 0

@@ -1,0 +1,221 @@
+"""`train.py` from its flags to the folder it leaves, run as people run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alpaca import passport
+from alpaca.model import load_tokenizer
+from alpaca.prompt import render
+from alpaca.records import read_records
+from alpaca.tokens import Codec
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = ROOT / "data/seed_tasks.jsonl"
+Run = tuple[Path, list[str], subprocess.CompletedProcess[str]]
+
+
+def train(*flags: object, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    return subprocess.run(
+        [*launcher, "train.py", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("run") / "alpaca_out"
+    flags = [
+        "--model_name_or_path", str(tiny_model), "--data_path", str(SEEDS),
+        "--output_dir", str(out), "--eval_fraction", "0.15", "--learning_rate", "0.01",
+        "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2",
+        "--num_train_epochs", "1",
+    ]  # fmt: skip
+    return out, flags, train(*flags)
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_learns_and_says_so(
+    run: Run,
+) -> None:
+    out, _, done = run
+    assert done.returncode == 0, done.stderr
+    steps = [line for line in lines(out) if "loss" in line]
+    evaluations = [line["eval_loss"] for line in lines(out) if "eval_loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 26))  # 204 examples, 8 a step
+    assert evaluations[-1] < evaluations[0] - 0.5
+    assert steps[0]["lr"] == 0
+    assert f"held-out loss {evaluations[0]:.4f} before, {evaluations[-1]:.4f} after" in done.stdout
+
+
+def test_exported_folder_loads_in_transformers_and_gives_the_logged_loss(
+    run: Run,
+) -> None:
+    out, _, _ = run
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    found = passport.read(out)
+    assert found is not None
+    assert found["result"]["steps"] == 25
+    codec = Codec(load_tokenizer(out))
+    total, targets = 0.0, 0
+    held_out = held_out_records()
+    for example in codec.examples(held_out, 512):
+        ids = torch.tensor(example.ids)
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        total += losses[example.prompt_length - 1 :].sum().item()
+        targets += example.targets
+    logged = [line["eval_loss"] for line in lines(out) if "eval_loss" in line][-1]
+    assert total / targets == pytest.approx(logged, rel=5e-3)  # the export is rounded to bf16
+
+
+def held_out_records() -> list[object]:
+    import numpy as np
+
+    order = np.random.default_rng([42]).permutation(list(range(240)))
+    records = read_records(SEEDS)
+    return [records[i] for i in sorted(order[:36])]
+
+
+def test_exported_chat_template_renders_the_trained_prompt(
+    run: Run,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run[0])
+    messages = [{"role": "user", "content": "Say hi."}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == render("Say hi.")
+
+
+def test_the_same_run_again_is_recognised_and_another_is_not(
+    run: Run,
+) -> None:
+    out, flags, _ = run
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    again = train(*flags)
+    assert again.returncode == 0
+    assert "already holds the model of exactly this run" in again.stdout
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_without_packing_the_losses_are_the_same_and_the_tokens_are_not(
+    run: Run, tmp_path: Path
+) -> None:
+    out, flags, _ = run
+    done = train(*flags, "--output_dir", tmp_path / "o", "--packing", "False", "--max_steps", 3)
+    assert done.returncode == 0, done.stderr
+    packed = [line for line in lines(out) if "loss" in line]
+    padded = [line for line in lines(tmp_path / "o") if "loss" in line]
+    assert padded[0]["loss"] == pytest.approx(packed[0]["loss"], rel=1e-6)
+    assert padded[0]["tokens"] > 1.3 * packed[0]["tokens"]
+    assert padded[0]["tokens"] == padded[0]["padded"]
+
+
+def test_another_runs_model_is_not_replaced_unasked(run: Run) -> None:
+    out, flags, _ = run
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    done = train(*flags, "--seed", 7)
+    assert done.returncode == 2
+    assert "already holds another model" in done.stderr
+    assert "--overwrite_output_dir" in done.stderr
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_two_ranks_log_the_losses_of_one(run: Run, tmp_path: Path) -> None:
+    out, flags, _ = run
+    other = tmp_path / "out"
+    changed = [*flags, "--output_dir", str(other), "--gradient_accumulation_steps", "1"]
+    done = train(*changed, ranks=2)
+    assert done.returncode == 0, done.stderr
+    one = [line["loss"] for line in lines(out) if "loss" in line]
+    two = [line["loss"] for line in lines(other) if "loss" in line]
+    assert two == pytest.approx(one, rel=1e-3)
+    assert two[:3] == pytest.approx(one[:3], rel=1e-5)
+
+
+def test_more_ranks_than_examples_still_train(run: Run, tmp_path: Path) -> None:
+    data = tmp_path / "two.json"
+    records = [{"instruction": "Say yes.", "output": "Yes."}]
+    data.write_text(json.dumps(records))
+    _, flags, _ = run
+    changed = ["--data_path", data, "--eval_fraction", 0, "--max_steps", 2, "--warmup_ratio", 0]
+    done = train(*flags, *changed, "--output_dir", tmp_path / "out", ranks=2)
+    assert done.returncode == 0, done.stderr
+    first, second = (line["loss"] for line in lines(tmp_path / "out"))
+    assert second < first
+
+
+def test_an_export_that_was_cut_short_is_finished_by_the_next_run(run: Run, tmp_path: Path) -> None:
+    import shutil
+
+    out, flags, _ = run
+    broken = tmp_path / "out"
+    inner = broken / ".model.partial"
+    shutil.copytree(out, inner)
+    (inner / ".ready").touch()
+    (inner / "config.json").rename(broken / "config.json")  # killed after the first move
+    done = train(*flags, "--output_dir", broken)
+    assert done.returncode == 0
+    assert "already holds" in done.stdout
+    assert not inner.exists()
+    AutoModelForCausalLM.from_pretrained(broken)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model_name_or_path", "no/such"], "tokenizer in no/such"),
+        (["--data_path", "no/such.json"], "no data file no/such.json"),
+        (["--learning_rat", "1"], "Did you mean --learning_rate?"),
+        (["--deepspeed", "x.json"], "Use --fsdp full_shard"),
+        (["--num_train_epochs", "many"], "invalid float value: 'many'"),
+        (["--packing", "maybe"], "neither True nor False"),
+        (["--max_tokens_per_pack", "100"], "--model_max_length 512"),
+        (["--eval_fraction", "1.5"], "--eval_fraction"),
+        (["--max_steps", "0"], "Nothing to train"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(
+    tiny_model: Path, flags: list[str], expected: str
+) -> None:
+    done = train("--model_name_or_path", tiny_model, *flags)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[]", "holds no records"),
+        ('[{"instruction": "Hi"}]', "record 0: output: Field required"),
+    ],
+)
+def test_bad_data_is_explained_without_a_traceback(
+    tiny_model: Path, tmp_path: Path, content: str, expected: str
+) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(content)
+    done = train("--model_name_or_path", tiny_model, "--data_path", data)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,63 @@
+"""Fine-tune a base model on Alpaca-format data.
+
+One process:  python train.py --model_name_or_path weights/llama-7b --data_path alpaca_data.json
+Many:         torchrun --nproc_per_node=8 train.py ...       (the command of 2023 works as it is)
+Over HTTP:    `train` below, which Cog serves as POST /trainings
+"""
+
+import os
+import sys
+from pathlib import Path as LocalPath
+
+from cog import Input, Path
+
+from alpaca.errors import exit_code
+from alpaca.training import arguments
+
+ROOT = LocalPath(__file__).resolve().parent
+
+
+def train(
+    data: Path = Input(description="Alpaca-format examples, JSON or JSONL."),
+    base: str = Input(description="Folder of the base model.", default="weights/smollm2-135m"),
+    epochs: float = Input(description="Passes over the data.", default=3.0, ge=0.01, le=100),
+    learning_rate: float = Input(description="Peak learning rate.", default=2e-5, ge=0, le=1),
+    batch_size: int = Input(description="Examples a device takes at once.", default=4, ge=1),
+    accumulation: int = Input(description="Batches in an optimizer step.", default=8, ge=1),
+    max_length: int = Input(description="Longest example in tokens.", default=512, ge=16),
+    seed: int = Input(description="Decides the order of the data.", default=42, ge=0),
+) -> Path:
+    """Fine-tune on all GPUs (or two CPU ranks); returns a tar file for `setup(weights)`."""
+    from alpaca.training import job
+
+    out = ROOT / "alpaca_out"
+    flags = {
+        "model_name_or_path": base,
+        "data_path": data,
+        "output_dir": out,
+        "overwrite_output_dir": True,
+        "num_train_epochs": epochs,
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "model_max_length": max_length,
+        "seed": seed,
+        "bf16": True,
+    }
+    job.launch([f"--{name}={value}" for name, value in flags.items()], ROOT)
+    return Path(job.archive(out, out.with_suffix(".tar")))
+
+
+def train_from_command_line() -> None:
+    """Read the flags, and train."""
+    parsed, notices = arguments.parse(sys.argv[1:])
+    if os.environ.get("RANK", "0") == "0":
+        for notice in notices:
+            print(f"train: {notice}")
+    from alpaca.training import command  # torch takes seconds to import; mistakes in flags do not
+
+    command.run(parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("train", train_from_command_line))
