@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cog
+from cog import Input
 
 from alpaca.serving import cancellation, loading
 from alpaca.serving import weights as serving_weights
@@ -35,47 +36,18 @@ class Runner(cog.BaseRunner):
     @cog.concurrent(max=256)
     async def run(
         self,
-        prompt: str = cog.Input(description="The instruction to answer."),
-        input: str = cog.Input(  # noqa: A002 - the data set's own word
-            description="A text that the instruction is about; may be empty.", default=""
-        ),
-        n: int = cog.Input(description="How many answers to make.", default=1, ge=1, le=5),
-        total_tokens: int = cog.Input(
-            description="Most tokens of prompt and answer together.", default=2000, ge=1
-        ),
-        max_new_tokens: int | None = cog.Input(
-            description="Most tokens of each answer, if less.", default=None, ge=1
-        ),
-        temperature: float = cog.Input(
-            description="Above 1 is more random, below is less, 0 always takes the likeliest.",
-            default=0.75,
-            ge=0,
-            le=5,
-        ),
-        top_p: float = cog.Input(
-            description="Sample from the likeliest tokens that make up this share of probability.",
-            default=1.0,
-            ge=0.01,
-            le=1.0,
-        ),
-        top_k: int = cog.Input(
-            description="Sample from this many likeliest tokens; 0 is all.", default=0, ge=0
-        ),
-        repetition_penalty: float = cog.Input(
-            description="Above 1 makes repeated words less likely, below 1 more likely.",
-            default=1.0,
-            ge=0.01,
-            le=5,
-        ),
-        stop: list[str] = cog.Input(  # noqa: B008 - Cog reads it, and never passes it on
-            description="Texts that end an answer, and are not part of it.", default=[]
-        ),
-        seed: int | None = cog.Input(
-            description="The same seed and inputs give the same answers.", default=None, ge=0
-        ),
-        stream: bool = cog.Input(
-            description="Yield pieces of the answer as they are made (n=1 only).", default=False
-        ),
+        prompt: str = Input(description="The instruction to answer."),
+        input: str = Input(default="", description="A text it is about."),  # noqa: A002
+        n: int = Input(default=1, ge=1, le=5, description="How many answers to make."),
+        total_tokens: int = Input(default=2000, ge=1, description="Most of prompt and answer."),
+        max_new_tokens: int | None = Input(default=None, ge=1, description="Most of an answer."),
+        temperature: float = Input(default=0.75, ge=0, le=5, description="0: the likeliest token."),
+        top_p: float = Input(default=1.0, ge=0.01, le=1, description="Likeliest tokens to sum to."),
+        top_k: int = Input(default=0, ge=0, description="How many likeliest tokens; 0: all."),
+        repetition_penalty: float = Input(default=1.0, ge=0.01, le=5, description="1: none."),
+        stop: list[str] = Input(default=[], description="Texts that end an answer."),  # noqa: B008
+        seed: int | None = Input(default=None, ge=0, description="Same seed, same answers."),
+        stream: bool = Input(default=False, description="Yield pieces as made, if n is 1."),
     ) -> Iterator[str]:
         """Answer an instruction n times."""
         sampling = Sampling(
