@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
 
 def available(dtype: torch.dtype) -> bool:
     """Whether this torch and CPU can run packed layers in `dtype`, seen by running one."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return False
     try:
         layer = nn.Linear(64, 64, dtype=dtype)

@@ -39,10 +39,12 @@ def probabilities(logits: torch.Tensor, settings: Sequence[Sampling]) -> torch.T
     temperature = _column([one.temperature for one in settings], logits)
     # Subtracting the largest first changes nothing, and a tiny temperature cannot overflow.
     scaled = (logits - logits.max(-1, keepdim=True).values) / temperature
-    for row, one in enumerate(settings):
-        if 0 < one.top_k < scaled.shape[1]:
-            smallest = scaled[row].topk(one.top_k).values[-1]
-            scaled[row] = scaled[row].masked_fill(scaled[row] < smallest, -torch.inf)
+    rows = [row for row, one in enumerate(settings) if 0 < one.top_k < scaled.shape[1]]
+    if rows:
+        counts = torch.tensor([[settings[row].top_k] for row in rows], device=logits.device)
+        picked = scaled[rows]
+        largest = picked.topk(max(settings[row].top_k for row in rows)).values
+        scaled[rows] = picked.masked_fill(picked < largest.gather(1, counts - 1), -torch.inf)
     chances = scaled.softmax(-1)
     rows = [row for row, one in enumerate(settings) if one.top_p < 1]
     if rows:

@@ -129,11 +129,12 @@ class Schedule:
         """Divide a pass's prompt tokens: in order of arrival, half at most to any but the last."""
         shares, left = [], self._piece_tokens
         for at, prompt in enumerate(self._prompts):
-            alone = at == len(self._prompts) - 1
-            count = min(prompt.left, left if alone else max(1, left // 2))
-            if count:
-                shares.append((prompt, count))
-                left -= count
+            if not left:
+                break
+            last = at == len(self._prompts) - 1
+            count = min(prompt.left, left if last else max(1, left // 2))
+            shares.append((prompt, count))
+            left -= count
         return shares
 
     def advance(self) -> None:
