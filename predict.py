@@ -1,16 +1,19 @@
 """The Cog runner: validates inputs, calls the engine, yields completions; nothing else."""
 
+import asyncio
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cog
-import torch
+from cog import Input
 
-from alpaca import model, passport
+from alpaca.serving import cancellation, loading
 from alpaca.serving import weights as serving_weights
-from alpaca.serving.engine import Engine, Request
-from alpaca.tokens import Codec
+from alpaca.serving.request import Answer, CanceledError, Job, Request, Sampling
 
 ROOT = Path(__file__).resolve().parent
 
@@ -20,50 +23,88 @@ class Runner(cog.BaseRunner):
 
     def setup(self, weights: cog.Path | str | None = None) -> None:
         """Load the model that Cog hands over, else ALPACA_WEIGHTS, else alpaca_out/."""
-        given = None if weights is None else Path(weights)
+        cancellation.install()
+        given = None if weights is None else fetched(weights)
         found = serving_weights.locate(given, os.environ, ROOT)
-        passport.check_template(found.folder, passport.read(found.folder))
-        self.codec = Codec(model.load_tokenizer(found.folder))
-        dtype = model.compute_dtype(torch.device("cpu"))
-        self.engine = Engine(model.load_model(found.folder, dtype), self.codec)
-        print(f"serving {found.folder}, from {found.origin}")
+        self.engine, self.codec = loading.load(found)
+
+    def healthcheck(self) -> bool:
+        """Whether the engine serves."""
+        return self.engine.healthy
 
     @cog.streaming
     @cog.concurrent(max=256)
     async def run(
         self,
-        prompt: str = cog.Input(description="The instruction to answer."),
-        n: int = cog.Input(description="How many answers to make.", default=1, ge=1, le=5),
-        total_tokens: int = cog.Input(
-            description="Most tokens of prompt and answer together.", default=2000, ge=1
-        ),
-        temperature: float = cog.Input(
-            description="Above 1 is more random, below is less, 0 always takes the likeliest.",
-            default=0.75,
-            ge=0,
-            le=5,
-        ),
-        top_p: float = cog.Input(
-            description="Sample from the likeliest tokens that make up this share of probability.",
-            default=1.0,
-            ge=0.01,
-            le=1.0,
-        ),
-        repetition_penalty: float = cog.Input(
-            description="Above 1 makes repeated words less likely, below 1 more likely.",
-            default=1.0,
-            ge=0.01,
-            le=5,
-        ),
+        prompt: str = Input(description="The instruction to answer."),
+        input: str = Input(default="", description="A text it is about."),  # noqa: A002
+        n: int = Input(default=1, ge=1, le=5, description="How many answers to make."),
+        total_tokens: int = Input(default=2000, ge=1, description="Most of prompt and answer."),
+        max_new_tokens: int | None = Input(default=None, ge=1, description="Most of an answer."),
+        temperature: float = Input(default=0.75, ge=0, le=5, description="0: the likeliest token."),
+        top_p: float = Input(default=1.0, ge=0.01, le=1, description="Likeliest tokens to sum to."),
+        top_k: int = Input(default=0, ge=0, description="How many likeliest tokens; 0: all."),
+        repetition_penalty: float = Input(default=1.0, ge=0.01, le=5, description="1: none."),
+        stop: list[str] = Input(default=[], description="Texts that end an answer."),  # noqa: B008
+        seed: int | None = Input(default=None, ge=0, description="Same seed, same answers."),
+        stream: bool = Input(default=False, description="Yield pieces as made, if n is 1."),
     ) -> Iterator[str]:
         """Answer an instruction n times."""
-        request = Request(
-            prompt=tuple(self.codec.prompt(prompt)),
-            total_tokens=total_tokens,
+        sampling = Sampling(
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             repetition_penalty=repetition_penalty,
+            seed=secrets.randbits(32) if seed is None else seed,
         )
-        texts = [await self.engine.complete(request) for _ in range(n)]
-        # Cog sends what a plain generator yields; an async one it would collect first.
-        return (text for text in texts)
+        request = Request(
+            prompt=tuple(self.codec.prompt(prompt, input)),
+            n=n,
+            total_tokens=total_tokens,
+            max_new_tokens=max_new_tokens,
+            stop=tuple(stop),
+            sampling=sampling,
+        )
+        job = self.engine.submit(request)
+        cancellation.on_cancel(job.cancel)
+        # Cog sends what a plain generator yields at once; an async one it would collect first.
+        if stream and n == 1:
+            return pieces(job, self.scope)
+        answers = await job.answers()
+        record(self.scope, job, answers)
+        return (answer.text for answer in answers)
+
+
+def pieces(job: Job, scope: Any) -> Iterator[str]:
+    """The pieces of a job's only completion; runs on a thread of Cog's."""
+    [completion] = job.completions
+    try:
+        yield from completion
+        record(scope, job, [completion.result.result()])
+    except CanceledError:
+        raise asyncio.CancelledError from None
+    finally:
+        job.cancel()  # frees the slot if Cog stopped listening; a finished job does not mind
+
+
+def record(scope: Any, job: Job, answers: list[Answer]) -> None:
+    """Tell Cog what the prediction cost. Times are in seconds from its submission."""
+    now = time.monotonic()
+    tokens = sum(answer.tokens for answer in answers)
+    first = min((c.first_token for c in job.completions if c.first_token), default=now)
+    metrics: dict[str, str | int | float] = {
+        "prompt_tokens": len(job.request.prompt),
+        "completion_tokens": tokens,
+        "time_to_first_token": first - job.submitted,
+        "tokens_per_second": tokens / (now - job.submitted),
+        "finish_reason": ",".join(answer.reason for answer in answers),
+        "seed": job.request.sampling.seed,
+    }
+    for name, value in metrics.items():
+        scope.record_metric(name, value)
+
+
+def fetched(weights: cog.Path | str) -> Path:
+    """A local path to what Cog hands over; a URL is downloaded by Cog's own means."""
+    path: Any = cog.Path.validate(weights)
+    return Path(path.convert() if hasattr(path, "convert") else path)

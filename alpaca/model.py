@@ -97,11 +97,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model folder to CPU memory in `dtype`, in evaluation mode."""
+def load_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> PreTrainedModel:
+    """Load a model folder in `dtype`, in evaluation mode, to CPU memory or by `device_map`.
+
+    `device_map` is a device, to which the weights go straight from disk, or "auto" to spread
+    them over all GPUs.
+    """
     check_folder(folder)
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        folder, dtype=dtype, device_map=device_map, local_files_only=True, use_safetensors=True
     )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOTS = "5"
+ALL_SLOTS = {"prompt": "a", "n": 5, "max_new_tokens": 1}
 
 
 def free_port() -> int:
@@ -36,7 +38,9 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+        self.url = f"http://127.0.0.1:{self.port}"
+        limits = httpx.Limits(max_connections=None)
+        self.client = httpx.Client(base_url=self.url, timeout=120, limits=limits)
 
     def wait_until_ready(self, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
@@ -54,6 +58,19 @@ class Server:
 
     def post(self, **inputs: object) -> httpx.Response:
         return self.client.post("/predictions", json={"input": inputs})
+
+    def run_one(self) -> None:
+        """See a prediction through: those that were asked for before it have begun by then."""
+        time.sleep(0.2)  # so that they have been asked for
+        assert self.post(prompt="a", max_new_tokens=1).json()["status"] == "succeeded"
+
+    def idle(self) -> bool:
+        """Whether every slot is free: an answer for as many as there are comes before a time-out.
+
+        Meaningful where something in a slot would stay there for minutes.
+        """
+        answer = self.client.post("/predictions", json={"input": ALL_SLOTS}, timeout=30)
+        return bool(answer.json()["status"] == "succeeded")
 
     def stop(self) -> None:
         self.client.close()

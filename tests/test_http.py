@@ -2,16 +2,37 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
-from http_server import Server, serving
+import torch
+from http_server import SLOTS, Server, serving
+
+from alpaca.model import load_model, load_tokenizer
+
+CONTEXT = 200_000
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tiny_model, tmp_path_factory.mktemp("server")) as running:
+    """A server of five slots whose model, decoded greedily, goes on for minutes."""
+    folder = tmp_path_factory.mktemp("server")
+    endless(tiny_model, folder / "model")
+    sizes = {"ALPACA_SLOTS": SLOTS, "ALPACA_CONTEXT": str(CONTEXT)}
+    with serving(folder / "model", folder, **sizes) as running:
         yield running
+
+
+def endless(source: Path, target: Path) -> None:
+    """The tiny model with a long context and an EOS that is never the likeliest token."""
+    model = load_model(source, torch.float32)
+    model.config.max_position_embeddings = CONTEXT
+    model.lm_head.weight.data[model.config.eos_token_id] = 0
+    model.save_pretrained(target)
+    load_tokenizer(source).save_pretrained(target)
 
 
 def test_a_prediction_is_a_list_of_n_strings(server: Server) -> None:
@@ -69,11 +90,90 @@ def test_the_schema_is_served(server: Server) -> None:
     assert document["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
 
 
-def test_server_sent_events(server: Server) -> None:
-    request = {"input": {"prompt": "Say hello.", "n": 2, "temperature": 0, "total_tokens": 60}}
+def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Server-sent events as they arrive: (name, data)."""
+    name = ""
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+LONG = {"prompt": "Tell a story.", "total_tokens": CONTEXT, "temperature": 0}
+
+
+def test_a_stream_comes_in_pieces_that_join_to_the_whole_answer(server: Server) -> None:
+    inputs = {"prompt": "Say hello.", "temperature": 0.9, "seed": 5, "max_new_tokens": 40}
+    [whole] = server.post(**inputs).json()["output"]
+    request = {"input": {**inputs, "stream": True}}
     accept = {"accept": "text/event-stream"}
-    text = server.client.post("/predictions", json=request, headers=accept).text
-    events = [dict(line.split(": ", 1) for line in e.splitlines()) for e in text.split("\n\n") if e]
-    chunks = [json.loads(e["data"])["chunk"] for e in events if e["event"] == "output"]
-    assert len(chunks) == 2
-    assert json.loads(events[-1]["data"])["output"] == chunks
+    with server.client.stream("POST", "/predictions", json=request, headers=accept) as response:
+        seen = list(events(response))
+    pieces = [data["chunk"] for name, data in seen if name == "output"]
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole
+    assert seen[-1][1]["status"] == "succeeded"
+    assert seen[-1][1]["metrics"]["completion_tokens"] <= 40
+
+
+def test_pieces_arrive_while_the_answer_is_being_made(server: Server) -> None:
+    request = {"id": "endless", "input": {**LONG, "stream": True}}
+    accept = {"accept": "text/event-stream"}
+    with server.client.stream("POST", "/predictions", json=request, headers=accept) as response:
+        seen = events(response)
+        assert next(data for name, data in seen if name == "output")["chunk"]
+        # Only an unfinished prediction can be cancelled; the rest of the stream says it was.
+        assert server.client.post("/predictions/endless/cancel").status_code == 200
+        name, data = list(seen)[-1]
+    assert (name, data["status"]) == ("completed", "canceled")
+    assert server.idle()
+
+
+def test_cancel_of_a_prediction_that_is_waited_for(server: Server) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.client.put, "/predictions/waited", json={"input": LONG})
+        server.run_one()
+        assert server.client.post("/predictions/waited/cancel").status_code == 200
+        assert answer.result().json()["status"] == "canceled"
+    assert server.idle()
+
+
+def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
+    path = f"{server.url}/predictions"
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(path, json={"input": LONG}, timeout=1)
+    request, accept = {"input": {**LONG, "stream": True}}, {"accept": "text/event-stream"}
+    with httpx.stream("POST", path, json=request, headers=accept) as response:
+        next(data for name, data in events(response) if name == "output")
+    assert server.idle()
+
+
+def test_metrics_say_what_it_cost(server: Server) -> None:
+    answer = server.post(prompt="Say hello.", n=2, max_new_tokens=3, seed=1, temperature=5).json()
+    metrics = answer["metrics"]
+    assert metrics["seed"] == 1
+    assert metrics["prompt_tokens"] > 10
+    assert metrics["completion_tokens"] <= 6
+    assert set(metrics["finish_reason"].split(",")) <= {"length", "eos"}
+    assert 0 < metrics["time_to_first_token"] <= metrics["predict_time"]
+    assert metrics["tokens_per_second"] > 0
+
+
+def test_many_clients_each_get_their_own_answer(server: Server) -> None:
+    inputs = [
+        {"prompt": f"Repeat: {'word ' * (i % 7)}{i}", "seed": i, "max_new_tokens": 5 + i % 11}
+        for i in range(64)
+    ]
+    alone = [server.post(**one).json()["output"] for one in inputs]
+    with ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(lambda one: server.post(**one).json()["output"], inputs))
+    assert len({text for [text] in alone}) > 50
+    assert together == alone
+
+
+def test_a_prompt_longer_than_the_context_fails_with_the_numbers(server: Server) -> None:
+    answer = server.post(prompt="word " * 150_000)
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "failed"
+    assert "prompt and answer together may have 200000" in answer.json()["error"]

@@ -1,59 +1,186 @@
-"""Turns prompts into text, one request at a time."""
+"""Continuous batching: one thread owns the model, requests join and leave at every step.
 
-import asyncio
+A step is one pass that carries the next token of every decoding sequence and bounded pieces of
+waiting prompts, so a long prompt costs the others a little per step and never a stall. The pass
+over a prompt is shared by its n completions. Everything public is thread-safe.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from transformers import PreTrainedModel
+import torch
 
-from alpaca.tokens import Codec
+from alpaca.errors import UserError
+from alpaca.serving.forward import SlotModel
+from alpaca.serving.generation import Generation
+from alpaca.serving.request import CanceledError, Job, Request
+from alpaca.serving.sampling import choose, penalize
+from alpaca.serving.schedule import Schedule
+
+STUCK_AFTER = 60.0  # seconds in one step after which the engine counts as ill
+
+
+class EngineStoppedError(RuntimeError):
+    """The engine has been stopped, or its thread has died."""
+
+
+class BusyError(RuntimeError):
+    """The queue of waiting requests is full."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to answer, and how to sample; `total_tokens` counts prompt and answer."""
+class Limits:
+    """How much is waited for and done at a time.
 
-    prompt: tuple[int, ...]
-    total_tokens: int
-    temperature: float
-    top_p: float
-    repetition_penalty: float
+    `waiting` requests may queue for a slot. `piece_tokens` of prompts are computed in one step.
+    """
+
+    waiting: int = 256
+    piece_tokens: int = 128
 
 
 class Engine:
-    """Decodes with transformers' own `generate`."""
+    """Serves a `SlotModel` whose cache is allocated."""
 
-    def __init__(self, model: PreTrainedModel, codec: Codec) -> None:
-        """Take a loaded model and its tokenizer."""
+    def __init__(
+        self,
+        model: SlotModel,
+        table: Sequence[bytes],
+        ends: frozenset[int],
+        limits: Limits | None = None,
+    ) -> None:
+        """`table` gives each token's bytes (`stream.token_bytes`), `ends` the ids that end text."""
         self.model = model
-        self.codec = codec
-        self.turn = asyncio.Lock()
-
-    async def complete(self, request: Request) -> str:
-        """The whole answer to a request; waits for its turn."""
-        async with self.turn:
-            return await asyncio.to_thread(self.generate, request)
-
-    def generate(self, request: Request) -> str:
-        """Decode until the model ends its answer or the token limit is reached."""
-        import torch
-
-        limit = min(request.total_tokens, self.model.config.max_position_embeddings)
-        fresh = limit - len(request.prompt)
-        if fresh < 1:
-            return ""
-        ids = torch.tensor([request.prompt])
-        warp: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
-        if request.temperature > 0:
-            warp = {"temperature": request.temperature, "top_p": request.top_p}
-            warp |= {"do_sample": True, "top_k": 0}
-        made = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=fresh,
-            repetition_penalty=request.repetition_penalty,
-            eos_token_id=self.codec.eos,
-            pad_token_id=self.codec.eos,
-            **warp,
+        self.table = [*table, *[b""] * (model.vocabulary - len(table))]
+        self.ends = ends
+        self.limits = limits or Limits()
+        self.capacity = model.cache.capacity
+        self._schedule = Schedule(model.cache, self.limits.piece_tokens)
+        self._seen = torch.zeros(
+            self.capacity.slots, model.vocabulary, dtype=torch.bool, device=model.device
         )
-        return self.codec.decode(made[0, len(request.prompt) :].tolist())
+        self._inbox: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._step_began: float | None = None
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self, shared_prefixes: Sequence[Sequence[int]] = ()) -> None:
+        """Compute the prefixes that many prompts begin with, once, and start serving."""
+        for prefix in shared_prefixes:
+            self._schedule.remember(self.model, tuple(prefix))
+        self._thread.start()
+
+    def submit(self, request: Request) -> Job:
+        """Queue a request.
+
+        Raises:
+            UserError: the prompt is longer than the context, or n larger than the slots.
+            BusyError: too many requests wait already.
+            EngineStoppedError: it no longer serves.
+        """
+        self._check(request)
+        job = Job(request)
+        with self._wake:
+            if self._stopping or not self._thread.is_alive():
+                raise EngineStoppedError("The engine does not run.")
+            if len(self._inbox) + self._schedule.waiting >= self.limits.waiting:
+                raise BusyError(f"{self.limits.waiting} requests wait already; try again later.")
+            self._inbox.append(job)
+            self._wake.notify()
+        return job
+
+    def stop(self) -> None:
+        """End the thread; what is unfinished fails with EngineStoppedError."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread lives, and is not stuck in a step."""
+        began = self._step_began
+        return self._thread.is_alive() and (began is None or time.monotonic() - began < STUCK_AFTER)
+
+    @property
+    def idle_slots(self) -> int:
+        """Slots that no sequence holds; all of them when nothing is being served."""
+        return self._schedule.free_slots
+
+    def _check(self, request: Request) -> None:
+        if request.n > self.capacity.slots:
+            raise UserError(f"n={request.n}, but the engine has {self.capacity.slots} slots.")
+        if len(request.prompt) >= self.capacity.length:
+            raise UserError(
+                f"The prompt has {len(request.prompt)} tokens; prompt and answer together may "
+                f"have {self.capacity.length}.",
+                "Shorten it.",
+            )
+
+    def _loop(self) -> None:
+        """The thread: steps while there is work, waits while there is none."""
+        while self._collect():
+            self._step_began = time.monotonic()
+            try:
+                self._step()
+            except Exception as error:  # whatever it is, it ends requests and not the server
+                self._schedule.blame(error)
+            self._step_began = None
+        for job in [*self._inbox, *self._schedule.clear()]:
+            job.finish(EngineStoppedError("The engine was stopped."))
+
+    def _collect(self) -> bool:
+        """Take in new requests, waiting for one if there is nothing to do; False at the end."""
+        with self._wake:
+            while not (self._inbox or self._schedule.busy or self._stopping):
+                self._wake.wait()
+            while self._inbox:
+                self._schedule.add(self._inbox.popleft())
+            return not self._stopping
+
+    def _step(self) -> None:
+        """Drop what was cancelled, admit, run one pass, sample, hand out text."""
+        for job in self._schedule.drop_canceled():
+            job.finish(CanceledError())
+        for one in self._schedule.admit(self.table):
+            self._begin(one)
+        batch, answering = self._schedule.batch()
+        if batch is None:
+            return
+        logits = self.model.run(batch)
+        self._schedule.advance()
+        if answering:
+            rows = torch.tensor([row for row, _ in answering], device=logits.device)
+            self._sample(logits[rows], [one for _, one in answering])
+
+    def _begin(self, one: Generation) -> None:
+        """Mark the prompt's tokens as seen, for the repetition penalty."""
+        if one.sampling.repetition_penalty != 1:
+            self._seen[one.slot] = False
+            self._seen[one.slot, list(one.prompt)] = True
+
+    def _sample(self, logits: torch.Tensor, sequences: list[Generation]) -> None:
+        """One token for each sequence from its row of logits."""
+        penalties = [one.sampling.repetition_penalty for one in sequences]
+        penalized = any(penalty != 1 for penalty in penalties)
+        slots = torch.tensor([one.slot for one in sequences], device=logits.device)
+        if penalized:
+            penalty = torch.tensor(penalties, device=logits.device).unsqueeze(1)
+            # A slot whose penalty is 1 may hold an earlier request's marks; 1 changes nothing.
+            logits = penalize(logits, self._seen[slots], penalty)
+        uniforms = [one.uniform() for one in sequences]
+        tokens = choose(logits, [one.sampling for one in sequences], uniforms)
+        if penalized:
+            self._seen[slots, tokens] = True
+        for one, token in zip(sequences, tokens.tolist(), strict=True):
+            try:
+                one.accept(token, self.ends)
+            except Exception as error:  # a request that fails here fails alone
+                one.fail(error)
+            if one.reason:
+                self._schedule.release(one)

@@ -1,0 +1,217 @@
+"""Attention over slots, registered with transformers, so that its models run unchanged.
+
+One forward pass carries tokens of many sequences in one row: first one token of every decoding
+sequence, then pieces of prompts. Linear layers see them all together, which is what makes batching
+pay; attention reads each sequence's own slot. The query heads that share a key head are passed as
+if they were positions, so that keys are read once, not repeated (grouped-query attention).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from alpaca.serving.cache import LayerShape, SlotCache
+
+NAME = "alpaca_slots"
+CALL_COST = 128  # an attention call more costs about as much as reading this many tokens
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a prompt in this pass: tokens [first, last) of it, in slot `slot`."""
+
+    slot: int
+    first: int
+    last: int
+
+
+@dataclass
+class Step:
+    """Where the tokens of one forward pass belong.
+
+    The first `decoding` tokens are of that many slots in ascending order; the pieces follow.
+    `lengths[i]` counts the tokens of slot `rows[i]`, the new one included; in a recorded step,
+    which is replayed at other positions, it is the most that the recording reaches.
+    """
+
+    cache: SlotCache
+    slots: torch.Tensor  # (tokens,) int64
+    positions: torch.Tensor  # (tokens,) int64
+    rows: list[int]
+    lengths: list[int]
+    pieces: list[Piece] = field(default_factory=list)
+    recorded: bool = False
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def decoding(self) -> int:
+        """How many tokens are one sequence's next."""
+        return len(self.rows)
+
+
+@dataclass
+class Probe:
+    """Stands in for a Step once, to learn what each layer's keys look like."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    step: Step | Probe,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query (1, heads, tokens, head_dim), key and value alike.
+
+    Returns (1, tokens, heads, head_dim).
+    """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if isinstance(step, Probe):
+        step.shapes[layer] = LayerShape(key.shape[1], key.shape[3], key.dtype, key.device)
+        return torch.zeros_like(query.transpose(1, 2)), None
+    step.cache.write(layer, step.slots, step.positions, key[0], value[0])
+    keys, values = step.cache.layers[layer]
+    out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+    if step.decoding:
+        fresh = query[0, :, : step.decoding].transpose(0, 1)
+        out[: step.decoding] = _decode(step, fresh, keys, values, scaling, sliding_window)
+    start = step.decoding
+    for piece in step.pieces:
+        stop = start + piece.last - piece.first
+        part = query[:, :, start:stop]
+        out[start:stop] = _prefill(step, piece, part, keys, values, scaling, sliding_window)
+        start = stop
+    return out.unsqueeze(0), None
+
+
+def _decode(
+    step: Step,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """One token of each decoding slot: query and result (decoding, heads, head_dim)."""
+    count, heads, size = query.shape
+    grouped = query.reshape(count, keys.shape[1], heads // keys.shape[1], size)
+    parts = []
+    for first, last, length in spans(step.rows, step.lengths):
+        low, high = step.rows[first], step.rows[last - 1] + 1
+        asked = grouped[first:last]
+        holes = high - low > last - first
+        if holes:  # slots in between that do not decode now: computed, and not used
+            index = _index(step.rows[first:last], low, query)
+            asked = grouped.new_zeros(high - low, *grouped.shape[1:])
+            asked[index] = grouped[first:last]
+        mask = _decode_mask(step, low, high, first, last, length, window, query)
+        answer = F.scaled_dot_product_attention(
+            asked, keys[low:high, :, :length], values[low:high, :, :length], mask, scale=scaling
+        )
+        parts.append(answer[index] if holes else answer)
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.reshape(count, heads, size)
+
+
+def _index(rows: list[int], low: int, like: torch.Tensor) -> torch.Tensor | slice:
+    """Where `rows` are, counted from `low`; a slice where they are neighbours."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0] - low, rows[-1] + 1 - low)
+    return torch.tensor(rows, device=like.device) - low
+
+
+def spans(rows: list[int], lengths: list[int]) -> list[tuple[int, int, int]]:
+    """Cut ascending slots into runs worth attending together: (first, last, longest) each.
+
+    A run is computed as a rectangle, slots by longest length. A slot joins the run before it while
+    that wastes fewer tokens than a call of its own costs.
+    """
+    runs: list[tuple[int, int, int]] = []
+    for at, length in enumerate(lengths):
+        if runs:
+            first, last, longest = runs[-1]
+            joined = max(longest, length)
+            wide = rows[at] + 1 - rows[first]
+            apart = (rows[last - 1] + 1 - rows[first]) * longest + length
+            if wide * joined - apart <= CALL_COST:
+                runs[-1] = (first, at + 1, joined)
+                continue
+        runs.append((at, at + 1, length))
+    return runs
+
+
+def _decode_mask(
+    step: Step, low: int, high: int, first: int, last: int,
+    length: int, window: int | None, like: torch.Tensor,
+) -> torch.Tensor | None:  # fmt: skip
+    """Additive mask (slots, 1, 1, length): a slot's own tokens, within the window if there is one.
+
+    The same for every layer of a kind, so it is made once a step.
+    """
+    windowed = window is not None and length > window
+    even = high - low == last - first and min(step.lengths[first:last]) == length
+    if even and not windowed and not step.recorded:
+        return None
+    name = (low, high, window if windowed else None, like.device)
+    if name not in step.masks:
+        ends = torch.full((high - low,), length, device=like.device)
+        index = _index(step.rows[first:last], low, like)
+        ends[index] = step.positions[first:last].to(like.device) + 1
+        at = torch.arange(length, device=like.device)
+        seen = at < ends[:, None]
+        if windowed:
+            assert window is not None
+            seen &= at >= ends[:, None] - window
+        mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+        step.masks[name] = mask.masked_fill_(~seen, -torch.inf)[:, None, None]
+    return step.masks[name]
+
+
+def _prefill(
+    step: Step, piece: Piece, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    scaling: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """A piece of a prompt: query (1, heads, tokens, head_dim), result (tokens, heads, head_dim)."""
+    repeat = query.shape[1] // keys.shape[1]
+    known_keys, known_values = (
+        part[piece.slot, :, : piece.last].repeat_interleave(repeat, dim=0).unsqueeze(0)
+        for part in (keys, values)
+    )
+    windowed = window is not None and piece.last > window
+    whole = piece.first == 0 and not windowed
+    answer = F.scaled_dot_product_attention(
+        query,
+        known_keys,
+        known_values,
+        None if whole else _piece_mask(step, piece, window if windowed else None, query),
+        is_causal=whole,
+        scale=scaling,
+    )
+    return answer[0].transpose(0, 1)
+
+
+def _piece_mask(step: Step, piece: Piece, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """Additive mask (tokens, last): each token sees those before it, and itself."""
+    name = (piece, window, like.device)
+    if name not in step.masks:
+        own = torch.arange(piece.first, piece.last, device=like.device)[:, None]
+        at = torch.arange(piece.last, device=like.device)
+        seen = at <= own
+        if window is not None:
+            seen &= at > own - window
+        mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+        step.masks[name] = mask.masked_fill_(~seen, -torch.inf)
+    return step.masks[name]
+
+
+AttentionInterface.register(NAME, slot_attention)

@@ -1,0 +1,103 @@
+"""A transformers model made ready to serve, and one pass of it over slots.
+
+The model's own modules run; what differs from `generate` is the attention function, the layout of
+linear weights on a CPU, and that logits are computed only where a token is to be sampled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from alpaca.errors import UserError
+from alpaca.serving import attention, packed
+from alpaca.serving.attention import Piece, Probe, Step
+from alpaca.serving.cache import Capacity, LayerShape, SlotCache
+
+
+@dataclass
+class Batch:
+    """One pass: tokens by slot, as `Step` wants them, and where logits are wanted.
+
+    `wanted` are indices into the pass's tokens: the decoding ones first, then the pieces.
+    """
+
+    decoding: list[tuple[int, int, int]]  # (slot, position, token), ascending slots
+    pieces: Sequence[tuple[Piece, Sequence[int]]]
+    wanted: list[int]
+
+
+class SlotModel:
+    """A model, its cache, and the pass that ties them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take over a loaded model; it serves nothing else afterwards."""
+        self.model = model.eval()
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.context: int = model.config.get_text_config().max_position_embeddings
+        model.set_attn_implementation(attention.NAME)
+        self.packed = packed.pack(model) if packed.available(model.dtype) else 0
+        self.cache: SlotCache
+
+    @torch.inference_mode()
+    def probe(self) -> list[LayerShape]:
+        """What one token's keys look like in every layer, seen in a pass over one token.
+
+        Raises:
+            UserError: the model does not attend through transformers' attention interface.
+        """
+        seen = Probe()
+        self._pass(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), seen)
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if sorted(seen.shapes) != list(range(layers)):
+            raise UserError(
+                f"{type(self.model).__name__} does not use transformers' attention interface "
+                f"in all {layers} layers, so it cannot be served here.",
+                "LLaMA, SmolLM, Mistral and Qwen models can.",
+            )
+        return [seen.shapes[layer] for layer in range(layers)]
+
+    def allocate(self, shapes: list[LayerShape], capacity: Capacity) -> None:
+        """Make room for the slots."""
+        self.cache = SlotCache(shapes, capacity)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        """One pass; returns float32 logits (wanted, vocabulary)."""
+        slots = [slot for slot, _, _ in batch.decoding]
+        positions = [position for _, position, _ in batch.decoding]
+        tokens = [token for _, _, token in batch.decoding]
+        lengths = [position + 1 for position in positions]
+        rows = list(slots)
+        for piece, ids in batch.pieces:
+            slots += [piece.slot] * len(ids)
+            positions += range(piece.first, piece.last)
+            tokens += ids
+        step = Step(
+            cache=self.cache,
+            slots=torch.tensor(slots, device=self.device),
+            positions=torch.tensor(positions, device=self.device),
+            rows=rows,
+            lengths=lengths,
+            pieces=[piece for piece, _ in batch.pieces],
+        )
+        where = torch.tensor(batch.wanted, device=self.device)
+        return self._pass(torch.tensor([tokens]), step.positions[None], step, where)
+
+    def _pass(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        step: Step | Probe,
+        where: torch.Tensor | int = 1,
+    ) -> torch.Tensor:
+        logits: torch.Tensor = self.model(
+            input_ids=tokens.to(self.device),
+            position_ids=positions.to(self.device),
+            use_cache=False,
+            logits_to_keep=where,
+            step=step,
+        ).logits
+        return logits[0].float()

@@ -1,0 +1,132 @@
+"""From a model folder to an engine that serves it, and a line that says what was loaded.
+
+Two environment variables tune the cache, ALPACA_SLOTS (requests decoded together) and
+ALPACA_CONTEXT (most tokens of one request); ALPACA_DTYPE (float32, bfloat16) overrides the type
+to compute in.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from alpaca import model as model_folder
+from alpaca import passport
+from alpaca.errors import UserError
+from alpaca.serving.cache import Capacity, free_bytes, plan_capacity
+from alpaca.serving.engine import Engine, Limits
+from alpaca.serving.forward import SlotModel
+from alpaca.serving.stream import token_bytes
+from alpaca.serving.weights import Weights
+from alpaca.tokens import Codec
+
+CONTEXT = 8192  # what ALPACA_CONTEXT raises: longer slots would leave room for few of them
+SLOTS = {"cpu": 16, "cuda": 64}
+PIECE_TOKENS = {"cpu": 128, "cuda": 2048}  # of prompts in one step: about its cost without them
+MIN_SLOTS = 5  # n completions are decoded together, and n goes up to 5
+
+
+def load(weights: Weights, environment: Mapping[str, str] = os.environ) -> tuple[Engine, Codec]:
+    """Load a model folder and start its engine.
+
+    Raises:
+        UserError: the folder is incomplete, or made for other templates, or does not fit.
+    """
+    began = time.monotonic()
+    folder = weights.folder
+    model_folder.check_folder(folder)
+    passport.check_template(folder, passport.read(folder))
+    codec = Codec(model_folder.load_tokenizer(folder))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = _dtype(environment, device)
+    loaded = model_folder.load_model(folder, dtype, _device_map(folder, device))
+    check_tokenizer(loaded, codec, folder)
+    engine = make_engine(loaded, codec, environment)
+    print(_summary(weights, loaded, engine.capacity, time.monotonic() - began), flush=True)
+    return engine, codec
+
+
+def make_engine(
+    loaded: PreTrainedModel, codec: Codec, environment: Mapping[str, str] = os.environ
+) -> Engine:
+    """Make room for the cache and start serving a loaded model; takes the model over."""
+    ends = _end_ids(loaded, codec)
+    model = SlotModel(loaded)
+    kind = model.device.type
+    shapes = model.probe()
+    slots = _number(environment, "ALPACA_SLOTS", SLOTS[kind])
+    context = min(model.context, _number(environment, "ALPACA_CONTEXT", CONTEXT))
+    budget = free_bytes({shape.device for shape in shapes})
+    model.allocate(shapes, plan_capacity(shapes, context, slots, min(slots, MIN_SLOTS), budget))
+    limits = Limits(piece_tokens=PIECE_TOKENS[kind])
+    engine = Engine(model, token_bytes(codec.tokenizer), ends, limits)
+    engine.start(shared_prefixes(codec))
+    return engine
+
+
+def shared_prefixes(codec: Codec) -> list[list[int]]:
+    """The tokens with which all prompts of each template begin."""
+    probes = ("a", "Z", "1", "\n", " ", "é", "ก")  # whatever an instruction may begin with
+    prefixes = []
+    for given in ("", "x"):
+        prompts = [codec.prompt(probe, given) for probe in probes]
+        same = [len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False)]
+        prefixes.append(prompts[0][: [*same, False].index(False)])
+    return prefixes
+
+
+def check_tokenizer(loaded: PreTrainedModel, codec: Codec, folder: Path) -> None:
+    """Refuse a tokenizer with tokens that the model has no rows for."""
+    rows, tokens = loaded.get_input_embeddings().weight.shape[0], len(codec.tokenizer)
+    if tokens > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokens} tokens, the model only {rows}.",
+            "They belong to different models; convert or train the folder again.",
+        )
+
+
+def _end_ids(loaded: PreTrainedModel, codec: Codec) -> frozenset[int]:
+    """EOS, and whatever else the folder's generation settings end an answer at."""
+    named = loaded.generation_config.eos_token_id
+    return frozenset([codec.eos, *(named if isinstance(named, list) else [named])]) - {None}
+
+
+def _dtype(environment: Mapping[str, str], device: torch.device) -> torch.dtype:
+    named = environment.get("ALPACA_DTYPE")
+    if named is None:
+        return model_folder.compute_dtype(device)
+    if named not in ("float32", "bfloat16"):
+        raise UserError(f"ALPACA_DTYPE is {named!r}.", "Set it to float32 or bfloat16.")
+    return torch.float32 if named == "float32" else torch.bfloat16
+
+
+def _device_map(folder: Path, device: torch.device) -> str | None:
+    """One device where the weights leave half of it free or there is no other; else all GPUs."""
+    if device.type == "cpu":
+        return None
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if torch.cuda.device_count() > 1 and size > torch.cuda.mem_get_info(0)[0] / 2:
+        return "auto"
+    return "cuda:0"
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name, str(default))
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"{name} is {value!r}.", "Set it to a whole number above 0.")
+    return int(value)
+
+
+def _summary(weights: Weights, loaded: PreTrainedModel, capacity: Capacity, seconds: float) -> str:
+    parameters = loaded.num_parameters()
+    device = loaded.get_input_embeddings().weight.device
+    left = free_bytes({device}) / 2**30
+    return (
+        f"serving {weights.folder}, taken from {weights.origin}: {type(loaded).__name__}, "
+        f"{parameters / 1e6:,.1f}M parameters, {loaded.dtype} on {device}, ready in "
+        f"{seconds:.1f} s; {capacity.slots} slots of {capacity.length:,} tokens "
+        f"({capacity.tokens:,} in all), {left:.1f} GiB of memory to spare"
+    )

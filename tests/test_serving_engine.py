@@ -1,0 +1,312 @@
+"""The engine against transformers' own generation, alone and among neighbours."""
+
+import copy
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from tiny import set_eos
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from alpaca.errors import UserError
+from alpaca.serving import loading
+from alpaca.serving.cache import Capacity
+from alpaca.serving.engine import BusyError, Engine, EngineStoppedError, Limits
+from alpaca.serving.forward import Batch, SlotModel
+from alpaca.serving.request import Answer, CanceledError, Request, Sampling
+from alpaca.serving.stream import token_bytes
+from alpaca.tokens import Codec
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,  # decisive logits: no near-ties for rounding to turn
+}
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral, window 24": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+}
+PROMPTS = [
+    "Name three colors.",
+    "",
+    "บอกฉันเกี่ยวกับรามเกียรติ์",
+    "اكتب قصيدة قصيرة عن البحر",
+    "👩‍👩‍👧‍👦 🇹🇭 é ﬁ \u200d",
+    "def f(x):\n    return {'a': [x ** 2]}",
+    "many words " * 400,
+]
+
+
+def tiny(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config_class, model_class, extra = KINDS[kind]
+    torch.manual_seed(1)
+    config = config_class(vocab_size=len(tokenizer), **SIZES, **extra)
+    set_eos(config, tokenizer)
+    return model_class(config).eval()
+
+
+def engine_of(model: PreTrainedModel, codec: Codec, slots: int = 16, **limits: int) -> Engine:
+    slot_model = SlotModel(copy.deepcopy(model))
+    slot_model.allocate(slot_model.probe(), Capacity(slots, 2048))
+    table = token_bytes(codec.tokenizer)
+    engine = Engine(slot_model, table, frozenset([codec.eos]), Limits(**limits))
+    engine.start(loading.shared_prefixes(codec))
+    return engine
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def pair(
+    request: pytest.FixtureRequest, bpe: PreTrainedTokenizerBase
+) -> Iterator[tuple[PreTrainedModel, Engine, Codec]]:
+    """A model for `generate`, and an engine that serves a copy of it."""
+    model, codec = tiny(request.param, bpe), Codec(bpe)
+    engine = engine_of(model, codec)
+    yield model, engine, codec
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def served(bpe: PreTrainedTokenizerBase) -> Iterator[tuple[Engine, Codec]]:
+    codec = Codec(bpe)
+    engine = engine_of(tiny("llama", bpe), codec, slots=5, waiting=8)
+    yield engine, codec
+    engine.stop()
+
+
+def reference(model: PreTrainedModel, codec: Codec, prompt: list[int], **settings: Any) -> str:
+    made = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False, pad_token_id=codec.eos, **settings,
+    )  # fmt: skip
+    ids = made[0, len(prompt) :].tolist()
+    table = token_bytes(codec.tokenizer)
+    return b"".join(table[index] for index in ids).decode(errors="ignore")
+
+
+def text_of(engine: Engine, prompt: list[int], **settings: Any) -> str:
+    return answer_of(engine, prompt, **settings).text.replace("�", "")
+
+
+def answer_of(
+    engine: Engine, prompt: list[int], sampling: Sampling | None = None, **settings: Any
+) -> Answer:
+    greedy = Sampling(temperature=0)
+    job = engine.submit(Request(tuple(prompt), sampling=sampling or greedy, **settings))
+    return job.completions[0].result.result(60)
+
+
+def neighbours(engine: Engine, codec: Codec, count: int, seed: int) -> list[Any]:
+    """Random requests that keep other slots changing."""
+    choose = random.Random(seed)
+    return [
+        engine.submit(
+            Request(
+                tuple(codec.prompt("noise " * choose.randrange(60))),
+                max_new_tokens=choose.randrange(1, 60),
+                sampling=Sampling(temperature=2, seed=choose.randrange(999)),
+            )
+        )
+        for _ in range(count)
+    ]
+
+
+def test_greedy_equals_generate_alone_and_with_neighbours(
+    pair: tuple[PreTrainedModel, Engine, Codec],
+) -> None:
+    model, engine, codec = pair
+    for seed, text in enumerate(PROMPTS):
+        prompt = codec.prompt(text)
+        wanted = reference(model, codec, prompt, max_new_tokens=40)
+        assert text_of(engine, prompt, max_new_tokens=40) == wanted
+        others = neighbours(engine, codec, 15, seed)
+        assert text_of(engine, prompt, max_new_tokens=40) == wanted
+        for other in others:
+            other.completions[0].result.result(60)
+
+
+def test_repetition_penalty_equals_that_of_generate(
+    pair: tuple[PreTrainedModel, Engine, Codec],
+) -> None:
+    model, engine, codec = pair
+    for penalty in (1.3, 0.8, 5.0):
+        prompt = codec.prompt("Name three colors.")
+        wanted = reference(model, codec, prompt, max_new_tokens=40, repetition_penalty=penalty)
+        settings = Sampling(temperature=0, repetition_penalty=penalty)
+        assert text_of(engine, prompt, sampling=settings, max_new_tokens=40) == wanted
+
+
+def test_same_seed_same_text_whatever_else_is_served(
+    pair: tuple[PreTrainedModel, Engine, Codec],
+) -> None:
+    _, engine, codec = pair
+    prompt = codec.prompt("Tell a story.")
+    texts = set()
+    for round_, load in enumerate((0, 3, 15, 9, 0)):
+        others = neighbours(engine, codec, load, round_)
+        settings = Sampling(temperature=0.9, top_p=0.95, top_k=100, seed=11)
+        texts.add(text_of(engine, prompt, sampling=settings, max_new_tokens=30))
+        for other in others:
+            other.completions[0].result.result(60)
+    assert len(texts) == 1
+    other_seed = Sampling(temperature=0.9, top_p=0.95, top_k=100, seed=12)
+    assert text_of(engine, prompt, sampling=other_seed, max_new_tokens=30) not in texts
+
+
+def test_n_completions_share_a_prompt_and_the_first_is_that_of_n_1(
+    served: tuple[Engine, Codec],
+) -> None:
+    engine, codec = served
+    prompt = tuple(codec.prompt("Tell a story."))
+    settings = Sampling(temperature=1.0, seed=3)
+    [one] = engine.submit(Request(prompt, max_new_tokens=20, sampling=settings)).completions
+    five = engine.submit(Request(prompt, n=5, max_new_tokens=20, sampling=settings)).completions
+    texts = [completion.result.result(60).text for completion in five]
+    assert texts[0] == one.result.result(60).text
+    assert len(set(texts)) == 5
+
+
+def test_every_way_to_end_is_named(served: tuple[Engine, Codec]) -> None:
+    engine, codec = served
+    prompt = codec.prompt("Tell a story.")
+    free = answer_of(engine, prompt, max_new_tokens=30)
+    assert (free.reason, free.tokens) == ("length", 30)
+    assert answer_of(engine, prompt, total_tokens=len(prompt) + 7).tokens == 7
+    assert answer_of(engine, prompt, total_tokens=len(prompt)) == Answer("", 0, "length")
+    inside = free.text[5:8]
+    stopped = answer_of(engine, prompt, max_new_tokens=30, stop=("", "never there", inside))
+    assert stopped == Answer(free.text[: free.text.index(inside)], stopped.tokens, "stop")
+    long = codec.prompt("word " * 900)
+    assert len(long) < 2048
+    assert answer_of(engine, long, total_tokens=9999).reason in ("context", "eos")
+    hot = Request(tuple(prompt), n=5, max_new_tokens=400, sampling=Sampling(temperature=5))
+    ends = [one.result.result(60) for one in engine.submit(hot).completions]
+    assert "eos" in {answer.reason for answer in ends}
+
+
+def test_what_cannot_be_served_is_refused(served: tuple[Engine, Codec]) -> None:
+    engine, _ = served
+    with pytest.raises(UserError, match="may have 2048"):
+        engine.submit(Request(tuple([5] * 2048)))
+    with pytest.raises(UserError, match="5 slots"):
+        engine.submit(Request((5,), n=6))
+
+
+def test_more_requests_than_slots_wait_and_too_many_are_refused(
+    served: tuple[Engine, Codec],
+) -> None:
+    engine, codec = served
+    endless = Request(tuple(codec.prompt("a")), n=5, max_new_tokens=1500, total_tokens=2000)
+    blocking = engine.submit(endless)
+    while engine.idle_slots:
+        time.sleep(0.01)
+    jobs = [engine.submit(Request(tuple(codec.prompt("b")), max_new_tokens=2)) for _ in range(8)]
+    with pytest.raises(BusyError, match="8 requests wait"):
+        engine.submit(Request((5,)))
+    blocking.cancel()
+    for job in jobs:
+        assert job.completions[0].result.result(60).tokens <= 2
+    with pytest.raises(CanceledError):
+        blocking.completions[0].result.result(60)
+
+
+def test_cancelling_while_waiting_prefilling_and_decoding_frees_everything(
+    served: tuple[Engine, Codec],
+) -> None:
+    engine, codec = served
+    choose = random.Random(0)
+    for _ in range(30):
+        words = choose.choice(["w ", "long prompt " * 150])
+        request = Request(tuple(codec.prompt(words)), n=choose.randint(1, 3), max_new_tokens=200)
+        jobs = [engine.submit(request) for _ in range(3)]
+        time.sleep(choose.random() * 0.02)
+        for job in jobs:
+            job.cancel()
+        for completion in [one for job in jobs for one in job.completions]:
+            with suppress(CanceledError):
+                assert completion.result.result(60).reason == "eos"
+    assert engine.idle_slots == 5
+    assert engine.healthy
+
+
+def test_streams_equal_results_from_many_threads(served: tuple[Engine, Codec]) -> None:
+    engine, codec = served
+
+    def one(seed: int) -> tuple[str, str]:
+        request = Request(tuple(codec.prompt(f"{seed}")), max_new_tokens=20,
+                          sampling=Sampling(seed=seed))  # fmt: skip
+        while True:
+            try:
+                [completion] = engine.submit(request).completions
+                return "".join(completion), completion.result.result(60).text
+            except BusyError:
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(one, range(60)))
+    assert all(joined == whole for joined, whole in results)
+    assert len({whole for _, whole in results}) > 50
+
+
+class Failing(SlotModel):
+    """A model whose pass fails while a poisonous token is in it."""
+
+    poison = 999
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        if any(self.poison in ids for _, ids in batch.pieces):
+            raise RuntimeError("poison")
+        return super().run(batch)
+
+
+def test_a_failing_request_fails_alone(bpe: PreTrainedTokenizerBase) -> None:
+    codec = Codec(bpe)
+    model = Failing(tiny("llama", bpe))
+    model.allocate(model.probe(), Capacity(8, 512))
+    engine = Engine(model, token_bytes(bpe), frozenset([codec.eos]))
+    engine.start()
+    good = Request(tuple(codec.prompt("fine")), max_new_tokens=60, sampling=Sampling(temperature=0))
+    alone = engine.submit(good).completions[0].result.result(60)
+    running = engine.submit(good)
+    next(iter(running.completions[0]))
+    bad = engine.submit(Request((5, 6, Failing.poison)))
+    with pytest.raises(RuntimeError, match="poison"):
+        bad.completions[0].result.result(60)
+    assert running.completions[0].result.result(60) == alone
+    assert engine.idle_slots == 8
+    assert engine.healthy
+    engine.stop()
+
+
+def test_a_stopped_engine_tells_everyone(bpe: PreTrainedTokenizerBase) -> None:
+    codec = Codec(bpe)
+    engine = engine_of(tiny("llama", bpe), codec, slots=1)
+    request = Request(
+        tuple(codec.prompt("a")), max_new_tokens=1500, sampling=Sampling(temperature=0)
+    )
+    jobs = [engine.submit(request) for _ in range(3)]
+    engine.stop()
+    for job in jobs:
+        with pytest.raises(EngineStoppedError):
+            job.completions[0].result.result(60)
+    assert not engine.healthy
+    with pytest.raises(EngineStoppedError):
+        engine.submit(request)
