@@ -15,6 +15,7 @@ from alpaca.errors import exit_code
 VERBS = {
     "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
     "audit": ("alpaca.dataset.audit", "what is wrong with a data set, record by record"),
+    "diversity": ("alpaca.dataset.diversity", "what a data set asks for: a sunburst, figures"),
     "generate": ("alpaca.dataset.generate", "grow an instruction data set with a teacher model"),
 }
 
