@@ -11,6 +11,7 @@ for (const section of document.querySelectorAll("section[data-set]")) {
   const list = (arc) => {
     section.querySelector(".chosen")?.classList.remove("chosen");
     arc.classList.add("chosen");
+    arc.parentNode.insertBefore(arc, arc.parentNode.querySelector("text")); // above its neighbours
     const heading = document.createElement("p");
     heading.textContent = `${arc.dataset.name}: ${arc.dataset.count}`;
     const items = document.createElement("ol");
