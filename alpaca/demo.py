@@ -203,7 +203,13 @@ def command(*words: str) -> None:
 def execute(words: list[str]) -> None:
     """Run a command a person could type, showing it; raises UserError when it fails."""
     print("$", "python", *words[1:], flush=True)
-    code = subprocess.run(words, cwd=ROOT).returncode
+    process = subprocess.Popen(words, cwd=ROOT)
+    # Ctrl-C reaches the command as well; it saves what it has, so wait for it.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:

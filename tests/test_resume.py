@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -188,7 +189,8 @@ def test_the_command_of_2023_trains_is_stopped_and_resumes_on_another_number_of_
     ]  # fmt: skip
     job = start([str(word) for word in words])
     wait_until(lambda: bool(checkpoint.found(out)), job)
-    os.killpg(job.pid, signal.SIGKILL)
+    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        process.kill()  # torchrun's ranks live in sessions of their own
     job.communicate()
     output = finish(command(tiny_model, out, "--save_total_limit=1"))  # one rank, twice the batches
     assert "the model is in" in output

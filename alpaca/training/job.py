@@ -1,12 +1,12 @@
 """Training as a child process group: what Cog's training API starts, follows and can cancel."""
 
 import os
-import signal
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import psutil
 import torch
 
 from alpaca import atomic
@@ -43,15 +43,19 @@ def launch(flags: list[str], root: Path) -> None:
 
 
 def end_group(job: "subprocess.Popen[str]") -> None:
-    """End a job and all its children: SIGTERM, and SIGKILL for what is left after 4 s."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(job.pid, number)
-            job.wait(GRACE_SECONDS)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """End a job and all its children: SIGTERM, so that they save, and SIGKILL after 4 s.
+
+    torchrun starts each rank in a session of its own, so a process group does not hold them all.
+    """
+    try:
+        family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    job.terminate()
+    _, alive = psutil.wait_procs(family, timeout=GRACE_SECONDS)
+    for process in alive:
+        process.kill()
+    job.wait()
 
 
 def archive(folder: Path, path: Path) -> Path:

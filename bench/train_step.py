@@ -1,0 +1,152 @@
+"""One optimizer step three ways: padded as in 2023, packed, packed with a shared prefix.
+
+    python bench/train_step.py --data alpaca_data.json [--model DIR] [--examples 32]
+
+fp32, forward and backward (the optimizer's part is the same in all three). The padded way is
+plain transformers: batches of 4, right-padded, loss on the answer tokens. Each round runs the three
+in turn, so a machine whose speed drifts hits all of them. Last line: JSON.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from alpaca.model import load_tokenizer
+from alpaca.tokens import Codec
+from alpaca.training import attention, loss, packing
+from alpaca.training.corpus import Corpus, open_corpus
+from alpaca.training.loss import TargetLoss
+
+CPU = torch.device("cpu")
+BATCH, LENGTH = 4, 512
+
+
+def padded(model: PreTrainedModel, corpus: Corpus, members: list[int], targets: int) -> None:
+    """Forward and backward as the scripts of 2023 did it."""
+    for start in range(0, len(members), BATCH):
+        batch = members[start : start + BATCH]
+        examples = [torch.tensor(corpus.example(i)).long() for i in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(examples, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(e) for e in examples], True)
+        labels = ids.masked_fill(mask == 0, -100)
+        for row, i in enumerate(batch):
+            labels[row, : int(corpus.prompt_lengths[i])] = -100
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        total = F.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        )
+        (total / targets).backward()
+
+
+def packed(module: TargetLoss, corpus: Corpus, members: list[int], targets: int) -> None:
+    """Forward and backward over packs of at most BATCH x LENGTH tokens."""
+    for pack in packing.distribute(corpus, members, BATCH * LENGTH, world_size=1)[0]:
+        (loss.run(module, packing.build(corpus, pack), CPU) / targets).backward()
+
+
+def timed(body: Callable[[], None], model: torch.nn.Module) -> tuple[float, torch.Tensor]:
+    """Seconds of one step, and its gradient as one vector."""
+    model.zero_grad()
+    started = time.perf_counter()
+    body()
+    seconds = time.perf_counter() - started
+    return seconds, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a large fp32 matrix product, the best of five."""
+    a, b = torch.randn(2, 2048, 2048)
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - started))
+    return best
+
+
+def useful_flops(model: PreTrainedModel, corpus: Corpus, members: list[int]) -> float:
+    """FLOPs of the shared-prefix step: 6 per weight and token, the vocabulary on targets only."""
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    tables = vocabulary * width * (1 if model.config.tie_word_embeddings else 2)
+    weights = sum(p.numel() for p in model.parameters()) - tables
+    attended = 0
+    tokens = 0
+    for pack in packing.distribute(corpus, members, BATCH * LENGTH, world_size=1)[0]:
+        made = packing.build(corpus, pack)
+        tokens += made.tokens
+        for s in made.segments:
+            own = s.end - s.start
+            attended += own * (s.prefix_end - s.prefix_start) + own * (own + 1) // 2
+    head = model.config.head_dim * model.config.num_attention_heads
+    targets = sum(corpus.targets(i) for i in members)
+    layers = model.config.num_hidden_layers
+    return 6.0 * (weights * tokens + width * vocabulary * targets + 2 * head * layers * attended)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--data", type=Path, default=Path("data/seed_tasks.jsonl"))
+    options.add_argument("--model", type=Path, default=Path("weights/smollm2-135m"))
+    options.add_argument("--examples", type=int, default=32)
+    options.add_argument("--rounds", type=int, default=3)
+    arguments = options.parse_args()
+    codec = Codec(load_tokenizer(arguments.model))
+    with tempfile.TemporaryDirectory() as cache:
+        corpus = open_corpus(arguments.data, codec, Path(cache), LENGTH)
+        report(arguments, corpus)
+
+
+def report(arguments: argparse.Namespace, corpus: Corpus) -> None:
+    members = list(range(min(arguments.examples, len(corpus))))
+    targets = sum(corpus.targets(i) for i in members)
+    alone = replace(corpus, prefix_lengths=(0, 0))
+
+    def load(how: str) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=torch.float32, attn_implementation=how
+        ).train()
+
+    plain, module = load("sdpa"), TargetLoss(load(attention.NAME))
+    ways: dict[str, tuple[Callable[[], None], torch.nn.Module]] = {
+        "padded": (lambda: padded(plain, corpus, members, targets), plain),
+        "packed": (lambda: packed(module, alone, members, targets), module),
+        "shared": (lambda: packed(module, corpus, members, targets), module),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    fractions, gradients = [], {}
+    for round_number in range(arguments.rounds):
+        rate = matmul_rate()
+        for name, (body, model) in ways.items():
+            spent, gradients[name] = timed(body, model)
+            seconds[name].append(spent)
+            print(f"round {round_number + 1}: {name} {spent:.2f} s", flush=True)
+        fractions.append(useful_flops(plain, corpus, members) / seconds["shared"][-1] / rate)
+    difference = (gradients["shared"] - gradients["padded"]).norm() / gradients["padded"].norm()
+
+    def ratio(way: str) -> float:
+        pairs = zip(seconds["padded"], seconds[way], strict=True)
+        return round(statistics.median(one / other for one, other in pairs), 3)
+
+    result = {
+        "speedup_vs_padded": ratio("shared"),
+        "speedup_packed_only": ratio("packed"),
+        "grad_rel_diff": float(difference),
+        "fraction_of_matmul_rate": round(statistics.median(fractions), 3),
+        "seconds": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
+        "examples": len(members),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
