@@ -17,7 +17,7 @@ from alpaca.training import arguments
 ROOT = LocalPath(__file__).resolve().parent
 
 
-def train(
+async def train(
     data: Path = Input(description="Alpaca-format examples, JSON or JSONL."),
     base: str = Input(description="Folder of the base model.", default="weights/smollm2-135m"),
     epochs: float = Input(description="Passes over the data.", default=3.0, ge=0.01, le=100),
@@ -27,10 +27,13 @@ def train(
     max_length: int = Input(description="Longest example in tokens.", default=512, ge=16),
     seed: int = Input(description="Decides the order of the data.", default=42, ge=0),
 ) -> Path:
-    """Fine-tune on all GPUs (or two CPU ranks); returns a tar file for `setup(weights)`."""
+    """Fine-tune on all GPUs (or two CPU ranks); returns a tar file for `setup(weights)`.
+
+    The model is also left in alpaca_out/, or where the variable ALPACA_OUT says.
+    """
     from alpaca.training import job
 
-    out = ROOT / "alpaca_out"
+    out = LocalPath(os.environ.get("ALPACA_OUT", ROOT / "alpaca_out"))
     flags = {
         "model_name_or_path": base,
         "data_path": data,
@@ -44,7 +47,7 @@ def train(
         "seed": seed,
         "bf16": True,
     }
-    job.launch([f"--{name}={value}" for name, value in flags.items()], ROOT)
+    await job.launch([f"--{name}={value}" for name, value in flags.items()], ROOT)
     return Path(job.archive(out, out.with_suffix(".tar")))
 
 

@@ -26,13 +26,13 @@ def free_port() -> int:
 class Server:
     """A running server: its process, its log, and a client bound to it."""
 
-    def __init__(self, weights: Path | None, log: Path, **environment: str) -> None:
+    def __init__(self, weights: Path | None, log: Path, *flags: str, **environment: str) -> None:
         self.port = free_port()
         self.log = log
         named = ["--weights", str(weights)] if weights else []
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "alpaca", "serve", "--port", str(self.port), *named],
+                [sys.executable, "-m", "alpaca", "serve", "--port", str(self.port), *named, *flags],
                 cwd=ROOT,
                 env={**os.environ, **environment},
                 stdout=output,

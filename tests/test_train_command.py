@@ -65,6 +65,19 @@ def test_training_learns_and_says_so(
     assert f"held-out loss {evaluations[0]:.4f} before, {evaluations[-1]:.4f} after" in done.stdout
 
 
+def test_the_loss_curve_is_drawn(run: Run) -> None:
+    out, _, _ = run
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (out / "loss.svg").read_text()
+
+
+def test_both_kinds_of_example_are_shown_with_what_is_masked_and_trained(run: Run) -> None:
+    shown = run[2].stdout
+    assert "an example without input, as it is trained on" in shown
+    assert "an example with input, as it is trained on" in shown
+    assert shown.count("### Response:\ntrained (") == 2
+
+
 def test_exported_folder_loads_in_transformers_and_gives_the_logged_loss(
     run: Run,
 ) -> None:

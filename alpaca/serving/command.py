@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="model folder or tar file (default: ALPACA_WEIGHTS, else alpaca_out/)",
     )
+    made.add_argument(
+        "--train", action="store_true", help="serve the training API instead (POST /trainings)"
+    )
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     made.add_argument(
         "--port",
@@ -46,15 +49,14 @@ def run(arguments: argparse.Namespace) -> None:
     environment = dict(os.environ)
     if arguments.weights:
         environment[weights.VARIABLE] = str(Path(arguments.weights).resolve())
-    given = environment.get("COG_WEIGHTS")
-    if not given:
+    if not environment.get("COG_WEIGHTS") and not arguments.train:
         model.check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
     entry = schema.find(ROOT, RUN, "run")
-    train = schema.find(ROOT, TRAIN, "train") if (ROOT / "train.py").exists() else None
-    schema.write(ROOT, entry, train)
+    schema.write(ROOT, entry, schema.find(ROOT, TRAIN, "train"))
     environment |= {
         "COG_PREDICT_TYPE_STUB": RUN,
+        "COG_TRAIN_TYPE_STUB": TRAIN,
         "COG_MAX_CONCURRENCY": environment.get("COG_MAX_CONCURRENCY", str(entry.concurrency)),
         "PORT": str(arguments.port),
         # The server starts its worker as `python`, which must be this one.
@@ -62,7 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     }
     os.chdir(ROOT)
     server = [sys.executable, "-m", "cog.server.http", "--host", arguments.host]
-    os.execve(sys.executable, server, environment)
+    mode = ["--x-mode", "train"] if arguments.train else []
+    os.execve(sys.executable, [*server, *mode], environment)
 
 
 def check_port(port: int) -> None:

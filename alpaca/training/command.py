@@ -56,6 +56,7 @@ def run(arguments: Arguments) -> None:
         facts = {"run": identity, "base": _base(arguments), "result": dataclasses.asdict(result)}
         export(module.model, codec, arguments.output_dir, facts)
         if main:
+            telling.draw(arguments.output_dir)
             _summary(arguments, result)
     except StoppedError as stopped:
         if main:

@@ -1,7 +1,7 @@
 """Training as a child process group: what Cog's training API starts, follows and can cancel."""
 
+import asyncio
 import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -15,10 +15,10 @@ from alpaca.errors import UserError
 GRACE_SECONDS = 4.0
 
 
-def launch(flags: list[str], root: Path) -> None:
+async def launch(flags: list[str], root: Path) -> None:
     """Run train.py on all GPUs, or on two CPU ranks; its output is this process's output.
 
-    Whatever ends the wait, cancellation included, ends the whole process group.
+    Whatever ends the wait, cancellation included, ends all ranks.
 
     Raises:
         UserError: the job failed; its message stands in the output.
@@ -27,35 +27,36 @@ def launch(flags: list[str], root: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={ranks}", "train.py", *flags]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
-    job = subprocess.Popen(
-        command, cwd=root, env=environment, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    job = await asyncio.create_subprocess_exec(
+        *command, cwd=root, env=environment, start_new_session=True,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
         assert job.stdout is not None
-        for line in job.stdout:
-            print(line, end="", flush=True)
-        code = job.wait()
+        # The progress bar redraws its line, so what arrives is read in pieces, not in lines.
+        while piece := await job.stdout.read(4096):
+            print(piece.decode(errors="replace"), end="", flush=True)
+        code = await job.wait()
     finally:
-        end_group(job)
+        end_family(job.pid)
     if code:
         raise UserError(f"Training failed with exit code {code}.", "The reason stands above.")
 
 
-def end_group(job: "subprocess.Popen[str]") -> None:
-    """End a job and all its children: SIGTERM, so that they save, and SIGKILL after 4 s.
+def end_family(pid: int) -> None:
+    """End a process and its descendants: SIGTERM, so that they save, and SIGKILL after 4 s.
 
     torchrun starts each rank in a session of its own, so a process group does not hold them all.
     """
     try:
-        family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+        parent = psutil.Process(pid)
+        family = [parent, *parent.children(recursive=True)]
+        parent.terminate()
     except psutil.NoSuchProcess:
         return
-    job.terminate()
     _, alive = psutil.wait_procs(family, timeout=GRACE_SECONDS)
     for process in alive:
         process.kill()
-    job.wait()
 
 
 def archive(folder: Path, path: Path) -> Path:

@@ -54,6 +54,28 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
 
 
+def draw(folder: Path) -> None:
+    """Draw the log's losses as `loss.png` and `loss.svg` in the output folder."""
+    # Here, not above: the figure is drawn once, and importing its library takes a second.
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (
+        ("loss", "training, one step", "-"),
+        ("eval_loss", "held out", "o-"),
+    ):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    for name in ("loss.png", "loss.svg"):
+        figure.savefig(folder / name, dpi=120)
+
+
 def show_example(corpus: Corpus, index: int, decode: Any, limit: int) -> str:
     """One example as the model sees it: the masked prompt, then each trained token in brackets."""
     ids = [int(i) for i in corpus.example(index)]

@@ -1,0 +1,108 @@
+"""Cog's training API: `train()` behind the real server in train mode."""
+
+import base64
+import io
+import json
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from http_server import Server
+
+from alpaca import passport
+from alpaca.model import check_folder
+from alpaca.training import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training") / "out"
+
+
+@pytest.fixture(scope="module")
+def server(out: Path) -> Iterator[Server]:
+    started = Server(None, out.parent / "server.log", "--train", ALPACA_OUT=str(out))
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.stop()
+
+
+def inputs(tiny_model: Path, **changed: object) -> dict[str, object]:
+    data = base64.b64encode((ROOT / "data/seed_tasks.jsonl").read_bytes()).decode()
+    return {
+        "data": f"data:application/jsonl;base64,{data}",
+        "base": str(tiny_model),
+        "batch_size": 4,
+        "accumulation": 1,
+        "learning_rate": 0.01,
+        **changed,
+    }
+
+
+def ranks(out: Path) -> list[psutil.Process]:
+    """Processes that train into `out`."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(out) in word for word in process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def test_a_canceled_training_ends_all_ranks_and_can_go_on(
+    server: Server, tiny_model: Path, out: Path
+) -> None:
+    request = {"input": inputs(tiny_model, epochs=100)}
+    asked = server.client.put("/trainings/one", json=request, headers={"Prefer": "respond-async"})
+    assert asked.status_code == 202
+    deadline = time.monotonic() + 120
+    log = out / "log.jsonl"
+    while not (log.exists() and log.read_text().count("loss") > 2):
+        assert time.monotonic() < deadline, server.log.read_text()
+        time.sleep(0.1)
+    assert len(ranks(out)) >= 2
+    assert server.client.post("/trainings/one/cancel").status_code == 200
+    deadline = time.monotonic() + 30
+    while ranks(out):  # the server names it in its environment only
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    done = json.loads(log.read_text().splitlines()[-1])["step"]
+    assert [int(path.name.split("-")[1]) for path in checkpoint.found(out)] == [done]
+
+
+def test_a_training_returns_the_model_as_a_tar_file(
+    server: Server, tiny_model: Path, out: Path, tmp_path: Path
+) -> None:
+    answer = server.client.post("/trainings", json={"input": inputs(tiny_model, epochs=0.1)}).json()
+    assert answer["status"] == "succeeded", answer
+    assert "train: 3 steps in" in answer["logs"]
+    content = base64.b64decode(answer["output"].partition(",")[2])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        tar.extractall(tmp_path, filter="data")
+    check_folder(tmp_path)
+    assert passport.read(tmp_path) == passport.read(out)
+
+
+@pytest.mark.parametrize(
+    ("changed", "status"),
+    [({"epochs": "many"}, 422), ({"batch_size": 0}, 422), ({"data": None}, 422)],
+)
+def test_bad_inputs_are_refused(
+    server: Server, tiny_model: Path, changed: dict[str, object], status: int
+) -> None:
+    answer = server.client.post("/trainings", json={"input": inputs(tiny_model, **changed)})
+    assert answer.status_code == status
+
+
+def test_a_training_that_fails_says_why(server: Server, tiny_model: Path) -> None:
+    answer = server.client.post(
+        "/trainings", json={"input": inputs(tiny_model, base="no/such/folder")}
+    ).json()
+    assert answer["status"] == "failed"
+    assert "There is no tokenizer in no/such/folder" in answer["logs"]
