@@ -34,13 +34,15 @@ found = {"version": "transformers " + transformers.__version__}
 for folder in sys.argv[3:]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # go on, as vLLM's ignore_eos does
     rows = []
     for prompt in json.loads(sys.argv[1]):
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        out = model.generate(torch.tensor([ids]), max_new_tokens=int(sys.argv[2]),
-                             min_new_tokens=int(sys.argv[2]), do_sample=False)
+        prompt_ids = torch.tensor([ids])
+        out = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids),
+                             max_new_tokens=int(sys.argv[2]), do_sample=False)
         rows.append([ids, out[0, len(ids):].tolist(), tokenizer(prompt).input_ids])
     found[folder] = rows
 print(json.dumps(found))
@@ -131,6 +133,10 @@ def environment(name: str, packages: list[str]) -> Path:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "pip==26.3"], check=True)
         subprocess.run([*pip, *packages], check=True)
+        # Builds for CUDA that vLLM pulls in beside a CPU torch; text models do not need them.
+        unwanted = ["torchvision", "torchaudio", "torchcodec"]
+        command = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted]
+        subprocess.run(command, check=True)
         (folder / "installed").write_text("\n".join(packages))
     return python
 

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from alpaca.convert.pickles import is_zip
 from alpaca.errors import UserError
 
 PIECE = 16 << 20
@@ -57,7 +58,7 @@ def check_file(path: Path, md5: str | None) -> dict[str, Any]:
     Raises:
         DamagedFileError: its MD5 is not the one the checklist gives, or a CRC-32 does not hold.
     """
-    if md5 is None and zipfile.is_zipfile(path):
+    if md5 is None and is_zip(path):
         _check_crcs(path)
     algorithm = "sha256" if md5 is None else "md5"
     digest = hashlib.new(algorithm, usedforsecurity=False)

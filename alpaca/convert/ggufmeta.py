@@ -30,14 +30,19 @@ class Fields:
         self.path, self._fields = path, reader.fields
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or `default`."""
-        return self._fields[key].contents() if key in self._fields else default
+        """The value of a key, or `default`; raises UserError where it cannot be read."""
+        if key not in self._fields:
+            return default
+        try:
+            return self._fields[key].contents()
+        except (ValueError, IndexError) as error:  # a UnicodeDecodeError is a ValueError
+            raise UserError(f"{self.path}: {key} is damaged: {error}", "Fetch it again.") from None
 
     def need(self, key: str) -> Any:
         """The value of a key; raises UserError where it is missing."""
         if key not in self._fields:
             raise UserError(f"{self.path} lacks the metadata key {key}.", "Is it a model file?")
-        return self._fields[key].contents()
+        return self.get(key)
 
 
 def read_config(fields: Fields, stored: dict[str, Any]) -> dict[str, Any]:

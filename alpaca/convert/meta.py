@@ -18,10 +18,10 @@ from alpaca.convert.params import Params, config, read_params, recognize
 from alpaca.convert.pickles import check_type
 from alpaca.convert.source import SHORT_NAMES, Source, Tensor, unpermute
 from alpaca.convert.vocabularies import read_vocabulary
+from alpaca.convert.vocabulary import Vocabulary
 from alpaca.errors import UserError
 
 Shards = dict[Path, dict[str, torch.Tensor]]
-SMALL = ("params.json", "tokenizer.model")
 ROTARY_TABLE = "rope.freqs"  # LLaMA 1 and 2 carry it; transformers computes its own
 
 
@@ -43,35 +43,40 @@ def open_meta(folder: Path, tokenizer: Path, name: str, *, instruct: bool | None
     for path in small:
         if path.is_file():
             check_file(path, sums.get(path.name))
-    params = read_params(folder / "params.json")
+    params = read_params(small[0])
     vocabulary, kind = read_vocabulary(tokenizer, folder.resolve().name, instruct)
     family, published = recognize(params, kind, folder.resolve().name)
-    vocab = params.vocab if params.vocab > 0 else vocabulary.pieces
-    if vocabulary.pieces != vocab:
-        raise UserError(
-            f"{tokenizer} has {vocabulary.pieces:,} pieces, the model's vocabulary {vocab:,}.",
-            "Put this model's own tokenizer.model beside it.",
-        )
+    vocab = _rows(params, vocabulary, tokenizer)
     files = shard_files(folder, list(sums), params)
     check_sizes(files, params, vocab)
     opened = open_shards(files, params)
-    dtype = _main_type(opened)
-    tied = _is_tied(opened)
+    dtype, tied = _main_type(opened), _is_tied(opened)
     tensors = _tensors(opened, params, vocab, tied)
     count = sum(tensor.parameters for tensor in tensors)
-    title = f"{family} {published.size if published else size_name(count)}"
+    size = published.size if published else size_name(count)
     shards = "1 shard" if len(files) == 1 else f"{len(files)} shards"
     return Source(
         name=name,
-        found=f"{title}: {shards}, {count:,} parameters, {SHORT_NAMES[dtype]}, "
+        found=f"{family} {size}: {shards}, {count:,} parameters, {SHORT_NAMES[dtype]}, "
         f"tokenizer {vocabulary.pieces:,} pieces",
         files={path: sums.get(path.name) for path in [*files, *small]},
         config=config(params, family, kind, vocab, tied),
         dtype=dtype,
         tensors=tensors,
         vocabulary=vocabulary,
-        facts={"family": family, "size": size_name(count), "parameters": count},
+        facts={"family": family, "size": size, "parameters": count},
     )
+
+
+def _rows(params: Params, vocabulary: Vocabulary, tokenizer: Path) -> int:
+    """Rows of the embedding: as `params.json` says, or (-1 there) one for each piece."""
+    rows = params.vocab if params.vocab > 0 else vocabulary.pieces
+    if vocabulary.pieces != rows:
+        raise UserError(
+            f"{tokenizer} has {vocabulary.pieces:,} pieces, the model's vocabulary {rows:,}.",
+            "Put this model's own tokenizer.model beside it.",
+        )
+    return rows
 
 
 def _main_type(opened: Shards) -> torch.dtype:

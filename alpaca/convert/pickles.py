@@ -22,7 +22,7 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file is cut short or damaged, wants to run code, or holds something else.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch file: "
             "it is cut short, damaged, or older than PyTorch 1.6.",
@@ -41,6 +41,14 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
             "Weights need no code. Do not open this file with anything else; get another copy.",
         )
     return _check_tensors(path, content)
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file is a ZIP archive, as far as its last bytes tell."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it has the marks of one and contradicts itself
+        return False
 
 
 def _check_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
@@ -63,6 +71,13 @@ def check_type(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 def saved_as(path: Path) -> str:
-    """The name a file had when PyTorch wrote it, without its ending ("archive" in older files)."""
-    with zipfile.ZipFile(path) as archive:
-        return archive.namelist()[0].split("/")[0]
+    """The name a file had when PyTorch wrote it, without its ending ("archive" in older files).
+
+    Raises:
+        UserError: the file's table of contents is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()[0].split("/")[0]
+    except (zipfile.BadZipFile, ValueError, IndexError, NotImplementedError) as error:
+        raise UserError(f"{path} is damaged: {error}", "Fetch it again.") from None

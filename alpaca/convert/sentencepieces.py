@@ -33,13 +33,22 @@ def read_sentencepiece(path: Path) -> Vocabulary:
     except DecodeError:
         raise UserError(f"{path} is damaged.", "Fetch the file again.") from None
     pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    # protobuf hands out bytes where a string is not UTF-8
+    if len({text for text, _, _ in pieces if isinstance(text, str)}) != len(pieces):
+        raise UserError(f"{path} is damaged: its pieces are not distinct texts.", "Fetch it again.")
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     plain = not rules.precompiled_charsmap and not rules.remove_extra_whitespaces
     if not pieces or trainer.model_type != BPE or not plain or not rules.escape_whitespaces:
         raise UserError(
             f"{path} is not a plain SentencePiece BPE model, as LLaMA's is.", "Is it this model's?"
         )
-    special = [pieces[index][0] for index in (trainer.unk_id, trainer.bos_id, trainer.eos_id)]
+    special = [
+        pieces[index][0]
+        for index in (trainer.unk_id, trainer.bos_id, trainer.eos_id)
+        if 0 <= index < len(pieces) and pieces[index][2] in (UNKNOWN, CONTROL)
+    ]
+    if len(special) != 3:
+        raise UserError(f"{path} lacks <unk>, <s> or </s>.", "Is it this model's?")
     return Vocabulary(
         sentencepiece_bpe(pieces, leading_space=rules.add_dummy_prefix),
         unk=special[0],
