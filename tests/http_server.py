@@ -1,5 +1,6 @@
 """Cog's real server as a test fixture: started by `python -m alpaca serve`, spoken to over HTTP."""
 
+import json
 import os
 import signal
 import socket
@@ -9,10 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
+import torch
+
+from alpaca.model import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+CONTEXT = 200_000
 SLOTS = "5"
 ALL_SLOTS = {"prompt": "a", "n": 5, "max_new_tokens": 1}
 
@@ -23,32 +29,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Server:
-    """A running server: its process, its log, and a client bound to it."""
+class Door:
+    """A server spoken to from outside."""
 
-    def __init__(self, weights: Path | None, log: Path, *flags: str, **environment: str) -> None:
-        self.port = free_port()
-        self.log = log
-        named = ["--weights", str(weights)] if weights else []
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "alpaca", "serve", "--port", str(self.port), *named, *flags],
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.Client(base_url=self.url, timeout=120, limits=limits)
-
-    def wait_until_ready(self, seconds: float = 90) -> None:
-        deadline = time.monotonic() + seconds
-        while self.health() != "READY":
-            assert self.process.poll() is None, self.log.read_text()
-            assert self.health() != "SETUP_FAILED", self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.1)
 
     def health(self) -> str:
         try:
@@ -58,6 +45,13 @@ class Server:
 
     def post(self, **inputs: object) -> httpx.Response:
         return self.client.post("/predictions", json={"input": inputs})
+
+    def stream(self, **inputs: object) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Server-sent events as they arrive: (name, data)."""
+        request = {"input": {**inputs, "stream": True}}
+        accept = {"accept": "text/event-stream"}
+        with self.client.stream("POST", "/predictions", json=request, headers=accept) as response:
+            yield from events(response)
 
     def run_one(self) -> None:
         """See a prediction through: those that were asked for before it have begun by then."""
@@ -72,11 +66,55 @@ class Server:
         answer = self.client.post("/predictions", json={"input": ALL_SLOTS}, timeout=30)
         return bool(answer.json()["status"] == "succeeded")
 
+
+def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = ""
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+class Server(Door):
+    """A server of this tree: its process and its log."""
+
+    def __init__(self, weights: Path | None, log: Path, *flags: str, **environment: str) -> None:
+        self.port = free_port()
+        super().__init__(self.port)
+        self.log = log
+        named = ["--weights", str(weights)] if weights else []
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "alpaca", "serve", "--port", str(self.port), *named, *flags],
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_until_ready(self, seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while self.health() != "READY":
+            assert self.process.poll() is None, self.log.read_text()
+            assert self.health() != "SETUP_FAILED", self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
     def stop(self) -> None:
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(30)
+
+
+def endless(source: Path, target: Path) -> None:
+    """A model that, decoded greedily, goes on for minutes: EOS is never the likeliest."""
+    model = load_model(source, torch.float32)
+    model.config.max_position_embeddings = CONTEXT
+    model.lm_head.weight.data[model.config.eos_token_id] = 0
+    model.save_pretrained(target)
+    load_tokenizer(source).save_pretrained(target)
 
 
 @contextmanager

@@ -1,19 +1,12 @@
 """The HTTP door: Cog's own server with our runner, a tiny model, and requests from outside."""
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import torch
-from http_server import SLOTS, Server, serving
-
-from alpaca.model import load_model, load_tokenizer
-
-CONTEXT = 200_000
+from http_server import CONTEXT, SLOTS, Server, endless, events, serving
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +17,6 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     sizes = {"ALPACA_SLOTS": SLOTS, "ALPACA_CONTEXT": str(CONTEXT)}
     with serving(folder / "model", folder, **sizes) as running:
         yield running
-
-
-def endless(source: Path, target: Path) -> None:
-    """The tiny model with a long context and an EOS that is never the likeliest token."""
-    model = load_model(source, torch.float32)
-    model.config.max_position_embeddings = CONTEXT
-    model.lm_head.weight.data[model.config.eos_token_id] = 0
-    model.save_pretrained(target)
-    load_tokenizer(source).save_pretrained(target)
 
 
 def test_a_prediction_is_a_list_of_n_strings(server: Server) -> None:
@@ -90,26 +74,13 @@ def test_the_schema_is_served(server: Server) -> None:
     assert document["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
 
 
-def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Server-sent events as they arrive: (name, data)."""
-    name = ""
-    for line in response.iter_lines():
-        if line.startswith("event: "):
-            name = line.removeprefix("event: ")
-        elif line.startswith("data: "):
-            yield name, json.loads(line.removeprefix("data: "))
-
-
 LONG = {"prompt": "Tell a story.", "total_tokens": CONTEXT, "temperature": 0}
 
 
 def test_a_stream_comes_in_pieces_that_join_to_the_whole_answer(server: Server) -> None:
     inputs = {"prompt": "Say hello.", "temperature": 0.9, "seed": 5, "max_new_tokens": 40}
     [whole] = server.post(**inputs).json()["output"]
-    request = {"input": {**inputs, "stream": True}}
-    accept = {"accept": "text/event-stream"}
-    with server.client.stream("POST", "/predictions", json=request, headers=accept) as response:
-        seen = list(events(response))
+    seen = list(server.stream(**inputs))
     pieces = [data["chunk"] for name, data in seen if name == "output"]
     assert len(pieces) > 5
     assert "".join(pieces) == whole
