@@ -63,6 +63,7 @@ def served(
 ) -> Iterator[tuple[str, Path]]:
     """URL and folder of the taught model behind `transformers serve`."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # matrices this small gain nothing from more
     folder = tmp_path_factory.mktemp("served") / "teacher"
     config = LlamaConfig(
         vocab_size=len(bpe), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
