@@ -1,0 +1,104 @@
+"""docs/serving.md: every block that is shown is run, against a real server."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from http_server import ROOT, Server, serving
+
+from alpaca.serving import schema
+
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tiny_model, tmp_path_factory.mktemp("docs")) as running:
+        yield running
+
+
+@pytest.fixture
+def replicate_api(server: Server) -> Iterator[str]:
+    """What Replicate does with a call of its client, as far as the client sees."""
+
+    class Api(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            answer = server.client.post("/predictions", json={"input": asked["input"]}).json()
+            stamp = "2026-11-23T00:00:00Z"
+            prediction = {
+                "id": answer["id"], "status": answer["status"], "output": answer["output"],
+                "model": "you/alpaca", "version": "0", "input": asked["input"], "urls": {},
+                "source": "api", "created_at": stamp, "completed_at": stamp,
+            }  # fmt: skip
+            body = json.dumps(prediction).encode()
+            self.send_response(201)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    api = HTTPServer(("127.0.0.1", 0), Api)
+    thread = threading.Thread(target=api.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{api.server_port}"
+    api.shutdown()
+    thread.join()
+    api.server_close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "block"), BLOCKS, ids=[f"{k}-{i}" for i, (k, _) in enumerate(BLOCKS)]
+)
+def test_each_block_runs(server: Server, replicate_api: str, kind: str, block: str) -> None:
+    block = block.replace("http://127.0.0.1:5000", server.url)
+    command = ["bash", "-euo", "pipefail", "-c"] if kind == "sh" else [sys.executable, "-c"]
+    keys = {"REPLICATE_API_TOKEN": "x", "REPLICATE_BASE_URL": replicate_api}
+    done = subprocess.run(
+        [*command, block], env={**os.environ, **keys}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    if kind == "python":
+        assert done.stdout.strip()
+    elif "event-stream" in block:
+        assert done.stdout.count("event: output") > 3
+        assert '"status":"succeeded"' in done.stdout
+    elif "respond-async" in block:
+        assert '"status":"starting"' in done.stdout
+    else:
+        answer = json.loads(done.stdout)
+        assert answer["status"] == "succeeded", answer
+        assert len(answer["output"]) == (3 if '"n": 3' in block else 1)
+
+
+def test_blocks_are_there() -> None:
+    text = " ".join(block for _, block in BLOCKS)
+    for door in ("curl -sN", "httpx.post", "httpx.stream", "replicate.run", "respond-async"):
+        assert door in text
+
+
+def test_the_tables_name_every_input_and_nothing_else() -> None:
+    section = PAGE.partition("## Inputs")[2].partition("\n## ")[0]
+    shown = {
+        name: (default.strip(), reach.strip())
+        for name, default, reach in re.findall(r"^\| `(\w+)` *\|([^|]*)\|([^|]*)\|", section, re.M)
+    }
+    inputs = schema.find(ROOT, "predict.py:Runner", "run").input_schema()["properties"]
+    assert set(shown) == set(inputs)
+    for name, field in inputs.items():
+        default, reach = shown[name]
+        low, high = field.get("minimum", ""), field.get("maximum", "")
+        assert reach == (f"{low}-{high}" if low != "" else "")
+        if field.get("default") not in (None, "", []):
+            assert default == json.dumps(field["default"])
