@@ -20,7 +20,7 @@ from alpaca.cli import main
 from alpaca.dataset.reply import Task, block
 
 MODES = {
-    "well": 0, "429 with Retry-After": 9, "429": 4, "500": 4, "hang": 9, "cut connection": 4,
+    "well": 0, "429 with Retry-After": 9, "429": 4, "500": 4, "hang": 13, "cut connection": 4,
     "malformed JSON": 4, "no choices": 4, "truncated reply": 1, "wrong numbering": 1,
     "duplicate ids": 1, "slow stream": 3,
 }  # fmt: skip  # mode: every how many requests it shows
@@ -68,7 +68,7 @@ def scripted_teacher(mode: str = "well") -> Iterator[ScriptedTeacher]:
 def flags(teacher: ScriptedTeacher, output: Path, *more: str, wanted: int = 500) -> list[str]:
     return [
         "generate", "--teacher", teacher.url, "--model", "scripted", "--output", str(output),
-        "--num_instructions", str(wanted), "--timeout", "5", *more,
+        "--num_instructions", str(wanted), "--timeout", "60", *more,
     ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def test_500_instructions_come_out_and_every_paid_reply_is_used(
 ) -> None:
     output = tmp_path / "data.json"
     with scripted_teacher(mode) as teacher:
-        timeout = "1" if mode == "hang" else "20"
+        timeout = "4" if mode == "hang" else "60"
         assert generate(teacher, output, "--endpoint", endpoint, "--timeout", timeout) == 0
     records = read_records(output)
     assert len(records) == len({record.instruction for record in records}) == 500

@@ -63,7 +63,6 @@ def served(
 ) -> Iterator[tuple[str, Path]]:
     """URL and folder of the taught model behind `transformers serve`."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # matrices this small gain nothing from more
     folder = tmp_path_factory.mktemp("served") / "teacher"
     config = LlamaConfig(
         vocab_size=len(bpe), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -71,7 +70,10 @@ def served(
     )  # fmt: skip
     set_eos(config, bpe)
     model = LlamaForCausalLM(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small gain nothing from more
     teach(model, Codec(bpe))
+    torch.set_num_threads(threads)
     model.save_pretrained(folder)
     bpe.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(chat_template(adds_bos=False))

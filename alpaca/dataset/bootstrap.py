@@ -63,6 +63,7 @@ class Bootstrap:
         self.replies: dict[int, Entry] = {}  # arrived or refused, and not judged yet; by request
         self.flying: dict[int, asyncio.Task[None]] = {}
         self._reserved: dict[int, int] = {}  # request -> its prompt's tokens, while in flight
+        self._writing = asyncio.Lock()
         self._barren = 0
         self._answered = False
         self._failure: UserError | None = None
@@ -121,7 +122,7 @@ class Bootstrap:
         entry = self.replies.pop(self.pool.judged)
         text, cut = entry.get("text", ""), entry.get("cut", False)
         judged = await asyncio.to_thread(self.pool.judge, self.pool.judged, text, cut)
-        self.journal.append(judged, durable=False)
+        await self._append(judged, durable=False)
         kept = any(item["verdict"] == "kept" for item in judged["tasks"])
         self._barren = 0 if kept else self._barren + 1
         if self._barren >= BARREN:
@@ -179,22 +180,28 @@ class Bootstrap:
                     f"The teacher refuses the first requests: {error}",
                     "Change what is sent, for example: --extra '{\"max_tokens\": null}'",
                 ) from None
-            self._write({"entry": "refused", "request": number, "why": str(error)})
+            await self._write({"entry": "refused", "request": number, "why": str(error)})
         else:
             # A completion goes on from its opening; one that repeats it is read all the same.
             text = start + reply.text if self.teacher.endpoint == "completion" else reply.text
             usage = _usage(reply.usage)
             found = {"entry": "reply", "request": number, "text": text, "cut": reply.cut} | usage
-            self._write(found)
+            await self._write(found)
         finally:
             del self._reserved[number]
 
-    def _wasted(self, why: str, usage: Usage) -> None:
-        self._write({"entry": "wasted", "why": why} | _usage(usage))
+    async def _wasted(self, why: str, usage: Usage) -> None:
+        await self._write({"entry": "wasted", "why": why} | _usage(usage))
 
-    def _write(self, entry: Entry) -> None:
-        self.journal.append(entry)
+    async def _write(self, entry: Entry) -> None:
+        await self._append(entry, durable=True)
         self._take(entry)
+
+    async def _append(self, entry: Entry, *, durable: bool) -> None:
+        # In a thread: a disk that is slow to sync must not hold up replies that are arriving, whose
+        # time-outs would run off meanwhile.
+        async with self._writing:
+            await asyncio.to_thread(self.journal.append, entry, durable=durable)
 
     def _take(self, entry: Entry) -> None:
         """Bring the state up to one journal entry."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
 from alpaca.dataset.checks import CHECKS, invalid
 from alpaca.dataset.findings import FIELDS, Audit, Finding, Text
 from alpaca.dataset.near import exact_duplicates, near_duplicates
@@ -60,8 +62,6 @@ def _alone(index: int, text: Text) -> Iterator[Finding]:
 
 def _languages(texts: Sequence[Text]) -> tuple[dict[str, int], list[Finding]]:
     """How many instructions are surely in which language, and those not in the commonest one."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     sure: dict[int, str] = {}
     for index, text in enumerate(texts):

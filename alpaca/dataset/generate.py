@@ -7,26 +7,11 @@ whole, from the journal, when the run ends or is stopped.
 """
 
 import argparse
-import asyncio
-import hashlib
 import json
-import os
-import signal
-import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from alpaca.dataset import recipe
-from alpaca.dataset.bootstrap import Bootstrap, Limits
-from alpaca.dataset.files import beside, write
-from alpaca.dataset.journal import Entry, Journal
-from alpaca.dataset.pool import LAG, Pool
-from alpaca.dataset.reply import Task
 from alpaca.errors import UserError
-from alpaca.records import Record, read_records
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed_tasks", type=Path, default=Path("data/seed_tasks.jsonl"))
     add("--endpoint", choices=["chat", "completion"], default="chat")
     add("--per_request", type=_positive, default=20, help="tasks asked for in one request")
-    add("--concurrency", type=_positive, default=8, help=f"requests in flight, up to {LAG}")
+    add("--concurrency", type=_positive, default=8, help="requests in flight")
     add("--max_cost", type=float, help="money to spend at most; needs the two prices")
     add("--price_in", type=float, help="price of a million tokens sent")
     add("--price_out", type=float, help="price of a million tokens received")
@@ -62,160 +47,11 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate, write the files, and say what came of it."""
-    limits, key = _limits(arguments), _key()
     try:
-        from alpaca.dataset.teacher import NO_KEY, Teacher, base_url
-    except ImportError:
-        raise UserError("The openai package is missing.", "pip install '.[data]'") from None
-    body = _body(arguments)
-    teacher = Teacher(
-        url=base_url(arguments.teacher),
-        model=arguments.model,
-        key=key or NO_KEY,
-        endpoint=arguments.endpoint,
-        timeout=arguments.timeout,
-        retries=arguments.retries,
-        body=body,
-    )
-    seeds = [_task(record) for record in read_records(arguments.seed_tasks)]
-    output = arguments.output
-    with Journal(beside(output, "journal"), _settings(arguments, body, seeds)) as journal:
-        pool = Pool(seeds, arguments.seed)
-        with _bar(arguments.num_instructions) as bar:
-            bootstrap = Bootstrap(
-                pool,
-                journal,
-                teacher,
-                limits,
-                per_request=arguments.per_request,
-                max_tokens=_reply_limit(arguments, body),
-                progress=lambda run: _show(bar, run),
-            )
-            try:
-                asyncio.run(_until_done(bootstrap))
-            finally:
-                write(output, pool, arguments.num_instructions)
-    print(_summary(bootstrap, output))
-    if bootstrap.ended == "interrupted":
-        raise KeyboardInterrupt
-
-
-async def _until_done(bootstrap: Bootstrap) -> None:
-    """Run; the first Ctrl-C (or SIGTERM) waits for replies under way, the second does not."""
-    loop = asyncio.get_running_loop()
-    work = asyncio.create_task(bootstrap.run())
-
-    def interrupt() -> None:
-        if bootstrap.ended == "interrupted":
-            work.cancel()
-            return
-        bootstrap.stop("interrupted")
-        tqdm.write(
-            f"stopping: {len(bootstrap.flying)} request(s) under way are already being paid for "
-            "and waited for; Ctrl-C again gives them up",
-            file=sys.stderr,
-        )
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt)
-    try:
-        await work
-    except asyncio.CancelledError:
-        pass  # the second Ctrl-C: what had arrived is in the journal
-    finally:
-        for task in bootstrap.flying.values():
-            task.cancel()
-        await bootstrap.teacher.close()
-
-
-def _settings(arguments: argparse.Namespace, body: Entry, seeds: list[Task]) -> Entry:
-    """What shapes the replies: a run that goes on must have the same."""
-    return {
-        "model": arguments.model,
-        "endpoint": arguments.endpoint,
-        "per_request": arguments.per_request,
-        "seed": arguments.seed,
-        "body": body,
-        "seed_tasks_sha256": _sha256(json.dumps(seeds)),
-        "request_sha256": _sha256(recipe.REQUEST),
-        "lag": LAG,
-    }
-
-
-def _body(arguments: argparse.Namespace) -> Entry:
-    asked = {name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens")}
-    return {name: value for name, value in (asked | arguments.extra).items() if value is not None}
-
-
-def _reply_limit(arguments: argparse.Namespace, body: Entry) -> int:
-    """Tokens one reply can cost at most, whichever of its two names the endpoint knows."""
-    limit = body.get("max_tokens") or body.get("max_completion_tokens") or arguments.max_tokens
-    return int(limit)
-
-
-def _limits(arguments: argparse.Namespace) -> Limits:
-    if arguments.max_cost is not None and None in (arguments.price_in, arguments.price_out):
-        raise UserError("--max_cost needs --price_in and --price_out.", "Give all three.")
-    if arguments.concurrency > LAG:
-        raise UserError(f"--concurrency is at most {LAG}.", f"Give --concurrency {LAG}.")
-    return Limits(
-        wanted=arguments.num_instructions, concurrency=arguments.concurrency,
-        price_in=arguments.price_in or 0.0, price_out=arguments.price_out or 0.0,
-        max_cost=arguments.max_cost, max_total_tokens=arguments.max_total_tokens,
-    )  # fmt: skip
-
-
-def _key() -> str:
-    """The endpoint's key, from the environment only, so that it stands in no shell history."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY holds characters no key has.", "Set it anew.")
-    return key
-
-
-def _bar(wanted: int) -> "tqdm[Any]":
-    return tqdm(
-        total=wanted, unit=" tasks", dynamic_ncols=True, file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )  # fmt: skip
-
-
-def _show(bar: "tqdm[Any]", run: Bootstrap) -> None:
-    """Bring the progress bar up to date; what was there at the start does not count as speed."""
-    kept = min(len(run.pool.kept), run.limits.wanted)
-    if bar.n == 0 and run.journal.entries and bar.initial == 0:
-        bar.initial = bar.n = kept
-    tokens = f"{run.tokens_in + run.tokens_out:,} tokens"
-    cost = f"{run.cost:.2f} spent" if run.limits.price_in or run.limits.price_out else tokens
-    bar.set_postfix_str(
-        f"{len(run.pool.dropped)} dropped, {cost}, {len(run.flying)} in flight", refresh=False
-    )
-    bar.update(kept - bar.n)
-
-
-def _summary(run: Bootstrap, output: Path) -> str:
-    wanted, kept = run.limits.wanted, len(run.pool.kept)
-    reasons = Counter(item["verdict"] for item in run.pool.dropped)
-    counted = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    about = "about " if run.estimated else ""
-    lines = [
-        f"{min(kept, wanted)} of {wanted} instructions in {output}"
-        if kept
-        else "nothing kept yet; no file written",
-        f"dropped: {len(run.pool.dropped)}{f' ({counted})' if counted else ''}",
-        f"spent: {about}{run.tokens_in:,} tokens in, {run.tokens_out:,} out, cost {run.cost:.4f}",
-    ]
-    if run.ended == "budget":
-        lines.append("stopped at the budget; raise it and run the same command to go on")
-    return "\n".join(lines)
-
-
-def _task(record: Record) -> Task:
-    return Task(record.instruction, record.input, record.output)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        from alpaca.dataset import session  # brings the libraries in that --help does without
+    except ImportError as error:
+        raise UserError(f"The package {error.name} is missing.", "pip install '.[data]'") from None
+    session.run(arguments)
 
 
 def _positive(text: str) -> int:
@@ -224,9 +60,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _object(text: str) -> Entry:
+def _object(text: str) -> dict[str, Any]:
     try:
-        value: Entry = json.loads(text)
+        value: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"is not JSON: {error}") from None
     if not isinstance(value, dict):

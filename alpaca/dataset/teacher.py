@@ -68,7 +68,7 @@ class _PassingError(Exception):
 class Teacher:
     """Where and how to ask.
 
-    `wasted` is called with each reply that was paid for and held nothing, so it can be counted;
+    `wasted` is awaited with each reply that was paid for and held nothing, so it can be counted;
     `sleep` and `clock` are time itself, in seconds.
     """
 
@@ -80,7 +80,7 @@ class Teacher:
     retries: int = 8
     patience: float = 900.0
     body: dict[str, Any] = field(default_factory=dict)
-    wasted: Callable[[str, Usage], None] = lambda why, usage: None
+    wasted: Callable[[str, Usage], Awaitable[None]] | None = None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     clock: Callable[[], float] = time.monotonic
 
@@ -111,8 +111,8 @@ class Teacher:
                 return await self._attempt(prompt, opening)
             except _PassingError as error:
                 why = self._redact(str(error))
-                if error.usage:
-                    self.wasted(why, error.usage)
+                if error.usage and self.wasted:
+                    await self.wasted(why, error.usage)
                 await self._after(error, attempt)
         raise UserError(
             f"The teacher failed {self.retries + 1} times at one request, last: {why}.",
