@@ -44,7 +44,9 @@ class Runner(cog.BaseRunner):
         temperature: float = Input(default=0.75, ge=0, le=5, description="0: the likeliest token."),
         top_p: float = Input(default=1.0, ge=0.01, le=1, description="Likeliest tokens to sum to."),
         top_k: int = Input(default=0, ge=0, description="How many likeliest tokens; 0: all."),
-        repetition_penalty: float = Input(default=1.0, ge=0.01, le=5, description="1: none."),
+        repetition_penalty: float = Input(
+            default=1.0, ge=0.01, le=5, description="Above 1 repeats less."
+        ),
         stop: list[str] = Input(default=[], description="Texts that end an answer."),
         seed: int | None = Input(default=None, ge=0, description="Same seed, same answers."),
         stream: bool = Input(default=False, description="Yield pieces as made, if n is 1."),

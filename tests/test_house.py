@@ -56,8 +56,6 @@ def allowed(path: Path) -> set[str]:
         return {*GROUND, *SHARED, *ROOMS, "cli"}
     if name == "alpaca/__init__.py":
         return set()
-    if name == "alpaca/__init__.py":
-        return set()
     part = path.relative_to(ROOT / "alpaca").parts[0].removesuffix(".py")
     if part in GROUND:
         return set()

@@ -4,11 +4,6 @@ import argparse
 import re
 from pathlib import Path
 
-from alpaca.convert.conversion import Layout, convert
-from alpaca.convert.find import find, open_source
-from alpaca.convert.shards import SHARD_BYTES
-from alpaca.convert.source import DTYPES
-
 
 def parser() -> argparse.ArgumentParser:
     """The verb's options."""
@@ -31,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--dtype",
-        choices=[*DTYPES, "keep"],
+        choices=["bf16", "fp16", "fp32", "keep"],
         default="keep",
         help="type of the weights written (default: keep the source's; quantized become bf16)",
     )
@@ -43,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--max_shard_size",
         type=shard_size,
-        default=SHARD_BYTES,
+        default="5GB",
         metavar="SIZE",
         help="largest output file, for example 500MB (default: 5GB)",
     )
@@ -61,6 +56,11 @@ def shard_size(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Find, say what was found, convert."""
+    # Here, not above: they import torch and transformers, which --help need not wait for.
+    from alpaca.convert.conversion import Layout, convert
+    from alpaca.convert.find import find, open_source
+    from alpaca.convert.source import DTYPES
+
     folder = find(arguments.input_dir, arguments.model_size)
     source = open_source(arguments.input_dir, folder, instruct=arguments.instruct)
     print(source.found, flush=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 
-from alpaca import model
 from alpaca.errors import UserError
 from alpaca.serving import schema, weights
 
@@ -50,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.weights:
         environment[weights.VARIABLE] = str(Path(arguments.weights).resolve())
     if not environment.get("COG_WEIGHTS") and not arguments.train:
+        from alpaca import model  # imports torch, which --help need not wait for
+
         model.check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
     entry = schema.find(ROOT, RUN, "run")

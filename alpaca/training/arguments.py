@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of train.py."""
     made = argparse.ArgumentParser(
         prog="train.py",
+        usage="train.py [--FLAG VALUE ...]",
         description="Fine-tune a LLaMA-family model on Alpaca-format data.",
         epilog="One process:   python train.py --data_path alpaca_data.json\n"
         f"--fsdp: one of {', '.join(SHARDINGS)}; with offload, weights wait in CPU memory\n"
