@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,9 +85,11 @@ def _check_crcs(path: Path, stopped: Callable[[], bool]) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(f"{entry.filename} is compressed")
                 if entry.CRC != 0:  # 0: PyTorch was told not to compute it, or the entry is empty
                     with archive.open(entry) as member:
                         while not stopped() and member.read(PIECE):
                             pass
-    except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError) as error:
         raise DamagedFileError(f"{path} is damaged: {error}", "Fetch the file again.") from None
