@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from alpaca.convert.expected import shapes
 from alpaca.convert.families import PUBLISHED, Published
+from alpaca.model import load_tokenizer
 
 FAMILIES = {
     "llama-1": LLAMA_1,
@@ -116,7 +117,9 @@ def test_the_command_line_of_2023_leaves_the_folders_of_2023(tmp_path: Path) -> 
     )
     assert code == 0, said
     assert (tmp_path / "out" / "llama-7b" / "config.json").is_file()
-    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
+    ids = load_tokenizer(tmp_path / "out" / "tokenizer")("def f(x):").input_ids
+    assert len(ids) > 3
+    assert ids == load_tokenizer(tmp_path / "out" / "llama-7b")("def f(x):").input_ids
 
 
 def meta_params(model: Published) -> dict[str, float]:

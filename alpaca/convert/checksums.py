@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import zipfile
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +50,29 @@ def stamp(files: list[Path]) -> list[list[Any]]:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def check_file(path: Path, md5: str | None) -> dict[str, Any]:
+def check_file(
+    path: Path, md5: str | None, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Read a whole file and return its size and hash for the passport.
 
-    PyTorch files carry a CRC-32 of each tensor, which stands in where there is no checklist.
+    PyTorch files carry a CRC-32 of each tensor, which stands in where there is no checklist. When
+    `stopped` turns true the result is not wanted any more, and is nothing.
 
     Raises:
         DamagedFileError: its MD5 is not the one the checklist gives, or a CRC-32 does not hold.
     """
     if md5 is None and is_zip(path):
-        _check_crcs(path)
+        _check_crcs(path, stopped)
     algorithm = "sha256" if md5 is None else "md5"
     digest = hashlib.new(algorithm, usedforsecurity=False)
     buffer = memoryview(bytearray(PIECE))
     with open(path, "rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while count := file.readinto(buffer):
+        while not stopped() and (count := file.readinto(buffer)):
             digest.update(buffer[:count])
         size = file.tell()
+    if stopped():
+        return {}
     if md5 is not None and digest.hexdigest() != md5:
         raise DamagedFileError(
             f"{path} is damaged: its MD5 is {digest.hexdigest()}, the checklist says {md5}.",
@@ -76,13 +81,15 @@ def check_file(path: Path, md5: str | None) -> dict[str, Any]:
     return {"bytes": size, algorithm: digest.hexdigest()}
 
 
-def _check_crcs(path: Path) -> None:
+def _check_crcs(path: Path, stopped: Callable[[], bool]) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(f"{entry.filename} is compressed")
                 if entry.CRC != 0:  # 0: PyTorch was told not to compute it, or the entry is empty
                     with archive.open(entry) as member:
-                        while member.read(PIECE):
+                        while not stopped() and member.read(PIECE):
                             pass
-    except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError) as error:
         raise DamagedFileError(f"{path} is damaged: {error}", "Fetch the file again.") from None

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -112,23 +113,36 @@ def _write_shards(
     """Write what is missing while the source files are hashed beside it; return their hashes."""
     total = sum(shard.data_bytes for shard in planned)
     done = sum(shard.data_bytes for shard in planned if shard.name in kept)
+    stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as pool, _bar(total, done) as bar:
-        checks = {path: pool.submit(check_file, path, md5) for path, md5 in source.files.items()}
+        checks = {
+            path: pool.submit(check_file, path, md5, stop.is_set)
+            for path, md5 in source.files.items()
+        }
         try:
-            try:
-                for shard in planned:
-                    if shard.name not in kept:
-                        journal.add(shard.name, shards.write(shard, journal.partial, bar.update))
-                    _results(checks, only_done=True)
-            except UserError:
-                _results(checks)  # a damaged file may be the cause, and is then what to say
-                raise
+            for shard in planned:
+                if shard.name not in kept:
+                    journal.add(shard.name, shards.write(shard, journal.partial, bar.update))
+                _results(checks, only_done=True)
             return _results(checks)
-        except DamagedFileError:
+        except UserError:
+            cause = _damage(checks)
+            if cause is None:
+                raise
             journal.clear()  # it was made from wrong numbers
-            raise
+            raise cause from None
         finally:
+            stop.set()  # Ctrl-C need not wait until 13 GB are hashed
             pool.shutdown(cancel_futures=True)
+
+
+def _damage(checks: dict[Path, Future[dict[str, Any]]]) -> DamagedFileError | None:
+    """The damaged source file behind an error, if there is one; waits for all checks."""
+    for check in checks.values():
+        error = check.exception()
+        if isinstance(error, DamagedFileError):
+            return error
+    return None
 
 
 def _results(
