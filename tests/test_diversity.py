@@ -149,7 +149,7 @@ def test_a_data_set_cannot_end_the_script_or_add_elements() -> None:
     assert "<b>" not in text
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium; Debian: apt-get install chromium."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
