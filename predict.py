@@ -26,6 +26,8 @@ class Runner(cog.BaseRunner):
         cancellation.install()
         given = None if weights is None else fetched(weights)
         found = serving_weights.locate(given, os.environ, ROOT)
+        if given is not None and str(given) != str(weights):
+            given.unlink()  # a download, unpacked by now
         self.engine, self.codec = loading.load(found)
 
     def healthcheck(self) -> bool:
