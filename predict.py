@@ -26,6 +26,8 @@ class Runner(cog.BaseRunner):
         cancellation.install()
         given = None if weights is None else fetched(weights)
         found = serving_weights.locate(given, os.environ, ROOT)
+        if given is not None and str(given) != str(weights):
+            given.unlink()  # a download, unpacked by now
         self.engine, self.codec = loading.load(found)
 
     def healthcheck(self) -> bool:
@@ -55,15 +57,15 @@ class Runner(cog.BaseRunner):
         sampling = Sampling(
             temperature=temperature,
             top_p=top_p,
-            top_k=top_k,
+            top_k=int(top_k),
             repetition_penalty=repetition_penalty,
-            seed=secrets.randbits(32) if seed is None else seed,
+            seed=secrets.randbits(32) if seed is None else int(seed),
         )
         request = Request(
             prompt=tuple(self.codec.prompt(prompt, input)),
-            n=n,
-            total_tokens=total_tokens,
-            max_new_tokens=max_new_tokens,
+            n=int(n),  # JSON's 2.0 is an integer to Cog, and a float to Python
+            total_tokens=int(total_tokens),
+            max_new_tokens=None if max_new_tokens is None else int(max_new_tokens),
             stop=tuple(stop),
             sampling=sampling,
         )

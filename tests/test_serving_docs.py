@@ -5,10 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 from http_server import ROOT, Server, serving
@@ -19,9 +22,38 @@ PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 
+@contextmanager
+def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A small HTTP server beside the test; its URL."""
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tiny_model, tmp_path_factory.mktemp("docs")) as running:
+    """A server whose weights Cog hands over as the URL of a tar file."""
+    folder = tmp_path_factory.mktemp("docs")
+    with tarfile.open(folder / "weights.tar", "w") as archive:
+        archive.add(tiny_model, "model", filter=lambda entry: entry.replace(mtime=0))
+
+    class Files(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(folder))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with (
+        answering(Files) as url,
+        serving(None, folder, COG_WEIGHTS=f"{url}/weights.tar") as running,
+    ):
         yield running
 
 
@@ -49,13 +81,8 @@ def replicate_api(server: Server) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    api = HTTPServer(("127.0.0.1", 0), Api)
-    thread = threading.Thread(target=api.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{api.server_port}"
-    api.shutdown()
-    thread.join()
-    api.server_close()
+    with answering(Api) as url:
+        yield url
 
 
 @pytest.mark.parametrize(

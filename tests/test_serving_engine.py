@@ -233,3 +233,12 @@ def test_a_stopped_engine_tells_everyone(bpe: PreTrainedTokenizerBase) -> None:
     assert not engine.healthy
     with pytest.raises(EngineStoppedError):
         engine.submit(request)
+
+
+def test_a_request_that_cannot_begin_fails_alone(served: tuple[Engine, Codec]) -> None:
+    engine, _ = served
+    impossible = engine.submit(Request((5,), max_new_tokens=2, sampling=Sampling(seed=-1)))
+    with pytest.raises(ValueError, match="non-negative"):
+        impossible.completions[0].result.result(60)
+    assert answer_of(engine, [5], max_new_tokens=2).tokens <= 2
+    assert engine.idle_slots == 5

@@ -128,7 +128,7 @@ def test_the_only_token_left_is_taken(one: Sampling, only: int, uniform: float) 
     assert sampling.choose(logits, [one], [uniform]).tolist() == [only]
 
 
-@given(logits_of_any_kind, st.sampled_from([0.0, 1e-45, 1e-30, 1e-6]))
+@given(logits_of_any_kind, st.sampled_from([0.0, 5e-324, 1e-45, 1e-30, 1e-6]))
 def test_temperature_near_zero_is_greedy(logits: torch.Tensor, temperature: float) -> None:
     one = Sampling(temperature=temperature)
     assert sampling.choose(logits[None].clone(), [one], [0.5]).tolist() == [int(logits.argmax())]

@@ -156,7 +156,15 @@ class Engine:
         self._schedule.advance()
         if answering:
             rows = torch.tensor([row for row, _ in answering], device=logits.device)
-            self._sample(logits[rows], [one for _, one in answering])
+            sequences = [one for _, one in answering]
+            try:
+                tokens = self._sample(logits[rows], sequences)
+            except Exception as error:
+                for one in sequences:
+                    one.fail(error)
+                    self._schedule.release(one)
+                return
+            self._accept(sequences, tokens)
 
     def _begin(self, one: Generation) -> None:
         """Mark the prompt's tokens as seen, for the repetition penalty."""
@@ -164,8 +172,8 @@ class Engine:
             self._seen[one.slot] = False
             self._seen[one.slot, list(one.prompt)] = True
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Generation]) -> None:
-        """One token for each sequence from its row of logits."""
+    def _sample(self, logits: torch.Tensor, sequences: list[Generation]) -> list[int]:
+        """A token for each sequence from its row of logits."""
         penalties = [one.sampling.repetition_penalty for one in sequences]
         penalized = any(penalty != 1 for penalty in penalties)
         slots = torch.tensor([one.slot for one in sequences], device=logits.device)
@@ -177,7 +185,12 @@ class Engine:
         tokens = choose(logits, [one.sampling for one in sequences], uniforms)
         if penalized:
             self._seen[slots, tokens] = True
-        for one, token in zip(sequences, tokens.tolist(), strict=True):
+        # The one point of a step where a GPU is waited for.
+        return tokens.tolist()
+
+    def _accept(self, sequences: list[Generation], tokens: list[int]) -> None:
+        """Hand each sequence its token, and free the slots of those that end with it."""
+        for one, token in zip(sequences, tokens, strict=True):
             try:
                 one.accept(token, self.ends)
             except Exception as error:  # a request that fails here fails alone

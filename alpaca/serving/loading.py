@@ -19,6 +19,7 @@ from alpaca.errors import UserError
 from alpaca.serving.cache import Capacity, free_bytes, plan_capacity
 from alpaca.serving.engine import Engine, Limits
 from alpaca.serving.forward import SlotModel
+from alpaca.serving.graphs import GraphModel
 from alpaca.serving.stream import token_bytes
 from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
@@ -54,7 +55,9 @@ def make_engine(
 ) -> Engine:
     """Make room for the cache and start serving a loaded model; takes the model over."""
     ends = _end_ids(loaded, codec)
-    model = SlotModel(loaded)
+    devices = {parameter.device for parameter in loaded.parameters()}
+    one_gpu = len(devices) == 1 and devices.pop().type == "cuda"
+    model = GraphModel(loaded) if one_gpu else SlotModel(loaded)
     kind = model.device.type
     shapes = model.probe()
     slots = _number(environment, "ALPACA_SLOTS", SLOTS[kind])

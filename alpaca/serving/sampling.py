@@ -14,6 +14,7 @@ import torch
 
 from alpaca.serving.request import Sampling
 
+COLDEST = 1e-30
 CANDIDATES = 256  # enough for nearly every nucleus, and 20 times cheaper than a full sort
 
 
@@ -36,8 +37,9 @@ def probabilities(logits: torch.Tensor, settings: Sequence[Sampling]) -> torch.T
 
     Kept tokens hold their probability, filtered ones 0; rows need not sum to 1.
     """
-    temperature = _column([one.temperature for one in settings], logits)
-    # Subtracting the largest first changes nothing, and a tiny temperature cannot overflow.
+    # Subtracting the largest first changes nothing, and a tiny temperature cannot overflow; one
+    # that float32 cannot hold is as good as COLDEST.
+    temperature = _column([max(one.temperature, COLDEST) for one in settings], logits)
     scaled = (logits - logits.max(-1, keepdim=True).values) / temperature
     rows = [row for row, one in enumerate(settings) if 0 < one.top_k < scaled.shape[1]]
     if rows:

@@ -85,10 +85,12 @@ class Schedule:
         while self._queue and len(self._free) >= self._queue[0].request.n:
             job = self._queue.popleft()
             room = self._cache.capacity.length
-            sequences = [
-                Generation(job, index, slot, table, room)
-                for index, slot in enumerate(sorted(self._free)[: job.request.n])
-            ]
+            slots = sorted(self._free)[: job.request.n]
+            try:
+                sequences = [Generation(job, *at, table, room) for at in enumerate(slots)]
+            except Exception as error:  # a request that cannot even begin fails alone
+                job.finish(error)
+                continue
             if not sequences[0].wants_tokens:
                 for one in sequences:
                     one.end()

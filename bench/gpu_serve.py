@@ -1,0 +1,112 @@
+"""Decoding speed on one GPU against what its memory bandwidth allows.
+
+    python bench/gpu_serve.py
+
+A model of LLaMA 7B's shape with random bf16 weights decodes under CUDA graphs at batch 1, 8, 32
+and 64. A step cannot take less time than reading every weight and every key and value once; that
+bound uses the bandwidth measured here, by copying. Needs a GPU with 20 GB, no network, a minute.
+The last line is JSON.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from alpaca.serving.attention import Piece
+from alpaca.serving.cache import Capacity
+from alpaca.serving.forward import Batch
+from alpaca.serving.graphs import GraphModel
+from alpaca.serving.request import Sampling
+from alpaca.serving.sampling import choose
+
+PROMPT = 128
+STEPS = 100
+
+
+def main() -> None:
+    """Build, decode at each batch size, print a table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_serve: there is no GPU here")
+    model, weight_bytes, token_bytes = build(arguments.layers, max(arguments.batches))
+    bandwidth = measure_bandwidth()
+    results = {}
+    for batch in arguments.batches:
+        seconds = step_seconds(model, batch)
+        read = weight_bytes + batch * (PROMPT + STEPS / 2) * token_bytes
+        results[str(batch)] = {
+            "tokens_per_second": round(batch / seconds, 1),
+            "bound_tokens_per_second": round(batch * bandwidth / read, 1),
+            "of_bound": round(read / bandwidth / seconds, 3),
+        }
+        print(f"batch {batch:>3}: {1000 * seconds:.2f} ms a step", results[str(batch)], flush=True)
+    facts = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "bandwidth_gb_s": round(bandwidth / 1e9),
+    }
+    print(json.dumps({**facts, "batches": results}))
+
+
+def build(layers: int, slots: int) -> tuple[GraphModel, int, int]:
+    """The model with room for `slots`; bytes of the weights a step reads, and of a token's keys."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=2048,
+    )
+    with torch.device("cuda"):
+        loaded = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    embedding = loaded.get_input_embeddings().weight
+    weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    weights -= embedding.numel() * embedding.element_size()  # a step reads a row of it
+    model = GraphModel(loaded)
+    shapes = model.probe()
+    model.allocate(shapes, Capacity(slots, 2 * (PROMPT + STEPS)))
+    return model, weights, sum(shape.token_bytes for shape in shapes)
+
+
+def measure_bandwidth() -> float:
+    """Bytes per second that the GPU reads and writes while it copies 2 GiB."""
+    source = torch.zeros(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * source.numel() / best
+
+
+def step_seconds(model: GraphModel, batch: int) -> float:
+    """Mean time of a decode step with sampling, after a prompt in each slot and a few steps."""
+    for slot in range(batch):
+        model.run(Batch([], [(Piece(slot, 0, PROMPT), range(PROMPT))], [PROMPT - 1]))
+    settings = [Sampling(temperature=0.75)] * batch
+    tokens = [1] * batch
+    began = 0.0
+    for step in range(-5, STEPS):
+        if step == 0:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+        position = PROMPT + max(step, 0)
+        decoding = [(slot, position, token) for slot, token in enumerate(tokens)]
+        logits = model.run(Batch(decoding, [], list(range(batch))))
+        tokens = choose(logits, settings, [0.5] * batch).tolist()
+    return (time.perf_counter() - began) / STEPS
+
+
+if __name__ == "__main__":
+    main()
