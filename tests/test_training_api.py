@@ -105,4 +105,4 @@ def test_a_training_that_fails_says_why(server: Server, tiny_model: Path) -> Non
         "/trainings", json={"input": inputs(tiny_model, base="no/such/folder")}
     ).json()
     assert answer["status"] == "failed"
-    assert "There is no tokenizer in no/such/folder" in answer["logs"]
+    assert "There is no tokenizer in no/such/folder" in answer["error"]

@@ -13,6 +13,7 @@ from alpaca import atomic
 from alpaca.errors import UserError
 
 GRACE_SECONDS = 4.0
+TAIL = 4000  # characters of the output that an error message repeats
 
 
 async def launch(flags: list[str], root: Path) -> None:
@@ -31,16 +32,21 @@ async def launch(flags: list[str], root: Path) -> None:
         *command, cwd=root, env=environment, start_new_session=True,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
+    told = ""
     try:
         assert job.stdout is not None
         # The progress bar redraws its line, so what arrives is read in pieces, not in lines.
         while piece := await job.stdout.read(4096):
-            print(piece.decode(errors="replace"), end="", flush=True)
+            text = piece.decode(errors="replace")
+            print(text, end="", flush=True)
+            told = (told + text)[-TAIL:]
         code = await job.wait()
     finally:
         end_family(job.pid)
     if code:
-        raise UserError(f"Training failed with exit code {code}.", "The reason stands above.")
+        # Cog hands the error over by itself; of the logs the last lines may come too late.
+        reason = told[told.find("train: error:") :] if "train: error:" in told else told
+        raise UserError(f"Training failed with exit code {code}:\n{reason.strip()}")
 
 
 def end_family(pid: int) -> None:
