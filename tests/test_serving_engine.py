@@ -1,6 +1,5 @@
 """The engine against transformers' own generation, alone and among neighbours."""
 
-import copy
 import random
 import time
 from collections.abc import Iterator
@@ -10,41 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import set_eos
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from engines import KINDS, answer_of, engine_of, tiny
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
-from alpaca.serving import loading
-from alpaca.serving.cache import Capacity
-from alpaca.serving.engine import BusyError, Engine, EngineStoppedError, Limits
-from alpaca.serving.forward import Batch, SlotModel
+from alpaca.serving.engine import BusyError, Engine
 from alpaca.serving.request import Answer, CanceledError, Request, Sampling
 from alpaca.serving.stream import token_bytes
 from alpaca.tokens import Codec
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.2,  # decisive logits: no near-ties for rounding to turn
-}
-KINDS = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "mistral, window 24": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
-}
 PROMPTS = [
     "Name three colors.",
     "",
@@ -54,23 +27,6 @@ PROMPTS = [
     "def f(x):\n    return {'a': [x ** 2]}",
     "many words " * 400,
 ]
-
-
-def tiny(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    config_class, model_class, extra = KINDS[kind]
-    torch.manual_seed(1)
-    config = config_class(vocab_size=len(tokenizer), **SIZES, **extra)
-    set_eos(config, tokenizer)
-    return model_class(config).eval()
-
-
-def engine_of(model: PreTrainedModel, codec: Codec, slots: int = 16, **limits: int) -> Engine:
-    slot_model = SlotModel(copy.deepcopy(model))
-    slot_model.allocate(slot_model.probe(), Capacity(slots, 2048))
-    table = token_bytes(codec.tokenizer)
-    engine = Engine(slot_model, table, frozenset([codec.eos]), Limits(**limits))
-    engine.start(loading.shared_prefixes(codec))
-    return engine
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -104,14 +60,6 @@ def reference(model: PreTrainedModel, codec: Codec, prompt: list[int], **setting
 
 def text_of(engine: Engine, prompt: list[int], **settings: Any) -> str:
     return answer_of(engine, prompt, **settings).text.replace("�", "")
-
-
-def answer_of(
-    engine: Engine, prompt: list[int], sampling: Sampling | None = None, **settings: Any
-) -> Answer:
-    greedy = Sampling(temperature=0)
-    job = engine.submit(Request(tuple(prompt), sampling=sampling or greedy, **settings))
-    return job.completions[0].result.result(60)
 
 
 def neighbours(engine: Engine, codec: Codec, count: int, seed: int) -> list[Any]:
@@ -264,58 +212,3 @@ def test_streams_equal_results_from_many_threads(served: tuple[Engine, Codec]) -
         results = list(pool.map(one, range(60)))
     assert all(joined == whole for joined, whole in results)
     assert len({whole for _, whole in results}) > 50
-
-
-class Failing(SlotModel):
-    """A model whose pass fails while a poisonous token is in it."""
-
-    poison = 999
-
-    def run(self, batch: Batch) -> torch.Tensor:
-        if any(self.poison in ids for _, ids in batch.pieces):
-            raise RuntimeError("poison")
-        return super().run(batch)
-
-
-def test_a_failing_request_fails_alone(bpe: PreTrainedTokenizerBase) -> None:
-    codec = Codec(bpe)
-    model = Failing(tiny("llama", bpe))
-    model.allocate(model.probe(), Capacity(8, 512))
-    engine = Engine(model, token_bytes(bpe), frozenset([codec.eos]))
-    engine.start()
-    good = Request(tuple(codec.prompt("fine")), max_new_tokens=60, sampling=Sampling(temperature=0))
-    alone = engine.submit(good).completions[0].result.result(60)
-    running = engine.submit(good)
-    next(iter(running.completions[0]))
-    bad = engine.submit(Request((5, 6, Failing.poison)))
-    with pytest.raises(RuntimeError, match="poison"):
-        bad.completions[0].result.result(60)
-    assert running.completions[0].result.result(60) == alone
-    assert engine.idle_slots == 8
-    assert engine.healthy
-    engine.stop()
-
-
-def test_a_stopped_engine_tells_everyone(bpe: PreTrainedTokenizerBase) -> None:
-    codec = Codec(bpe)
-    engine = engine_of(tiny("llama", bpe), codec, slots=1)
-    request = Request(
-        tuple(codec.prompt("a")), max_new_tokens=1500, sampling=Sampling(temperature=0)
-    )
-    jobs = [engine.submit(request) for _ in range(3)]
-    engine.stop()
-    for job in jobs:
-        with pytest.raises(EngineStoppedError):
-            job.completions[0].result.result(60)
-    assert not engine.healthy
-    with pytest.raises(EngineStoppedError):
-        engine.submit(request)
-
-
-def test_a_request_that_cannot_begin_fails_alone(served: tuple[Engine, Codec]) -> None:
-    engine, _ = served
-    impossible = engine.submit(Request((5,), max_new_tokens=2, sampling=Sampling(seed=-1)))
-    with pytest.raises(ValueError, match="non-negative"):
-        impossible.completions[0].result.result(60)
-    assert answer_of(engine, [5], max_new_tokens=2).tokens <= 2
-    assert engine.idle_slots == 5

@@ -1,0 +1,65 @@
+"""Small engines to test with: three model families with decisive random weights."""
+
+import copy
+from typing import Any
+
+import torch
+from tiny import set_eos
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from alpaca.serving import loading
+from alpaca.serving.cache import Capacity
+from alpaca.serving.engine import Engine, Limits
+from alpaca.serving.forward import SlotModel
+from alpaca.serving.request import Answer, Request, Sampling
+from alpaca.serving.stream import token_bytes
+from alpaca.tokens import Codec
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,  # decisive logits: no near-ties for rounding to turn
+}
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral, window 24": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+}
+
+
+def tiny(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config_class, model_class, extra = KINDS[kind]
+    torch.manual_seed(1)
+    config = config_class(vocab_size=len(tokenizer), **SIZES, **extra)
+    set_eos(config, tokenizer)
+    return model_class(config).eval()
+
+
+def engine_of(model: PreTrainedModel, codec: Codec, slots: int = 16, **limits: int) -> Engine:
+    slot_model = SlotModel(copy.deepcopy(model))
+    slot_model.allocate(slot_model.probe(), Capacity(slots, 2048))
+    table = token_bytes(codec.tokenizer)
+    engine = Engine(slot_model, table, frozenset([codec.eos]), Limits(**limits))
+    engine.start(loading.shared_prefixes(codec))
+    return engine
+
+
+def answer_of(
+    engine: Engine, prompt: list[int], sampling: Sampling | None = None, **settings: Any
+) -> Answer:
+    greedy = Sampling(temperature=0)
+    job = engine.submit(Request(tuple(prompt), sampling=sampling or greedy, **settings))
+    return job.completions[0].result.result(60)
