@@ -1,7 +1,6 @@
-"""Tiny models of several families, an engine that serves them, and what generate says."""
+"""Small engines to test with: three model families with decisive random weights."""
 
 import copy
-import random
 from typing import Any
 
 import torch
@@ -58,38 +57,9 @@ def engine_of(model: PreTrainedModel, codec: Codec, slots: int = 16, **limits: i
     return engine
 
 
-def reference(model: PreTrainedModel, codec: Codec, prompt: list[int], **settings: Any) -> str:
-    made = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        do_sample=False, pad_token_id=codec.eos, **settings,
-    )  # fmt: skip
-    ids = made[0, len(prompt) :].tolist()
-    table = token_bytes(codec.tokenizer)
-    return b"".join(table[index] for index in ids).decode(errors="ignore")
-
-
-def text_of(engine: Engine, prompt: list[int], **settings: Any) -> str:
-    return answer_of(engine, prompt, **settings).text.replace("�", "")
-
-
 def answer_of(
     engine: Engine, prompt: list[int], sampling: Sampling | None = None, **settings: Any
 ) -> Answer:
     greedy = Sampling(temperature=0)
     job = engine.submit(Request(tuple(prompt), sampling=sampling or greedy, **settings))
     return job.completions[0].result.result(60)
-
-
-def neighbours(engine: Engine, codec: Codec, count: int, seed: int) -> list[Any]:
-    """Random requests that keep other slots changing."""
-    choose = random.Random(seed)
-    return [
-        engine.submit(
-            Request(
-                tuple(codec.prompt("noise " * choose.randrange(60))),
-                max_new_tokens=choose.randrange(1, 60),
-                sampling=Sampling(temperature=2, seed=choose.randrange(999)),
-            )
-        )
-        for _ in range(count)
-    ]

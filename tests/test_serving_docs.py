@@ -36,12 +36,18 @@ def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.server_close()
 
 
+def undated(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Equal content makes an equal tar file, which the server unpacks into the same folder."""
+    entry.mtime = 0
+    return entry
+
+
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose weights Cog hands over as the URL of a tar file."""
     folder = tmp_path_factory.mktemp("docs")
     with tarfile.open(folder / "weights.tar", "w") as archive:
-        archive.add(tiny_model, "model", filter=lambda entry: entry.replace(mtime=0))
+        archive.add(tiny_model, "model", filter=undated)
 
     class Files(SimpleHTTPRequestHandler):
         def __init__(self, *arguments: Any) -> None:

@@ -5,19 +5,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
-from engines import KINDS, answer_of, engine_of, neighbours, reference, text_of, tiny
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from engines import KINDS, answer_of, engine_of, tiny
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
-from alpaca.serving.cache import Capacity
-from alpaca.serving.engine import BusyError, Engine, EngineStoppedError
-from alpaca.serving.forward import Batch, SlotModel
+from alpaca.serving.engine import BusyError, Engine
 from alpaca.serving.request import Answer, CanceledError, Request, Sampling
 from alpaca.serving.stream import token_bytes
 from alpaca.tokens import Codec
@@ -50,6 +46,35 @@ def served(bpe: PreTrainedTokenizerBase) -> Iterator[tuple[Engine, Codec]]:
     engine = engine_of(tiny("llama", bpe), codec, slots=5, waiting=8)
     yield engine, codec
     engine.stop()
+
+
+def reference(model: PreTrainedModel, codec: Codec, prompt: list[int], **settings: Any) -> str:
+    made = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False, pad_token_id=codec.eos, **settings,
+    )  # fmt: skip
+    ids = made[0, len(prompt) :].tolist()
+    table = token_bytes(codec.tokenizer)
+    return b"".join(table[index] for index in ids).decode(errors="ignore")
+
+
+def text_of(engine: Engine, prompt: list[int], **settings: Any) -> str:
+    return answer_of(engine, prompt, **settings).text.replace("�", "")
+
+
+def neighbours(engine: Engine, codec: Codec, count: int, seed: int) -> list[Any]:
+    """Random requests that keep other slots changing."""
+    choose = random.Random(seed)
+    return [
+        engine.submit(
+            Request(
+                tuple(codec.prompt("noise " * choose.randrange(60))),
+                max_new_tokens=choose.randrange(1, 60),
+                sampling=Sampling(temperature=2, seed=choose.randrange(999)),
+            )
+        )
+        for _ in range(count)
+    ]
 
 
 def test_greedy_equals_generate_alone_and_with_neighbours(
@@ -187,58 +212,3 @@ def test_streams_equal_results_from_many_threads(served: tuple[Engine, Codec]) -
         results = list(pool.map(one, range(60)))
     assert all(joined == whole for joined, whole in results)
     assert len({whole for _, whole in results}) > 50
-
-
-class Failing(SlotModel):
-    """A model whose pass fails while a poisonous token is in it."""
-
-    poison = 999
-
-    def run(self, batch: Batch) -> torch.Tensor:
-        if any(self.poison in ids for _, ids in batch.pieces):
-            raise RuntimeError("poison")
-        return super().run(batch)
-
-
-def test_a_failing_request_fails_alone(bpe: PreTrainedTokenizerBase) -> None:
-    codec = Codec(bpe)
-    model = Failing(tiny("llama", bpe))
-    model.allocate(model.probe(), Capacity(8, 512))
-    engine = Engine(model, token_bytes(bpe), frozenset([codec.eos]))
-    engine.start()
-    good = Request(tuple(codec.prompt("fine")), max_new_tokens=60, sampling=Sampling(temperature=0))
-    alone = engine.submit(good).completions[0].result.result(60)
-    running = engine.submit(good)
-    next(iter(running.completions[0]))
-    bad = engine.submit(Request((5, 6, Failing.poison)))
-    with pytest.raises(RuntimeError, match="poison"):
-        bad.completions[0].result.result(60)
-    assert running.completions[0].result.result(60) == alone
-    assert engine.idle_slots == 8
-    assert engine.healthy
-    engine.stop()
-
-
-def test_a_stopped_engine_tells_everyone(bpe: PreTrainedTokenizerBase) -> None:
-    codec = Codec(bpe)
-    engine = engine_of(tiny("llama", bpe), codec, slots=1)
-    request = Request(
-        tuple(codec.prompt("a")), max_new_tokens=1500, sampling=Sampling(temperature=0)
-    )
-    jobs = [engine.submit(request) for _ in range(3)]
-    engine.stop()
-    for job in jobs:
-        with pytest.raises(EngineStoppedError):
-            job.completions[0].result.result(60)
-    assert not engine.healthy
-    with pytest.raises(EngineStoppedError):
-        engine.submit(request)
-
-
-def test_a_request_that_cannot_begin_fails_alone(served: tuple[Engine, Codec]) -> None:
-    engine, _ = served
-    impossible = engine.submit(Request((5,), max_new_tokens=2, sampling=Sampling(seed=-1)))
-    with pytest.raises(ValueError, match="non-negative"):
-        impossible.completions[0].result.result(60)
-    assert answer_of(engine, [5], max_new_tokens=2).tokens <= 2
-    assert engine.idle_slots == 5
