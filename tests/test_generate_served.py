@@ -106,6 +106,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
+@pytest.mark.slow
 def test_a_few_requests_to_a_real_server(served: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = served
     output = tmp_path / "data.json"

@@ -92,7 +92,10 @@ def test_checkpoints_are_kept_to_the_limit(undisturbed: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(
     tiny_model: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
