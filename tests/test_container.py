@@ -60,6 +60,7 @@ def dockerfile() -> str:
     file, _, name = cog["run"].partition(":")
     assert schema.Source(ROOT / file).entry(name, "run")
     concurrency = schema.find(ROOT, cog["run"], "run").concurrency
+    given = "\n".join(f"ENV {pair}" for pair in cog["environment"])
     return f"""
 FROM {DEPENDENCIES}
 ENV DEBIAN_FRONTEND=noninteractive
@@ -72,6 +73,7 @@ EXPOSE 5000
 ENV COG_PREDICT_TYPE_STUB="{cog["run"]}"
 ENV COG_TRAIN_TYPE_STUB="{cog["train"]}"
 ENV COG_MAX_CONCURRENCY={concurrency}
+{given}
 CMD ["python", "-m", "cog.server.http"]
 COPY . /src
 """

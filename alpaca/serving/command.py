@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         "COG_PREDICT_TYPE_STUB": RUN,
         "COG_TRAIN_TYPE_STUB": TRAIN,
         "COG_MAX_CONCURRENCY": environment.get("COG_MAX_CONCURRENCY", str(entry.concurrency)),
+        "TOKIO_WORKER_THREADS": environment.get("TOKIO_WORKER_THREADS", "1"),  # see cog.yaml
         "PORT": str(arguments.port),
         # The server starts its worker as `python`, which must be this one.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
