@@ -13,7 +13,7 @@ from alpaca.cli import VERBS
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("convert", "training", "serving", "dataset")
 GROUND = ("errors", "prompt", "atomic")
-SHARED = ("records", "passport", "tokens", "model")  # each may import those before it
+SHARED = ("records", "passport", "tokens", "shards", "model")  # each may import those before it
 DOORS = (
     "predict.py",
     "train.py",
