@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
@@ -78,7 +79,10 @@ def build(
     if "offload" in arguments.fsdp:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         device = torch.device("cpu")
+    torch._dynamo.config.recompile_limit = 64  # eight lengths, training and evaluating
     for layer in decoder_layers(model, arguments.fsdp_transformer_layer_cls_to_wrap):
+        if arguments.torch_compile:
+            layer.compile()
         fully_shard(layer, **options)
     fully_shard(module, **options)
     module.to_empty(device=device)
@@ -86,6 +90,23 @@ def build(
         buffer.copy_(buffers[name])  # rotary frequencies are computed, not stored in the files
     load(model, folder)
     return module
+
+
+def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> bool:
+    """Whether every rank has memory for whole fp32 gradients, so that a step reduces them once.
+
+    Else each pack's gradients are reduced at once. Decided from the memory the device has, not
+    from what is free now: a resumed run must decide alike. Sharded weights, gradients and moments
+    take 16 bytes a parameter, whole gradients 4; 40% are left to activations.
+    """
+    if "offload" in arguments.fsdp:
+        return False
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    if mesh.device_type == "cuda":
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return parameters * (16 / mesh.size(mesh.ndim - 1) + 4) <= 0.6 * memory
 
 
 def decoder_layers(model: PreTrainedModel, named: str = "") -> list[torch.nn.Module]:
@@ -112,9 +133,11 @@ def load(model: PreTrainedModel, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                if name in parameters:
-                    _fill(name, parameters.pop(name), file.get_slice(name), path)
+            names = [name for name in file.keys() if name in parameters]  # noqa: SIM118 - no dict
+        for name in names:
+            # Opened anew for each tensor: what was read of a mapped file counts as resident.
+            with safe_open(path, framework="pt") as file:
+                _fill(name, parameters.pop(name), file.get_slice(name), path)
     if parameters:
         raise UserError(
             f"{folder} lacks {len(parameters)} tensor(s), the first is {min(parameters)}.",

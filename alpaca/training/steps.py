@@ -63,7 +63,8 @@ def schedule(arguments: Arguments, examples: int, world_size: int) -> Schedule:
     steps = arguments.max_steps
     if steps < 0:
         steps = math.ceil(arguments.num_train_epochs * per_epoch)
-    warmup = arguments.warmup_steps or math.ceil(arguments.warmup_ratio * steps)
+    share = arguments.warmup_steps if arguments.warmup_steps < 1 else 0.0
+    warmup = int(arguments.warmup_steps) or math.ceil((share or arguments.warmup_ratio) * steps)
     return Schedule(
         examples=examples,
         batch=batch,
