@@ -121,8 +121,8 @@ class Trainer:
             (value * dist.get_world_size()).backward()
             total += value.detach()
             tokens += pack.tokens
-            useful = pack if self.arguments.packing else packing.build(corpus, share)
-            work += self.work.flops(useful)
+            counted = pack if self.arguments.packing else packing.build(corpus, share)
+            work += self.work.flops(counted)
         norm = clip(self.module, self.arguments.max_grad_norm)
         rate = self.schedule.learning_rate(step)
         optimizer.set_rate(self.optimizer, rate)
