@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+import tomllib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,34 @@ def test_tensorboard_gets_the_numbers_of_the_log(usual: Path) -> None:
     assert held_out == pytest.approx(
         [line["eval_loss"] for line in lines(usual) if "eval_loss" in line]
     )
+
+
+@pytest.fixture(scope="module")
+def reporters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages of the extra `report`, apart: 250 MB that no other test needs."""
+    folder = tmp_path_factory.mktemp("reporters")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder)]
+    subprocess.run([*install, *extras["optional-dependencies"]["report"]], check=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_wandb_and_trackio_get_the_numbers_of_the_log(
+    tiny_model: Path, usual: Path, reporters: Path, tmp_path: Path
+) -> None:
+    for name in ("wandb", "trackio"):
+        done = train(
+            *flags(tiny_model, tmp_path / name, report_to=name, max_steps=6),
+            PYTHONPATH=str(reporters), WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "db"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    [run] = (tmp_path / "wandb" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"train/loss" in run.read_bytes()
+    with closing(sqlite3.connect(tmp_path / "db" / "alpaca.db")) as base:
+        stored = [json.loads(row[0]) for row in base.execute("SELECT metrics FROM metrics")]
+    shown = [line["train/loss"] for line in stored if "train/loss" in line]
+    assert shown == pytest.approx(losses(usual), rel=1e-6)
 
 
 def test_what_is_not_installed_is_said_at_once(tiny_model: Path, tmp_path: Path) -> None:
