@@ -18,6 +18,7 @@ VERBS = {
     "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
     "plan": ("alpaca.training.plan_command", "memory, disk, time and cost of a training run"),
     "serve": ("alpaca.serving.command", "a model folder over Cog's HTTP API"),
+    "verify": ("alpaca.verify", "a model folder against its passport: hashes, golden logits"),
     "audit": ("alpaca.dataset.audit", "what is wrong with a data set, record by record"),
     "diversity": ("alpaca.dataset.diversity", "what a data set asks for: a sunburst, figures"),
     "generate": ("alpaca.dataset.generate", "grow an instruction data set with a teacher model"),
