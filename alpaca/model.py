@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from alpaca import atomic
+from alpaca.atomic import free_disk as free_disk  # asked for here since there were model folders
 from alpaca.errors import UserError
 
 STAGING = ".model.partial"
@@ -122,13 +123,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free on the disk that `folder` is or will be on."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 @contextmanager

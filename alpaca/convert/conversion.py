@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from alpaca import atomic, passport, shards
+from alpaca import atomic, golden, passport, shards
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
 from alpaca.convert.journal import Journal
@@ -101,7 +101,8 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
         sources = _write_shards(source, planned, kept, journal)
         _write_texts(source, partial, planned, layout.dtype)
         facts = {**source.facts, "dtype": SHORT_NAMES[layout.dtype], "sources": sources}
-        written = passport.write(partial, MADE_BY, made_from=made_from, **facts)
+        told = {"made_from": made_from, "golden": golden.record(partial)}
+        written = passport.write(partial, MADE_BY, **facts, **told)
         _check_written(partial, planned, journal.hashes, written["files"])
     journal_path.unlink(missing_ok=True)
 

@@ -39,7 +39,7 @@ def load(weights: Weights, environment: Mapping[str, str] = os.environ) -> tuple
     began = time.monotonic()
     folder = weights.folder
     model_folder.check_folder(folder)
-    passport.check_template(folder, passport.read(folder))
+    passport.check_template(folder, passport.check_loaded(folder))
     codec = Codec(model_folder.load_tokenizer(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(environment, device)

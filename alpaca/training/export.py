@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from alpaca import passport, shards
+from alpaca import golden, passport, shards
 from alpaca.errors import UserError
 from alpaca.model import install, staging
 from alpaca.prompt import chat_template
@@ -54,6 +54,8 @@ def export(model: PreTrainedModel, codec: Codec, folder: Path, facts: dict[str, 
     partial = staging(folder) if dist.get_rank() == 0 else folder
     planned, meant = _write(model, codec, partial)
     if dist.get_rank() == 0:
+        facts["tensors"] = golden.all_tensor_hashes(partial)
+        facts["golden"] = golden.record(partial)
         read = passport.write(partial, made_by="train", **facts)["files"]
         shards.check(planned, partial)
         for shard in planned:
