@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from alpaca.training import gpus
 from alpaca.training.packing import Pack
 
 
@@ -49,6 +50,16 @@ class Work:
             + self.vocabulary_weights * pack.targets
             + 2 * self.attention_width * self.layers * attended
         )
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The FLOP/s that `mfu` is a share of: the card's published peak, else a measured rate."""
+    if device.type == "cuda":
+        card = gpus.recognized(torch.cuda.get_device_name(device), 0)
+        published = card.bf16 if dtype == torch.bfloat16 else card.fp32
+        if published is not None:
+            return published
+    return matmul_rate(device, dtype)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

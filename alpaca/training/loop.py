@@ -70,7 +70,7 @@ class Trainer:
         self.requests = Requests()
         self.progress = Progress()
         self.work = flops.Work.of(module.model)
-        self.peak = flops.matmul_rate(device, compute)
+        self.peak = flops.peak(device, compute)
         # Compiled layers meet one of eight lengths.
         self.multiple = max(1, arguments.pack_tokens // 8) if arguments.torch_compile else 1
 

@@ -79,7 +79,10 @@ def summary(result: Progress, ranks: int, folder: Path) -> str:
         ("tokens computed", f"{computed:,}"),
         ("tokens saved", f"{saved}; {result.prefix_tokens_saved:,} by sharing the template"),
         ("the padded recipe", f"{padded:,} tokens: about {clock(as_padded)} at this speed"),
-        ("utilisation", f"{result.mfu:.0%} of the matrix-product rate measured at the start"),
+        (
+            "utilisation",
+            f"{result.mfu:.0%} of the device's peak (on a CPU: its measured matrix products)",
+        ),
         ("memory", f"{result.memory / 1e9:.2f} GB at the peak, on the rank with the most"),
         ("model", str(folder)),
     ]
