@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -24,6 +25,7 @@ from alpaca.model import check_folder
 from alpaca.training import attention
 from alpaca.training.arguments import Arguments
 from alpaca.training.loss import TargetLoss
+from alpaca.training.meeting import meet
 
 
 def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
@@ -34,7 +36,9 @@ def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world = next(rendezvous("env://"))
+        store = meet(store, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
