@@ -111,7 +111,11 @@ def test_readme_file_map_matches_the_tree() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.count("\n") <= 150
     section = readme.partition("## File map")[2].partition("\n## ")[0]
-    named = set(re.findall(r"^    ([\w./-]+)", section, flags=re.MULTILINE))
+    named = set()
+    for first, others in re.findall(r"^    ([\w./-]+)((?:, [\w./-]+)*) ", section, re.MULTILINE):
+        folder = first.rpartition("/")[0] if not first.endswith("/") else ""
+        rest = [name for name in others.split(", ") if name]
+        named |= {first, *(f"{folder}/{name}" if folder else name for name in rest)}
     assert len(named) > 10
     for name in named:
         assert (ROOT / name).exists(), f"README's file map names {name}, which is not there"
