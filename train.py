@@ -12,7 +12,7 @@ from pathlib import Path as LocalPath
 from cog import Input, Path
 
 from alpaca.errors import exit_code
-from alpaca.training import arguments
+from alpaca.training import arguments, fsdp_config
 
 ROOT = LocalPath(__file__).resolve().parent
 
@@ -54,8 +54,9 @@ async def train(
 def train_from_command_line() -> None:
     """Read the flags, and train."""
     parsed, notices = arguments.parse(sys.argv[1:])
+    parsed, more = fsdp_config.apply(parsed)
     if os.environ.get("RANK", "0") == "0":
-        for notice in notices:
+        for notice in [*notices, *more]:
             print(f"train: {notice}")
     from alpaca.training import command  # torch takes seconds to import; mistakes in flags do not
 

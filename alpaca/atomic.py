@@ -87,3 +87,10 @@ def sync_tree(root: Path) -> None:
         for name in names:
             sync(Path(parent, name))
         sync(Path(parent))
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free on the disk that `folder` is or will be on."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

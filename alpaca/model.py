@@ -4,7 +4,10 @@ A folder is what transformers reads: `config.json`, safetensors shards, a tokeni
 opened with safetensors only, never as pickles, and no code from a folder is ever run.
 """
 
+import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +19,7 @@ from transformers import (
 )
 
 from alpaca import atomic
+from alpaca.atomic import free_disk as free_disk  # asked for here since there were model folders
 from alpaca.errors import UserError
 
 STAGING = ".model.partial"
@@ -121,8 +125,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def free_disk(folder: Path) -> int:
-    """Bytes free on the disk that `folder` is or will be on."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+@contextmanager
+def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into a UserError that says where, with `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"The disk of {folder} is full.", remedy) from None

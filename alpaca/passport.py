@@ -1,13 +1,15 @@
 """What a model folder is made of, and the refusal when it does not match.
 
 `passport.json` lies in every folder this project writes: how it was made, from what, with which
-templates, and the SHA-256 of every file in it. Serving and resuming read it before they trust a
-folder; a folder without one (made elsewhere) loads with a notice.
+templates, and the SHA-256 of every file in it; a seal over the passport itself. Serving and
+resuming read it before they trust a folder; a folder without one (made elsewhere) loads with a
+notice. `python -m alpaca verify` checks all of it.
 """
 
 import hashlib
 import json
 import platform
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +21,9 @@ from alpaca.prompt import template_hash
 
 NAME = "passport.json"
 FORMAT = 1
+SEAL = "seal"
+PIECE = 8 << 20  # bytes read at once while those before are hashed
+SMALL = 64 << 20  # files up to this size are hashed before they are served
 
 
 def write(folder: Path, made_by: str, **facts: Any) -> dict[str, Any]:
@@ -39,8 +44,34 @@ def write(folder: Path, made_by: str, **facts: Any) -> dict[str, Any]:
         "versions": versions(),
         "files": dict(zip(names, hash_files([folder / name for name in names]), strict=True)),
     }
-    atomic.write_text(folder / NAME, json.dumps(passport, indent=1, ensure_ascii=False) + "\n")
+    passport[SEAL] = seal(passport)
+    atomic.write_text(folder / NAME, render(passport))
     return passport
+
+
+def add_beside(folder: Path, names: list[str]) -> None:
+    """Put the hashes of files that came after the model (log, drawing) into its passport.
+
+    They may be absent later, a copy of the folder need not hold them; a changed one is found.
+    """
+    passport = read(folder)
+    assert passport is not None
+    there = [name for name in names if (folder / name).is_file()]
+    hashes = hash_files([folder / name for name in there])
+    passport["beside"] = dict(zip(there, hashes, strict=True))
+    passport[SEAL] = seal(passport)
+    atomic.write_text(folder / NAME, render(passport))
+
+
+def render(passport: dict[str, Any]) -> str:
+    """The text of a passport, byte for byte."""
+    return json.dumps(passport, indent=1, ensure_ascii=False) + "\n"
+
+
+def seal(passport: dict[str, Any]) -> str:
+    """SHA-256 over everything in a passport but its seal."""
+    rest = {name: value for name, value in passport.items() if name != SEAL}
+    return text_sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -73,10 +104,47 @@ def check_template(folder: Path, passport: dict[str, Any] | None) -> None:
         )
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of one file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_loaded(folder: Path) -> dict[str, Any] | None:
+    """What concerns a program that loads the folder: its files are there and as written.
+
+    Weights are not hashed, that takes as long as reading them: `alpaca verify` does it. Returns
+    the passport; a folder without one is let through with a notice.
+
+    Raises:
+        UserError: a missing file, or a changed one of those that are small.
+    """
+    passport = read(folder)
+    if passport is None:
+        print(f"note: {folder} has no passport: how it was made is not known", flush=True)
+        return None
+    for name, wanted in passport["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing.", "Copy or write the folder again.")
+        if path.stat().st_size <= SMALL and sha256(path) != wanted:
+            raise UserError(
+                f"{path} was changed after it was written.",
+                f"See what else was: python -m alpaca verify {folder}",
+            )
+    return passport
+
+
+def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of one file, in hex; `progress` is told of every piece of bytes.
+
+    A second thread reads ahead, so disk and hash work at the same time.
+    """
+    digest = hashlib.sha256()
+    buffers = [memoryview(bytearray(PIECE)) for _ in range(2)]
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(file.readinto, buffers[0])
+        while count := ahead.result() or 0:
+            full, buffers = buffers[0], buffers[::-1]
+            ahead = reader.submit(file.readinto, buffers[0])
+            digest.update(full[:count])
+            if progress is not None:
+                progress(count)
+    return digest.hexdigest()
 
 
 def text_sha256(text: str) -> str:
@@ -84,10 +152,10 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hash_files(paths: list[Path]) -> list[str]:
+def hash_files(paths: list[Path], progress: Callable[[int], object] | None = None) -> list[str]:
     """SHA-256 of many files at once; hashing releases the interpreter lock."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(sha256, paths))
+        return list(pool.map(lambda path: sha256(path, progress), paths))
 
 
 def versions() -> dict[str, str]:

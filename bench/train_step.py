@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.model import load_tokenizer
 from alpaca.tokens import Codec
-from alpaca.training import attention, loss, packing
+from alpaca.training import attention, flops, loss, packing
 from alpaca.training.corpus import Corpus, open_corpus
 from alpaca.training.loss import TargetLoss
 
@@ -62,36 +62,6 @@ def timed(body: Callable[[], None], model: torch.nn.Module) -> tuple[float, torc
     return seconds, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def matmul_rate() -> float:
-    """FLOP/s of a large fp32 matrix product, the best of five."""
-    a, b = torch.randn(2, 2048, 2048)
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        torch.mm(a, b)
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - started))
-    return best
-
-
-def useful_flops(model: PreTrainedModel, corpus: Corpus, members: list[int]) -> float:
-    """FLOPs of the shared-prefix step: 6 per weight and token, the vocabulary on targets only."""
-    width, vocabulary = model.config.hidden_size, model.config.vocab_size
-    tables = vocabulary * width * (1 if model.config.tie_word_embeddings else 2)
-    weights = sum(p.numel() for p in model.parameters()) - tables
-    attended = 0
-    tokens = 0
-    for pack in packing.distribute(corpus, members, BATCH * LENGTH, world_size=1)[0]:
-        made = packing.build(corpus, pack)
-        tokens += made.tokens
-        for s in made.segments:
-            own = s.end - s.start
-            attended += own * (s.prefix_end - s.prefix_start) + own * (own + 1) // 2
-    head = model.config.head_dim * model.config.num_attention_heads
-    targets = sum(corpus.targets(i) for i in members)
-    layers = model.config.num_hidden_layers
-    return 6.0 * (weights * tokens + width * vocabulary * targets + 2 * head * layers * attended)
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--data", type=Path, default=Path("data/seed_tasks.jsonl"))
@@ -123,13 +93,16 @@ def report(arguments: argparse.Namespace, corpus: Corpus) -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     fractions, gradients = [], {}
+    work = flops.Work.of(plain)
+    shares = packing.distribute(corpus, members, BATCH * LENGTH, world_size=1)[0]
+    useful = sum(work.flops(packing.build(corpus, share)) for share in shares)
     for round_number in range(arguments.rounds):
-        rate = matmul_rate()
+        rate = flops.matmul_rate(CPU, torch.float32)
         for name, (body, model) in ways.items():
             spent, gradients[name] = timed(body, model)
             seconds[name].append(spent)
             print(f"round {round_number + 1}: {name} {spent:.2f} s", flush=True)
-        fractions.append(useful_flops(plain, corpus, members) / seconds["shared"][-1] / rate)
+        fractions.append(useful / seconds["shared"][-1] / rate)
     difference = (gradients["shared"] - gradients["padded"]).norm() / gradients["padded"].norm()
 
     def ratio(way: str) -> float:

@@ -140,17 +140,6 @@ def test_cut_gguf_is_named(cut: int, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "tiny").exists()
 
 
-@pytest.fixture(scope="module")
-def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default model, fetched once and converted."""
-    fetched = download.fetch(ROOT / "unconverted-weights")
-    output = tmp_path_factory.mktemp("smollm")
-    code, said = convert("--input_dir", fetched, "--output_dir", output)
-    assert code == 0, said
-    assert "134,515,008 parameters, Q4_1, tokenizer 49,152 pieces" in said
-    return output / "smollm2-135m"
-
-
 def test_default_model_equals_transformers_reading_rounded_to_bf16(smollm: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
         ROOT / "unconverted-weights" / "smollm2-135m",

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
+from training_runs import ROOT, losses
+from transformers import AutoModelForCausalLM
 
 from alpaca.training import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
 
 
@@ -51,13 +53,6 @@ def finish(words: list[str]) -> str:
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     return output
-
-
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
-    return [line["loss"] for line in steps]
 
 
 def wait_until(reached: Callable[[], bool], job: "subprocess.Popen[str]") -> None:
@@ -174,31 +169,68 @@ def test_another_run_is_refused_and_the_difference_is_named(
     finish(command(tiny_model, out, "--learning_rate=0.02", "--overwrite_output_dir"))
 
 
-def test_the_command_of_2023_trains_is_stopped_and_resumes_on_another_number_of_ranks(
-    tiny_model: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
+def command_of_2023(model: Path, data: Path, out: Path, *more: object) -> list[str]:
+    """As published, for two processes; flags given later win."""
     words = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29292",
-        "train.py", "--model_name_or_path", tiny_model, "--tokenizer_name_or_path", tiny_model,
-        "--data_path", "data/seed_tasks.jsonl", "--bf16", "False", "--output_dir", out,
+        "train.py", "--model_name_or_path", model, "--tokenizer_name_or_path", model,
+        "--data_path", data, "--bf16", "True", "--output_dir", out,
         "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
-        "--per_device_eval_batch_size", "4", "--gradient_accumulation_steps", "1",
-        "--evaluation_strategy", "no", "--save_strategy", "steps", "--save_steps", "3",
-        "--save_total_limit", "1", "--learning_rate", "0.01", "--weight_decay", "0.",
+        "--per_device_eval_batch_size", "4", "--gradient_accumulation_steps", "8",
+        "--evaluation_strategy", "no", "--save_strategy", "steps", "--save_steps", "2000",
+        "--save_total_limit", "1", "--learning_rate", "2e-5", "--weight_decay", "0.",
         "--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1",
         "--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap",
-        "LLaMADecoderLayer", "--tf32", "True", "--max_steps", STEPS, "--eval_fraction", "0.05",
+        "LLaMADecoderLayer", "--tf32", "True",
     ]  # fmt: skip
-    job = start([str(word) for word in words])
+    return [str(word) for word in [*words, *more]]
+
+
+def kill_after_a_checkpoint(words: list[str], out: Path) -> None:
+    job = start(words)
     wait_until(lambda: bool(checkpoint.found(out)), job)
     for process in [*psutil.Process(job.pid).children(recursive=True), job]:
         process.kill()  # torchrun's ranks live in sessions of their own
     job.communicate()
+
+
+def test_the_command_of_2023_resumes_on_another_number_of_ranks(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    changed = [
+        "--bf16", "False", "--gradient_accumulation_steps", "1", "--learning_rate", "0.01",
+        "--save_steps", "3", "--max_steps", STEPS, "--eval_fraction", "0.05",
+    ]  # fmt: skip
+    data = ROOT / "data/seed_tasks.jsonl"
+    kill_after_a_checkpoint(command_of_2023(tiny_model, data, out, *changed), out)
     output = finish(command(tiny_model, out, "--save_total_limit=1"))  # one rank, twice the batches
-    assert "the model is in" in output
+    assert f"model              {out}" in output
     assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-4)
     assert losses(out)[:3] == pytest.approx(losses(undisturbed)[:3], rel=1e-6)
+
+
+def test_the_command_of_2023_trains_the_demo_model_is_killed_resumes_and_exports(
+    smollm: Path, tmp_path: Path
+) -> None:
+    """The published command as it is, on 16 examples: three epochs are three steps."""
+    data, out = tmp_path / "alpaca_data.json", tmp_path / "alpaca_out"
+    records = [
+        {"instruction": f"How much is {a} plus 2?", "input": "", "output": f"It is {a + 2}."}
+        for a in range(16)
+    ]
+    data.write_text(json.dumps(records))
+    words = command_of_2023(smollm, data, out, "--save_steps", "1")
+    kill_after_a_checkpoint(words, out)
+    done = len(losses(out))
+    assert 1 <= done < 3
+    output = finish(words)
+    assert f"model              {out}" in output
+    first, _, last = losses(out)
+    assert last < first
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
 
 
 @pytest.mark.parametrize(

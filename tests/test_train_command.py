@@ -1,13 +1,12 @@
 """`train.py` from its flags to the folder it leaves, run as people run it."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from training_runs import ROOT, lines, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import passport
@@ -16,24 +15,8 @@ from alpaca.prompt import render
 from alpaca.records import read_records
 from alpaca.tokens import Codec
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = ROOT / "data/seed_tasks.jsonl"
 Run = tuple[Path, list[str], subprocess.CompletedProcess[str]]
-
-
-def train(*flags: object, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    return subprocess.run(
-        [*launcher, "train.py", *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +31,6 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return out, flags, train(*flags)
 
 
-def lines(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def test_training_learns_and_says_so(
     run: Run,
 ) -> None:
@@ -62,7 +41,7 @@ def test_training_learns_and_says_so(
     assert [line["step"] for line in steps] == list(range(1, 26))  # 204 examples, 8 a step
     assert evaluations[-1] < evaluations[0] - 0.5
     assert steps[0]["lr"] == 0
-    assert f"held-out loss {evaluations[0]:.4f} before, {evaluations[-1]:.4f} after" in done.stdout
+    assert f"{evaluations[0]:.4f} before, {evaluations[-1]:.4f} after" in done.stdout
 
 
 def test_the_loss_curve_is_drawn(run: Run) -> None:

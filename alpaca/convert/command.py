@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder = find(arguments.input_dir, arguments.model_size)
     source = open_source(arguments.input_dir, folder, instruct=arguments.instruct)
     print(source.found, flush=True)
-    dtype = source.dtype if arguments.dtype == "keep" else DTYPES[arguments.dtype][0]
+    dtype = source.dtype if arguments.dtype == "keep" else DTYPES[arguments.dtype]
     layout = Layout(dtype, arguments.max_shard_size)
     final = convert(source, arguments.output_dir, layout, force=arguments.force)
     print(f"{final} is ready.")

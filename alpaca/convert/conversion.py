@@ -5,7 +5,6 @@ kill, shards whose hash still holds are kept and the rest is written again. The 
 when the sources have passed their checks and every byte written has been read back.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,18 +21,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from alpaca import atomic, passport
-from alpaca.convert import shards
+from alpaca import atomic, golden, passport, shards
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
 from alpaca.convert.journal import Journal
-from alpaca.convert.shards import Shard
-from alpaca.convert.source import DTYPES, SHORT_NAMES, Source
+from alpaca.convert.source import SHORT_NAMES, Source, Tensor
 from alpaca.errors import UserError
-from alpaca.model import free_disk
+from alpaca.model import explained_disk_errors, free_disk
 from alpaca.prompt import template_hash
+from alpaca.shards import Shard
 
 MADE_BY = "convert"
+AGAIN = "Free some space and run the same command again; finished shards are kept."
 SLACK = 64 << 20  # bytes beside the tensors: tokenizer, headers, the file system's own
 
 
@@ -92,7 +91,7 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
     planned = shards.plan(source.tensors, layout.dtype, layout.shard_bytes)
     journal_path = final.with_name(f".{final.name}.journal.json")
     with (
-        _plain_disk_errors(final),
+        explained_disk_errors(final, AGAIN),
         atomic.folder(final, keep_partial=True) as partial,
         _lock(partial),
     ):
@@ -102,13 +101,14 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
         sources = _write_shards(source, planned, kept, journal)
         _write_texts(source, partial, planned, layout.dtype)
         facts = {**source.facts, "dtype": SHORT_NAMES[layout.dtype], "sources": sources}
-        written = passport.write(partial, MADE_BY, made_from=made_from, **facts)
+        told = {"made_from": made_from, "golden": golden.record(partial)}
+        written = passport.write(partial, MADE_BY, **facts, **told)
         _check_written(partial, planned, journal.hashes, written["files"])
     journal_path.unlink(missing_ok=True)
 
 
 def _write_shards(
-    source: Source, planned: list[Shard], kept: set[str], journal: Journal
+    source: Source, planned: list[Shard[Tensor]], kept: set[str], journal: Journal
 ) -> dict[str, Any]:
     """Write what is missing while the source files are hashed beside it; return their hashes."""
     total = sum(shard.data_bytes for shard in planned)
@@ -122,7 +122,8 @@ def _write_shards(
         try:
             for shard in planned:
                 if shard.name not in kept:
-                    journal.add(shard.name, shards.write(shard, journal.partial, bar.update))
+                    sha256 = shards.write(shard, journal.partial, Tensor.value, bar.update)
+                    journal.add(shard.name, sha256)
                 _results(checks, only_done=True)
             return _results(checks)
         except UserError:
@@ -166,9 +167,11 @@ def _bar(total: int, done: int) -> "tqdm[Any]":
     )
 
 
-def _write_texts(source: Source, partial: Path, planned: list[Shard], dtype: torch.dtype) -> None:
+def _write_texts(
+    source: Source, partial: Path, planned: list[Shard[Tensor]], dtype: torch.dtype
+) -> None:
     ids = source.vocabulary.ids()
-    name = DTYPES[SHORT_NAMES[dtype]][2]
+    name = str(dtype).removeprefix("torch.")
     _write_json(partial / "config.json", {**source.config, **ids, "torch_dtype": name})
     _write_json(partial / "generation_config.json", ids)
     if len(planned) > 1:
@@ -182,7 +185,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _check_written(
-    partial: Path, planned: list[Shard], meant: dict[str, str], read: dict[str, str]
+    partial: Path, planned: list[Shard[Tensor]], meant: dict[str, str], read: dict[str, str]
 ) -> None:
     """Compare what was read back from the disk with what was meant to be written."""
     shards.check(planned, partial)
@@ -208,7 +211,7 @@ def write_tokenizer(source: Source, folder: Path) -> None:
         passport.write(partial, MADE_BY, model=source.name)
 
 
-def _check_disk(planned: list[Shard], kept: set[str], final: Path) -> None:
+def _check_disk(planned: list[Shard[Tensor]], kept: set[str], final: Path) -> None:
     needed = sum(shard.size for shard in planned if shard.name not in kept) + SLACK
     free = free_disk(final)
     if free < needed:
@@ -216,19 +219,6 @@ def _check_disk(planned: list[Shard], kept: set[str], final: Path) -> None:
             f"{final} needs {needed / 1e9:,.1f} GB more; {free / 1e9:,.1f} GB are free.",
             "Free some space, or name a folder on another disk with --output_dir.",
         )
-
-
-@contextmanager
-def _plain_disk_errors(final: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"The disk of {final} is full.",
-            "Free some space and run the same command again; finished shards are kept.",
-        ) from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca import atomic, passport
-from alpaca.convert.shards import Shard
+from alpaca.shards import Shard
 
 
 class Journal:
@@ -36,7 +36,7 @@ class Journal:
             if path.name not in self.hashes:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def keep(self, planned: list[Shard]) -> set[str]:
+    def keep(self, planned: list[Shard[Any]]) -> set[str]:
         """Names of the finished shards whose content still has its hash; the rest is deleted."""
         for shard in planned:
             path = self.partial / shard.name

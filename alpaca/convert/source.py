@@ -12,19 +12,16 @@ from typing import Any
 import torch
 
 from alpaca.convert.vocabulary import Vocabulary
+from alpaca.errors import UserError
 
-# --dtype: torch type, name in a safetensors header, name in config.json
-DTYPES = {
-    "bf16": (torch.bfloat16, "BF16", "bfloat16"),
-    "fp16": (torch.float16, "F16", "float16"),
-    "fp32": (torch.float32, "F32", "float32"),
-}
-SHORT_NAMES = {kind: short for short, (kind, _, _) in DTYPES.items()}
+# --dtype and its torch type
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHORT_NAMES = {kind: short for short, kind in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the output: `read(dtype)` gives it, contiguous, of `shape`.
+    """One tensor of the output: `read(dtype)` gets it, contiguous, of `shape`.
 
     `stored` is the type it is read from (fp32 where it is dequantized).
     """
@@ -38,6 +35,16 @@ class Tensor:
     def parameters(self) -> int:
         """How many numbers it holds."""
         return torch.Size(self.shape).numel()
+
+    def value(self, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor in `dtype`; raises UserError where that cannot hold its numbers."""
+        value = self.read(dtype)
+        if dtype == torch.float16 and self.stored != dtype and value.isinf().any():
+            raise UserError(
+                f"{self.name} has numbers too large for fp16.",
+                "Convert with --dtype bf16 or fp32.",
+            )
+        return value
 
 
 @dataclass(frozen=True)

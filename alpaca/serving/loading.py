@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -28,7 +27,6 @@ from alpaca.tokens import Codec
 CONTEXT = 8192  # what ALPACA_CONTEXT raises: longer slots would leave room for few of them
 SLOTS = {"cpu": 16, "cuda": 64}
 PIECE_TOKENS = {"cpu": 128, "cuda": 2048}  # of prompts in one step: about its cost without them
-TOKENIZER = "tokenizer.json"
 MIN_SLOTS = 5  # n completions are decoded together, and n goes up to 5
 
 
@@ -41,9 +39,7 @@ def load(weights: Weights, environment: Mapping[str, str] = os.environ) -> tuple
     began = time.monotonic()
     folder = weights.folder
     model_folder.check_folder(folder)
-    made = passport.read(folder)
-    passport.check_template(folder, made)
-    check_tokenizer_file(folder, made)
+    passport.check_template(folder, passport.check_loaded(folder))
     codec = Codec(model_folder.load_tokenizer(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(environment, device)
@@ -83,16 +79,6 @@ def shared_prefixes(codec: Codec) -> list[list[int]]:
         same = [len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False)]
         prefixes.append(prompts[0][: [*same, False].index(False)])
     return prefixes
-
-
-def check_tokenizer_file(folder: Path, made: dict[str, Any] | None) -> None:
-    """Refuse a folder whose tokenizer was exchanged since its passport was written."""
-    wanted = made["files"].get(TOKENIZER) if made else None
-    if wanted and wanted != passport.sha256(folder / TOKENIZER):
-        raise UserError(
-            f"{folder / TOKENIZER} is not the tokenizer that this model was made with.",
-            "Put the original file back, or convert or train the folder again.",
-        )
 
 
 def check_tokenizer(loaded: PreTrainedModel, codec: Codec, folder: Path) -> None:

@@ -8,12 +8,15 @@ line of notice; an unknown one is refused with its nearest match.
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from alpaca.errors import UserError
 
+# adamw_hf and adamw_torch, the defaults of 2023, are the same optimizer
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_hf", "adamw_8bit")
 SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
 
 
@@ -41,7 +44,7 @@ class Arguments:
     learning_rate: float = flag(2e-5, "peak of the schedule")
     lr_scheduler_type: str = flag("cosine", "schedule", "cosine", "linear", "constant")
     warmup_ratio: float = flag(0.03, "share of all steps in which the learning rate rises")
-    warmup_steps: int = flag(0, "the same as a number of steps; wins over the ratio")
+    warmup_steps: float = flag(0.0, "the same as a number of steps, or a share below 1; wins")
     weight_decay: float = flag(0.0, "AdamW's weight decay (not on norms and biases)")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     seed: int = flag(42, "decides the order of the data")
@@ -51,6 +54,7 @@ class Arguments:
     eval_strategy: str = flag("no", "when to evaluate", "no", "steps", "epoch")
     eval_steps: int = flag(500, "steps between evaluations")
     logging_steps: int = flag(1, "steps between lines of log.jsonl")
+    report_to: str = flag("none", "log elsewhere too", "none", "tensorboard", "wandb", "trackio")
 
     bf16: bool = flag(False, "compute in bf16 where the hardware is fast at it (weights stay fp32)")
     tf32: bool = flag(False, "allow TF32 matrix products (Ampere and newer GPUs)")
@@ -58,7 +62,10 @@ class Arguments:
     fsdp_transformer_layer_cls_to_wrap: str = flag(
         "", "checked against the model's own layer class"
     )
+    fsdp_config: str = flag("", "JSON file or text with FSDP settings, as transformers reads it")
     gradient_checkpointing: bool = flag(False, "compute activations again to save memory")
+    torch_compile: bool = flag(False, "compile the decoder layers (packs get one of eight lengths)")
+    optim: str = flag("adamw_torch_fused", "optimizer", *OPTIMIZERS)
 
     save_strategy: str = flag("steps", "when to write a checkpoint", "no", "steps", "epoch")
     save_steps: int = flag(500, "steps between checkpoints")
@@ -80,16 +87,26 @@ class Arguments:
         return self.max_tokens_per_pack or batch
 
 
+# Values that need a package the image does not hold.
+OPTIONAL = {
+    "optim": {"adamw_8bit": "torchao"},
+    "report_to": {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
+}
+
 # 2023 name: today's field
 RENAMED = {"evaluation_strategy": "eval_strategy"}
 
 # Flags of the published commands that change nothing here, each with the reason.
 WITHOUT_EFFECT = {
     "cache_dir": "nothing is downloaded",
-    "fsdp_config": "layers, mixed precision and prefetching are found from the model",
-    "optim": "AdamW, fused, is what trains here",
+    "dataloader_num_workers": "the data is tokenized once and memory-mapped",
+    "ddp_find_unused_parameters": "sharding is FSDP's in every mode",
+    "fp16": "with --bf16 True it computes in bf16, which needs no loss scaling",
+    "group_by_length": "packs hold no padding, whatever the order",
+    "logging_dir": "log.jsonl and the plots are in output_dir",
+    "logging_strategy": "--logging_steps decides",
     "per_device_eval_batch_size": "evaluation packs examples as training does",
-    "report_to": "the log is OUTPUT_DIR/log.jsonl",
+    "remove_unused_columns": "only instruction, input and output are read",
     "resume_from_checkpoint": "a run goes on from its newest checkpoint by itself",
 }
 
@@ -190,6 +207,13 @@ def check(arguments: Arguments) -> None:
     ):  # fmt: skip
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
+    for name, packages in OPTIONAL.items():
+        package = packages.get(getattr(arguments, name))
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--{name} {getattr(arguments, name)} needs the package {package}.",
+                f"pip install {package}",
+            )
     words = arguments.fsdp.split()
     unknown = set(words) - {*SHARDINGS, "auto_wrap", "offload"}
     if unknown or len(set(words) & set(SHARDINGS)) > 1:

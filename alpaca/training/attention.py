@@ -137,5 +137,6 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """The pack's index says who sees whom; transformers need not build a mask."""
 
 
-AttentionInterface.register(NAME, packed_attention)
+# Segments differ from pack to pack, so compiled layers call it from outside their graphs.
+AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
 AttentionMaskInterface.register(NAME, _no_mask)

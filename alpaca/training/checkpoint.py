@@ -7,19 +7,23 @@ another run is refused with the difference named. It can be read on another numb
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from alpaca import atomic
 from alpaca.errors import UserError
+from alpaca.model import free_disk
 
 PREFIX = "checkpoint-"
 META = "run.json"
+FULL = 1_000_000  # bytes; a disk with less free space is full
 
 
 def save(
@@ -30,23 +34,72 @@ def save(
     meta: dict[str, Any],
     keep: int,
 ) -> None:
-    """Write `checkpoint-STEP` below `folder`; a collective call. The newest `keep` remain."""
+    """Write `checkpoint-STEP` below `folder`; a collective call. The newest `keep` remain.
+
+    Raises:
+        UserError: on every rank, when the disk of one of them is full or refuses to be written.
+            Earlier checkpoints remain, and what was written of this one is deleted.
+    """
     final = folder / f"{PREFIX}{step}"
     partial = atomic.partial_path(final)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    def begin() -> None:
+        _clear_partial(folder)
         partial.mkdir(parents=True)
-    dist.barrier()
-    model, optim = get_state_dict(module, optimizer)
-    state_dict_saver.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
-    dist.barrier()
-    if dist.get_rank() == 0:
+
+    def finish() -> None:
         atomic.write_text(partial / META, json.dumps({**meta, "step": step}, indent=1))
         atomic.sync_tree(partial)
         atomic.replace_folder(partial, final)
         for old in found(folder)[:-keep]:
             shutil.rmtree(old)
-    dist.barrier()
+
+    try:
+        _on_first_rank(begin)
+        model, optim = get_state_dict(module, optimizer)
+        state_dict_saver.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
+        _on_first_rank(finish)
+    except (OSError, CheckpointException) as error:
+        reason = _refusal(error, folder)
+        if reason is None:
+            raise
+        dist.barrier()  # so that every rank has seen how full the disk was
+        if dist.get_rank() == 0:
+            _clear_partial(folder)
+        raise UserError(
+            f"{final} could not be written: {reason}.",
+            "Free some space and run the same command again; it goes on from the last checkpoint.",
+        ) from None
+
+
+def _on_first_rank(body: Callable[[], None]) -> None:
+    """Run `body` on rank 0 while the others wait; what the disk refuses is raised on all."""
+    outcome: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            body()
+        except OSError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _clear_partial(folder: Path) -> None:
+    """Delete what interrupted writers left, whichever step it was of."""
+    for path in folder.glob(f".{PREFIX}*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _refusal(error: OSError | CheckpointException, folder: Path) -> str | None:
+    """What the disk said; None where the fault is not the disk's."""
+    if isinstance(error, OSError):
+        return str(error)
+    causes = [cause for cause, _ in error.failures.values()]
+    said = [str(cause) for cause in causes if isinstance(cause, OSError)]
+    if not said and free_disk(folder) < FULL:  # torch's own writer hides the reason
+        said = ["no space left on the disk"]
+    return said[0] if said else None
 
 
 def load(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

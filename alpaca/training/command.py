@@ -13,18 +13,26 @@ import torch.distributed as dist
 
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.model import compute_dtype, finish_install, free_disk, load_tokenizer
+from alpaca.model import (
+    compute_dtype,
+    explained_disk_errors,
+    finish_install,
+    free_disk,
+    load_tokenizer,
+)
 from alpaca.passport import sha256
 from alpaca.tokens import Codec
 from alpaca.training import checkpoint, sharding, steps, telling
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus, open_corpus
-from alpaca.training.export import export
-from alpaca.training.loop import Data, Progress, Trainer
+from alpaca.training.export import export, rehearse
+from alpaca.training.loop import Data, Trainer
+from alpaca.training.loss import TargetLoss
 from alpaca.training.signals import StoppedError
 from alpaca.training.steps import Schedule
 
 CACHE = Path(".cache/alpaca")
+AGAIN = "Free some space and run the same command again: it goes on from the last checkpoint."
 
 
 def run(arguments: Arguments) -> None:
@@ -50,14 +58,22 @@ def run(arguments: Arguments) -> None:
         if main:
             _tell(arguments, data, schedule, dtype, codec)
         module = sharding.build(arguments.model_name_or_path, mesh, dtype, device, arguments)
-        _rehearse(arguments, module)
-        trainer = Trainer(arguments, module, data, schedule, device, identity)
-        result = trainer.train()
+        once = sharding.reduces_once(module, mesh, arguments)
+        trainer = Trainer(
+            arguments, module, data, schedule, device, dtype, identity, reduces_once=once
+        )
+        newest = checkpoint.newest(arguments.output_dir, identity)
+        if newest is None:
+            _rehearse(arguments, module, codec)
+        result = trainer.train(newest)
         facts = {"run": identity, "base": _base(arguments), "result": dataclasses.asdict(result)}
-        export(module.model, codec, arguments.output_dir, facts)
+        with explained_disk_errors(arguments.output_dir, AGAIN):
+            export(module.model, codec, arguments.output_dir, facts)
+        sample = _sample(trainer, codec)
         if main:
             telling.draw(arguments.output_dir)
-            _summary(arguments, result)
+            print(sample)
+            print(telling.summary(result, dist.get_world_size(), arguments.output_dir))
     except StoppedError as stopped:
         if main:
             print(f"train: {stopped}; run the same command again to go on", file=sys.stderr)
@@ -76,13 +92,23 @@ def _device() -> torch.device:
 
 def _dtype(arguments: Arguments, device: torch.device, main: bool) -> torch.dtype:
     """The compute type the flags ask for, where the hardware is fast at it."""
-    if arguments.tf32 and device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-    elif arguments.tf32 and main:
-        print("train: --tf32 has no effect: this machine has no NVIDIA GPU")
+
+    def notice(text: str) -> None:
+        if main:
+            print(f"train: {text}")
+
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else "this CPU"
+    if arguments.tf32 and not gpu:
+        notice("--tf32 has no effect: it is a mode of NVIDIA GPUs, and there is none here")
+    elif arguments.tf32 and torch.cuda.get_device_capability(device) < (8, 0):
+        notice(f"--tf32 has no effect: {name} is older than Ampere, which brought it")
+    elif arguments.tf32:
+        torch.set_float32_matmul_precision("high")
     fast = compute_dtype(device)
-    if arguments.bf16 and fast is not torch.bfloat16 and main:
-        print("train: --bf16 has no effect: this device only emulates bf16; fp32 is faster here")
+    if arguments.bf16 and fast is not torch.bfloat16:
+        lacks = "compute capability 8.0" if gpu else "AMX or AVX512-BF16"
+        notice(f"--bf16 has no effect: {name} lacks {lacks} and only emulates bf16; fp32 is faster")
     return fast if arguments.bf16 else torch.float32
 
 
@@ -178,28 +204,36 @@ def _base(arguments: Arguments) -> dict[str, Any]:
     return {"folder": arguments.model_name_or_path.name, "files": found.get("files")}
 
 
-def _rehearse(arguments: Arguments, module: torch.nn.Module) -> None:
+def _rehearse(arguments: Arguments, module: TargetLoss, codec: Codec) -> None:
     """Refuse now what would fail at the end: no permission to write, or no space for it."""
     parameters = sum(p.numel() for p in module.parameters())
     saves = arguments.save_strategy != "no"
     # bf16 export; a checkpoint holds the fp32 weights and AdamW's two moments
     needed = 2 * parameters + 12 * parameters * (arguments.save_total_limit + 1) * saves
     folder = arguments.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{dist.get_rank()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written: {error}", "Name another --output_dir."
-        ) from None
     if free_disk(folder) < needed:
         raise UserError(
             f"{folder} has {free_disk(folder) / 1e9:.1f} GB free; checkpoints and the model need "
             f"up to {needed / 1e9:.1f} GB.",
             "Free some space, lower --save_total_limit, or give --save_strategy no.",
         )
+    try:
+        with explained_disk_errors(folder, AGAIN):
+            rehearse(module.model, codec, folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error}", "Name another --output_dir."
+        ) from None
+
+
+def _sample(trainer: Trainer, codec: Codec) -> str:
+    """What the trained model answers, greedily, to one instruction of the data."""
+    data = trainer.data
+    corpus, members = (data.other, data.held_out) if data.held_out else (data.corpus, data.train)
+    ids = [int(token) for token in corpus.example(members[0])]
+    prompt = ids[: int(corpus.prompt_lengths[members[0]])]
+    made = trainer.answer(prompt, codec.eos)
+    return f"--- the model's greedy answer to\n{codec.decode(prompt)}{codec.decode(made)}\n"
 
 
 def _tell(
@@ -218,18 +252,3 @@ def _tell(
         f"{corpus.without_targets} of them left without an answer token (not trained on)",
         flush=True,
     )
-
-
-def _summary(arguments: Arguments, result: Progress) -> None:
-    saved = 1 - result.tokens / max(1, result.padded_tokens)
-    print(f"train: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}")
-    print(
-        f"train: {result.tokens} tokens computed, {result.padded_tokens} in the padded recipe "
-        f"({saved:.0%} saved)"
-    )
-    if result.eval_loss_before is not None:
-        print(
-            f"train: held-out loss {result.eval_loss_before:.4f} before, "
-            f"{result.eval_loss_after:.4f} after"
-        )
-    print(f"train: the model is in {arguments.output_dir}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,9 @@ from alpaca import atomic
 from alpaca.passport import sha256
 from alpaca.prompt import template_hash
 from alpaca.records import Record, read_records
-from alpaca.tokens import Codec
+
+if TYPE_CHECKING:  # a plan reads these arrays without waiting for transformers
+    from alpaca.tokens import Codec
 
 CHUNK = 2000
 FORMAT = 1
@@ -66,13 +68,25 @@ class Corpus:
 
 
 def open_corpus(
-    data: Path, codec: Codec, cache: Path, max_length: int, *, joint: bool = False
+    data: Path, codec: "Codec", cache: Path, max_length: int, *, joint: bool = False
 ) -> Corpus:
     """Read, check and tokenize a data set, or open what an earlier run left in `cache`.
 
     Raises:
         UserError: as `read_records`.
     """
+    folder = tokens_folder(data, codec, cache, max_length, joint=joint)
+    if not folder.exists():
+        with _lock(folder.with_suffix(".lock")):
+            if not folder.exists():  # another rank may have made it while this one waited
+                _build(folder, read_records(data), codec, max_length, joint)
+    return load(folder)
+
+
+def tokens_folder(
+    data: Path, codec: "Codec", cache: Path, max_length: int, *, joint: bool = False
+) -> Path:
+    """Where in `cache` a data set's tokens are, or will be; raises UserError as `read_records`."""
     if not data.is_file():
         read_records(data)  # explains what is wrong
     backend = codec.tokenizer.backend_tokenizer.to_str()
@@ -87,16 +101,11 @@ def open_corpus(
         joint,
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-    folder = cache / f"tokens-{key}"
-    if not folder.exists():
-        with _lock(cache / f"tokens-{key}.lock"):
-            if not folder.exists():  # another rank may have made it while this one waited
-                _build(folder, read_records(data), codec, max_length, joint)
-    return _load(folder)
+    return cache / f"tokens-{key}"
 
 
 def _build(
-    folder: Path, records: Sequence[Record], codec: Codec, max_length: int, joint: bool
+    folder: Path, records: Sequence[Record], codec: "Codec", max_length: int, joint: bool
 ) -> None:
     ids: list[npt.NDArray[np.int32]] = []
     lengths, prompts, truncated = [0], [], 0
@@ -116,7 +125,9 @@ def _build(
         (partial / "facts.json").write_text(json.dumps(facts))
 
 
-def _load(folder: Path) -> Corpus:
+def load(folder: Path) -> Corpus:
+    """Open the arrays of a folder that `open_corpus` made."""
+
     def array(name: str) -> Any:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
 

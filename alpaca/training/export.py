@@ -1,96 +1,107 @@
 """The trained model as a folder other programs load: bf16 safetensors, tokenizer, passport.
 
-Tensors are gathered one at a time, so no device ever holds a full copy. The folder is written
-aside, read back and compared, and only then moved to its place.
+Tensors are gathered and written one at a time, so neither a device nor the host ever holds a full
+copy. The folder is written aside, read back and compared, and only then moved to its place.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from alpaca import passport
+from alpaca import golden, passport, shards
 from alpaca.errors import UserError
 from alpaca.model import install, staging
 from alpaca.prompt import chat_template
+from alpaca.shards import Shard
 from alpaca.tokens import Codec
 
-SHARD_BYTES = 5_000_000_000
+DTYPE = torch.bfloat16
 
 
-def gathered(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter whole, in bf16, on the CPU; a collective call on every rank."""
-    for name, parameter in model.named_parameters():
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the sharded model; getting its value is a collective call."""
+
+    name: str
+    parameter: torch.nn.Parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return tuple(self.parameter.shape)
+
+    def value(self, dtype: torch.dtype) -> torch.Tensor:
+        """The parameter whole, in `dtype`, on the CPU."""
+        parameter = self.parameter
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        yield name, whole.detach().to("cpu", torch.bfloat16).contiguous()
+        return whole.detach().to("cpu", dtype).contiguous()
 
 
-@torch.no_grad()
 def export(model: PreTrainedModel, codec: Codec, folder: Path, facts: dict[str, Any]) -> None:
-    """Write the model folder; every rank calls this, rank 0 writes."""
-    writer = dist.get_rank() == 0
-    partial = staging(folder) if writer else folder
-    digests: dict[str, str] = {}
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in gathered(model):
-        if not writer:
-            continue
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            digests |= _write(partial, len(shards), shards[-1])
-            shards[-1] = dict.fromkeys(shards[-1], torch.empty(0))
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if writer:
-        digests |= _write(partial, len(shards), shards[-1])
-        _name_shards(partial, shards)
-        _describe(model, codec, partial)
-        read_back(partial, digests)
-        passport.write(partial, made_by="train", **facts)
+    """Write the model folder; every rank calls this, rank 0 writes.
+
+    Raises:
+        UserError: what was written does not read back.
+    """
+    partial = staging(folder) if dist.get_rank() == 0 else folder
+    planned, meant = _write(model, codec, partial)
+    if dist.get_rank() == 0:
+        facts["tensors"] = golden.all_tensor_hashes(partial)
+        facts["golden"] = golden.record(partial)
+        read = passport.write(partial, made_by="train", **facts)["files"]
+        shards.check(planned, partial)
+        for shard in planned:
+            if read[shard.name] != meant[shard.name]:
+                raise UserError(
+                    f"{partial / shard.name} reads back differently from what was written.",
+                    "The disk is failing; export to another one with --output_dir.",
+                )
         install(partial, folder)
     dist.barrier()
 
 
-def _write(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    save_file(tensors, folder / f"shard-{number}.safetensors", metadata={"format": "pt"})
-    return {name: digest(tensor) for name, tensor in tensors.items()}
+def rehearse(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
+    """Write an export and delete it: what would fail at the end of a run fails before its start."""
+    partial = staging(folder) if dist.get_rank() == 0 else folder
+    _write(model, codec, partial)
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial)
+    dist.barrier()
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a CPU tensor's shape, type and bytes."""
-    head = f"{tensor.dtype}{list(tensor.shape)}".encode()
-    content = tensor.contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(head + b"\0" + content.tobytes()).hexdigest()
-
-
-def _name_shards(folder: Path, shards: list[dict[str, torch.Tensor]]) -> None:
-    """Give the files the names transformers looks for, and the index it needs."""
-    if len(shards) == 1:
-        (folder / "shard-1.safetensors").rename(folder / "model.safetensors")
-        return
-    names: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (folder / f"shard-{number}.safetensors").rename(folder / file)
-        names |= dict.fromkeys(shard, file)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+@torch.no_grad()
+def _write(
+    model: PreTrainedModel, codec: Codec, folder: Path
+) -> tuple[list[Shard[Weight]], dict[str, str]]:
+    """Write weights, configuration and tokenizer; returns the files and the SHA-256 of each."""
+    weights = [Weight(name, parameter) for name, parameter in model.named_parameters()]
+    planned = shards.plan(weights, DTYPE)
+    if dist.get_rank():
+        for weight in weights:
+            weight.value(DTYPE)  # rank 0 can't gather it alone
+        return planned, {}
+    total = sum(shard.data_bytes for shard in planned)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
+        meant = {
+            shard.name: shards.write(shard, folder, Weight.value, bar.update) for shard in planned
+        }
+    if len(planned) > 1:
+        (folder / shards.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
+    _describe(model, codec, folder)
+    return planned, meant
 
 
 def _describe(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
     config = model.config
-    config.dtype = torch.bfloat16
+    config.dtype = DTYPE
     config.bos_token_id, config.eos_token_id = codec.tokenizer.bos_token_id, codec.eos
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -99,17 +110,3 @@ def _describe(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
     ).save_pretrained(folder)
     codec.tokenizer.chat_template = chat_template(adds_bos=codec.bos is not None)
     codec.tokenizer.save_pretrained(folder)
-
-
-def read_back(folder: Path, digests: dict[str, str]) -> None:
-    """Read every tensor from disk and compare it with what was written."""
-    missing = dict(digests)
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                if digest(file.get_tensor(name)) != missing.pop(name):
-                    raise UserError(
-                        f"{path}: {name} reads back differently from what was written.",
-                        "The disk is failing; export to another one with --output_dir.",
-                    )
-    assert not missing, f"not written: {sorted(missing)}"

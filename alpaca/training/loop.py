@@ -6,39 +6,28 @@ step k -> examples -> this rank's packs -> loss sum / global targets -> backward
 
 import dataclasses
 import math
+import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from alpaca.training import checkpoint, loss, packing
+from alpaca.errors import UserError
+from alpaca.training import checkpoint, flops, loss, optimizer, packing
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus
 from alpaca.training.loss import TargetLoss
-from alpaca.training.signals import SAVE, STOP, Requests, StoppedError
+from alpaca.training.progress import Progress
+from alpaca.training.reporting import Reporter, open_reporter
+from alpaca.training.signals import STOP, Requests, StoppedError
 from alpaca.training.steps import Schedule
 from alpaca.training.telling import Journal
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a run has done so far; kept in its checkpoints.
-
-    Losses are means over target tokens, None without held-out data; `padded_tokens` is what the
-    padded recipe would have computed for the same steps.
-    """
-
-    steps: int = 0
-    loss: float = math.nan
-    eval_loss_before: float | None = None
-    eval_loss_after: float | None = None
-    seconds: float = 0.0
-    tokens: int = 0
-    padded_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,39 +50,50 @@ class Trainer:
         data: Data,
         schedule: Schedule,
         device: torch.device,
+        compute: torch.dtype,
         run: dict[str, Any],
+        *,
+        reduces_once: bool,
     ) -> None:
-        """`run` is what makes this run this run: a checkpoint is resumed only where it agrees."""
+        """`run` is what makes this run this run: a checkpoint is resumed only where it agrees.
+
+        `reduces_once`: gradients are added up whole on each rank and reduced with the last pack.
+        """
         self.arguments = arguments
         self.module = module
         self.data = data
         self.schedule = schedule
         self.device = device
         self.identity = run
-        self.optimizer = adamw(module, arguments)
+        self.reduces_once = reduces_once
+        self.optimizer = optimizer.build(module, arguments)
         self.requests = Requests()
         self.progress = Progress()
+        self.work = flops.Work.of(module.model)
+        self.peak = flops.peak(device, compute)
+        # Compiled layers meet one of eight lengths.
+        self.multiple = max(1, arguments.pack_tokens // 8) if arguments.torch_compile else 1
 
-    def train(self) -> Progress:
-        """Train to the last step, from the newest checkpoint where there is one.
+    def train(self, newest: Path | None) -> Progress:
+        """Train to the last step, from the checkpoint `newest` where there is one.
 
         Raises:
             StoppedError: a signal asked for it; a checkpoint was written.
+            UserError: the loss is no number any more.
         """
         folder = self.arguments.output_dir
-        newest = checkpoint.newest(folder, self.identity)
         if newest is not None:
             meta = checkpoint.load(newest, self.module, self.optimizer)
             self.progress = Progress(**meta["progress"])
         earlier, started = self.progress.seconds, time.monotonic()
-        with Journal(folder, self.schedule.steps, self.progress.steps) as journal:
+        reporter = self.reporter(resumed=newest is not None)
+        with Journal(folder, self.schedule.steps, self.progress.steps, reporter) as journal:
             if newest is None:
                 self.evaluate(journal)
             for step in range(self.progress.steps, self.schedule.steps):
-                line = self.step(step)
-                self.advance(line, earlier + time.monotonic() - started)
+                line, wanted = self.step(step)
+                self.progress = self.progress.after(line, earlier + time.monotonic() - started)
                 journal.step(line, write=(step + 1) % self.arguments.logging_steps == 0)
-                wanted = self.agree(self.requests.wanted)
                 if self.due(self.arguments.eval_strategy, self.arguments.eval_steps, last=True):
                     self.evaluate(journal)
                 if wanted or self.due(self.arguments.save_strategy, self.arguments.save_steps):
@@ -103,33 +103,43 @@ class Trainer:
                     raise StoppedError(self.requests.number, self.progress.steps)
         return self.progress
 
-    def step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; returns its log line."""
+    def step(self, step: int) -> tuple[dict[str, Any], int]:
+        """One optimizer step; returns its log line, and what signals asked of any rank."""
         started = time.monotonic()
+        corpus = self.data.corpus
         members = [self.data.train[i] for i in self.schedule.indices(step)]
-        targets = sum(self.data.corpus.targets(i) for i in members)
+        targets = sum(corpus.targets(i) for i in members)
         total = torch.zeros((), device=self.device)
-        tokens = 0
-        for pack in self.packs(self.data.corpus, members):
-            value = loss.run(self.module, pack, self.device) / max(1, targets)
+        tokens, work = 0, 0.0
+        shares = self.shares(corpus, members)
+        for number, share in enumerate(shares, start=1):
+            pack = self.pack(corpus, share, members)
+            if self.reduces_once:
+                cast(FSDPModule, self.module).set_requires_gradient_sync(number == len(shares))
+            value = loss.run(self.module, pack, self.device, self.multiple) / max(1, targets)
             # FSDP averages gradients over ranks; the loss is a sum over them.
             (value * dist.get_world_size()).backward()
             total += value.detach()
             tokens += pack.tokens
+            counted = pack if self.arguments.packing else packing.build(corpus, share)
+            work += self.work.flops(counted)
         norm = clip(self.module, self.arguments.max_grad_norm)
         rate = self.schedule.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        mean, computed = self.sum(total.item(), tokens)
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"step {step + 1}: the loss is {mean}")
-        seconds = time.monotonic() - started
-        padded = packing.padded_tokens(
-            self.data.corpus, members, self.arguments.per_device_train_batch_size
+        ranks = self.gather(
+            total.item(), tokens, work, self.peak, memory(self.device), self.requests.wanted
         )
-        return {
+        mean, computed, useful, peak = (float(column) for column in ranks[:, :4].sum(0))
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            raise UserError(
+                f"Step {step + 1}: the loss is {mean}, the gradient's norm {norm}.",
+                "Lower --learning_rate; the last checkpoint is from before this step.",
+            )
+        seconds = time.monotonic() - started
+        real = sum(corpus.length(i) for i in members)
+        line = {
             "step": step + 1,
             "loss": mean,
             "grad_norm": norm,
@@ -137,23 +147,30 @@ class Trainer:
             "step_seconds": round(seconds, 4),
             "tokens": int(computed),
             "target_tokens": targets,
-            "padded_tokens": padded,
+            "padded_tokens": packing.padded_tokens(
+                corpus, members, self.arguments.per_device_train_batch_size
+            ),
+            "prefix_tokens_saved": max(0, real - int(computed)),
             "tokens_per_second": round(computed / seconds, 1),
+            "mfu": round(useful / seconds / peak, 4),
+            "memory": int(ranks[:, 4].max()),
         }
+        return line, int(ranks[:, 5].max())
 
-    def packs(self, corpus: Corpus, members: Sequence[int]) -> Iterator[packing.Pack]:
-        """This rank's packs of a step."""
+    def shares(self, corpus: Corpus, members: Sequence[int]) -> list[list[int]]:
+        """The examples of each of this rank's packs in a step."""
         arguments, ranks = self.arguments, dist.get_world_size()
         if arguments.packing:
             shares = packing.distribute(corpus, members, arguments.pack_tokens, ranks)
         else:
             shares = packing.batches(members, arguments.per_device_train_batch_size, ranks)
-        for pack in shares[dist.get_rank()]:
-            # A rank without examples still takes part in every collective, without targets.
-            if pack:
-                yield packing.build(corpus, pack, padded=not arguments.packing)
-            else:
-                yield packing.idle(corpus, members[0])
+        return shares[dist.get_rank()]
+
+    def pack(self, corpus: Corpus, share: Sequence[int], members: Sequence[int]) -> packing.Pack:
+        """A share laid out; a rank without examples still takes part in every collective."""
+        if share:
+            return packing.build(corpus, share, padded=not self.arguments.packing)
+        return packing.idle(corpus, members[0])
 
     @torch.no_grad()
     def evaluate(self, journal: Journal) -> None:
@@ -162,25 +179,46 @@ class Trainer:
         if not members:
             return
         self.module.eval()
-        packs = self.packs(corpus, members)
-        total = sum(float(loss.run(self.module, pack, self.device)) for pack in packs)
+        total = 0.0
+        for share in self.shares(corpus, members):
+            pack = self.pack(corpus, share, members)
+            total += float(loss.run(self.module, pack, self.device, self.multiple))
         self.module.train()
-        mean = self.sum(total)[0] / max(1, sum(corpus.targets(i) for i in members))
+        targets = max(1, sum(corpus.targets(i) for i in members))
+        mean = float(self.gather(total).sum()) / targets
         journal.write({"step": self.progress.steps, "eval_loss": mean})
         if self.progress.steps:
             self.progress = dataclasses.replace(self.progress, eval_loss_after=mean)
         else:
             self.progress = dataclasses.replace(self.progress, eval_loss_before=mean)
 
-    def advance(self, line: dict[str, Any], seconds: float) -> None:
-        """Count a step that was done."""
-        self.progress = dataclasses.replace(
-            self.progress,
-            steps=line["step"],
-            loss=line["loss"],
-            seconds=seconds,
-            tokens=self.progress.tokens + line["tokens"],
-            padded_tokens=self.progress.padded_tokens + line["padded_tokens"],
+    @torch.no_grad()
+    def answer(self, prompt: Sequence[int], eos: int, limit: int = 32) -> list[int]:
+        """Up to `limit` likeliest tokens after a prompt; a collective call.
+
+        The sharded model is asked as it is, without a cache: slow, but in no more memory than a
+        step needs. Rank 0 decides, so that no rounding can lead ranks apart.
+        """
+        self.module.eval()
+        made: list[int] = []
+        with torch.compiler.set_stance("force_eager"):  # no shape is worth compiling once
+            for _ in range(limit):
+                likeliest = loss.likeliest(self.module, [*prompt, *made], self.device)
+                token = torch.tensor(likeliest, device=self.device)
+                dist.broadcast(token, 0)
+                if token.item() == eos:
+                    break
+                made.append(int(token.item()))
+        self.module.train()
+        return made
+
+    def reporter(self, *, resumed: bool) -> Reporter | None:
+        """Where else rank 0 logs to."""
+        if dist.get_rank():
+            return None
+        arguments = self.arguments
+        return open_reporter(
+            arguments.report_to, arguments.output_dir, self.identity, resumed=resumed
         )
 
     def save(self) -> None:
@@ -195,31 +233,12 @@ class Trainer:
         done = self.progress.steps
         return bool(period and done % period == 0) or (last and done == self.schedule.steps)
 
-    def sum(self, *values: float) -> list[float]:
-        """Sums over all ranks."""
-        total = torch.tensor(values, device=self.device, dtype=torch.float64)
-        dist.all_reduce(total)
-        return [float(value) for value in total]
-
-    def agree(self, wanted: int) -> int:
-        """The most that a signal asks of any rank: nothing, SAVE or STOP."""
-        most = torch.tensor(wanted, device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        assert most.item() in (0, SAVE, STOP)
-        return int(most.item())
-
-
-def adamw(module: torch.nn.Module, arguments: Arguments) -> torch.optim.AdamW:
-    """AdamW as the recipe has it: no weight decay on norms and biases."""
-    parameters = list(module.parameters())
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim > 1],
-            "weight_decay": arguments.weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=True)
+    def gather(self, *values: float) -> torch.Tensor:
+        """The values of every rank, on the CPU: (ranks, values), fp64."""
+        mine = torch.tensor(values, device=self.device, dtype=torch.float64)
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
+        return torch.stack(every).cpu()
 
 
 def clip(module: torch.nn.Module, limit: float) -> float:
@@ -227,3 +246,10 @@ def clip(module: torch.nn.Module, limit: float) -> float:
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return float(whole.item())
+
+
+def memory(device: torch.device) -> int:
+    """The most memory this process had so far, in bytes: the GPU's, or what was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,7 +7,7 @@ its own tokens only, so losses and gradients are those of the padded recipe, ste
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -157,13 +157,33 @@ def padded_tokens(corpus: Corpus, members: Sequence[int], batch: int) -> int:
     return sum(max(lengths) * len(lengths) for lengths in batches)
 
 
-def idle(corpus: Corpus, member: int) -> Pack:
-    """A pack with one example's first token and no targets, for a rank that has no example."""
+def fill(pack: Pack, multiple: int) -> Pack:
+    """The pack with a segment that nobody looks at, so that its length is a multiple."""
+    missing = -pack.tokens % multiple
+    if not missing:
+        return pack
+    end = pack.tokens + missing
+    nothing = np.zeros(missing, dtype=np.int64)
+    return replace(
+        pack,
+        ids=np.concatenate([pack.ids, nothing]),
+        positions=np.concatenate([pack.positions, np.arange(missing)]),
+        segments=(*pack.segments, Segment(pack.tokens, end, pack.tokens, pack.tokens)),
+    )
+
+
+def plain(ids: Sequence[int]) -> Pack:
+    """One sequence without targets, whose last token is asked what follows."""
     nothing = np.zeros(0, dtype=np.int64)
     return Pack(
-        ids=corpus.example(member)[:1].astype(np.int64),
-        positions=np.zeros(1, dtype=np.int64),
-        segments=(Segment(0, 1, 0, 0),),
-        sources=nothing,
+        ids=np.asarray(ids, dtype=np.int64),
+        positions=np.arange(len(ids)),
+        segments=(Segment(0, len(ids), 0, 0),),
+        sources=np.asarray([len(ids) - 1]),
         labels=nothing,
     )
+
+
+def idle(corpus: Corpus, member: int) -> Pack:
+    """A pack with one example's first token and no targets, for a rank that has no example."""
+    return replace(plain([int(corpus.ids[corpus.offsets[member]])]), sources=_join([]))

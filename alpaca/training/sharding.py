@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -23,6 +25,7 @@ from alpaca.model import check_folder
 from alpaca.training import attention
 from alpaca.training.arguments import Arguments
 from alpaca.training.loss import TargetLoss
+from alpaca.training.meeting import meet
 
 
 def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
@@ -33,7 +36,9 @@ def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world = next(rendezvous("env://"))
+        store = meet(store, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -78,7 +83,10 @@ def build(
     if "offload" in arguments.fsdp:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         device = torch.device("cpu")
+    torch._dynamo.config.recompile_limit = 64  # eight lengths, training and evaluating
     for layer in decoder_layers(model, arguments.fsdp_transformer_layer_cls_to_wrap):
+        if arguments.torch_compile:
+            layer.compile()
         fully_shard(layer, **options)
     fully_shard(module, **options)
     module.to_empty(device=device)
@@ -86,6 +94,23 @@ def build(
         buffer.copy_(buffers[name])  # rotary frequencies are computed, not stored in the files
     load(model, folder)
     return module
+
+
+def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> bool:
+    """Whether every rank has memory for whole fp32 gradients, so that a step reduces them once.
+
+    Else each pack's gradients are reduced at once. Decided from the memory the device has, not
+    from what is free now: a resumed run must decide alike. Sharded weights, gradients and moments
+    take 16 bytes a parameter, whole gradients 4; 40% are left to activations.
+    """
+    if "offload" in arguments.fsdp:
+        return False
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    if mesh.device_type == "cuda":
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return parameters * (16 / mesh.size(mesh.ndim - 1) + 4) <= 0.6 * memory
 
 
 def decoder_layers(model: PreTrainedModel, named: str = "") -> list[torch.nn.Module]:
@@ -112,9 +137,11 @@ def load(model: PreTrainedModel, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                if name in parameters:
-                    _fill(name, parameters.pop(name), file.get_slice(name), path)
+            names = [name for name in file.keys() if name in parameters]  # noqa: SIM118 - no dict
+        for name in names:
+            # Opened anew for each tensor: what was read of a mapped file counts as resident.
+            with safe_open(path, framework="pt") as file:
+                _fill(name, parameters.pop(name), file.get_slice(name), path)
     if parameters:
         raise UserError(
             f"{folder} lacks {len(parameters)} tensor(s), the first is {min(parameters)}.",

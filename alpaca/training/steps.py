@@ -6,8 +6,10 @@ hardware sees the same data in the same order.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from alpaca.training.arguments import Arguments
 
@@ -35,7 +37,7 @@ class Schedule:
     def indices(self, step: int) -> list[int]:
         """Indices of the examples of `step`, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.examples)
+        order = _order(self.seed, epoch, self.examples)
         return [int(i) for i in order[place * self.batch : (place + 1) * self.batch]]
 
     def learning_rate(self, step: int) -> float:
@@ -54,6 +56,12 @@ class Schedule:
         return self.peak * factors[self.shape]
 
 
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, examples: int) -> npt.NDArray[np.int64]:
+    """The order of the examples in an epoch; kept, as a plan asks for every step in turn."""
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
 def schedule(arguments: Arguments, examples: int, world_size: int) -> Schedule:
     """The schedule of a run over `examples` examples on `world_size` devices."""
     batch = (
@@ -63,7 +71,8 @@ def schedule(arguments: Arguments, examples: int, world_size: int) -> Schedule:
     steps = arguments.max_steps
     if steps < 0:
         steps = math.ceil(arguments.num_train_epochs * per_epoch)
-    warmup = arguments.warmup_steps or math.ceil(arguments.warmup_ratio * steps)
+    share = arguments.warmup_steps if arguments.warmup_steps < 1 else 0.0
+    warmup = int(arguments.warmup_steps) or math.ceil((share or arguments.warmup_ratio) * steps)
     return Schedule(
         examples=examples,
         batch=batch,

@@ -13,14 +13,19 @@ from tqdm import tqdm
 
 from alpaca import atomic
 from alpaca.training.corpus import Corpus
+from alpaca.training.progress import Progress
+from alpaca.training.reporting import Reporter
 
 
 class Journal:
     """The log and the progress bar of a run; a resumed run goes on where its checkpoint was."""
 
-    def __init__(self, folder: Path, steps: int, done: int) -> None:
+    def __init__(
+        self, folder: Path, steps: int, done: int, reporter: Reporter | None = None
+    ) -> None:
         """`done` of `steps` steps are behind; what the log says of later ones is dropped."""
         self.main = dist.get_rank() == 0
+        self.reporter = reporter
         self.path = folder / "log.jsonl"
         self.bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not self.main)
         if self.main:
@@ -35,15 +40,20 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Close the bar."""
+        """Close the bar, and what else is reported to."""
         self.bar.close()
+        if self.reporter:
+            self.reporter.close()
 
     def step(self, line: dict[str, Any], *, write: bool) -> None:
         """Show a step, and write its line."""
         if write:
             self.write(line)
         self.bar.set_postfix(
-            loss=f"{line['loss']:.4f}", tok_s=f"{line['tokens_per_second']:.0f}", refresh=False
+            loss=f"{line['loss']:.4f}",
+            tok_s=f"{line['tokens_per_second']:.0f}",
+            mfu=f"{line['mfu']:.0%}",
+            refresh=False,
         )
         self.bar.update()
 
@@ -52,6 +62,44 @@ class Journal:
         if self.main:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        if self.reporter:
+            self.reporter.log(line)
+
+
+def summary(result: Progress, ranks: int, folder: Path) -> str:
+    """What a finished run did, as a table."""
+    padded, computed = result.padded_tokens, result.tokens
+    as_padded = result.step_seconds * padded / max(1, computed)
+    saved = f"{padded - computed:,}, {1 - computed / max(1, padded):.0%} of the padded recipe"
+    a_step = result.step_seconds / max(1, result.steps)
+    rows = [
+        ("steps", f"{result.steps} on {ranks} rank(s)"),
+        ("time", f"{clock(result.seconds)}, {a_step:.2f} s a step"),
+        ("loss", f"{result.loss:.4f} at the last step"),
+        ("tokens computed", f"{computed:,}"),
+        ("tokens saved", f"{saved}; {result.prefix_tokens_saved:,} by sharing the template"),
+        ("the padded recipe", f"{padded:,} tokens: about {clock(as_padded)} at this speed"),
+        (
+            "utilisation",
+            f"{result.mfu:.0%} of the device's peak (on a CPU: its measured matrix products)",
+        ),
+        ("memory", f"{result.memory / 1e9:.2f} GB at the peak, on the rank with the most"),
+        ("model", str(folder)),
+    ]
+    if result.eval_loss_before is not None and result.eval_loss_after is not None:
+        held = f"{result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after"
+        rows.insert(3, ("held-out loss", held))
+    return "\n".join(["train: done", *(f"    {name:<18} {value}" for name, value in rows)])
+
+
+def clock(seconds: float) -> str:
+    """A duration for people: 38 s, 12 min 5 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def draw(folder: Path) -> None:

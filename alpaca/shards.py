@@ -12,34 +12,49 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
 
-from alpaca.convert.source import DTYPES, SHORT_NAMES, Tensor
 from alpaca.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20  # bytes hashed and written in one go
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+class Spec(Protocol):
+    """What a tensor to be written is called, and its shape."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+
+T = TypeVar("T", bound=Spec)
 
 
 @dataclass(frozen=True)
-class Shard:
+class Shard(Generic[T]):
     """One file of the output and the tensors in it, all of one dtype."""
 
     name: str
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[T, ...]
     dtype: torch.dtype
 
     @property
     def header(self) -> bytes:
         """The file's first bytes: length, names, shapes, offsets; padded to 8 bytes."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        kind, start = DTYPES[SHORT_NAMES[self.dtype]][1], 0
+        kind, start = NAMES[self.dtype], 0
         for tensor in self.tensors:
-            end = start + tensor.parameters * self.dtype.itemsize
+            end = start + _parameters(tensor) * self.dtype.itemsize
             entries[tensor.name] = {
                 "dtype": kind,
                 "shape": list(tensor.shape),
@@ -53,7 +68,7 @@ class Shard:
     @property
     def data_bytes(self) -> int:
         """Size of the tensors."""
-        return sum(tensor.parameters for tensor in self.tensors) * self.dtype.itemsize
+        return sum(map(_parameters, self.tensors)) * self.dtype.itemsize
 
     @property
     def size(self) -> int:
@@ -61,12 +76,16 @@ class Shard:
         return len(self.header) + self.data_bytes
 
 
-def plan(tensors: Sequence[Tensor], dtype: torch.dtype, limit: int = SHARD_BYTES) -> list[Shard]:
+def _parameters(tensor: Spec) -> int:
+    return torch.Size(tensor.shape).numel()
+
+
+def plan(tensors: Sequence[T], dtype: torch.dtype, limit: int = SHARD_BYTES) -> list[Shard[T]]:
     """Deal tensors, in order, to files of at most `limit` bytes (one tensor may exceed it)."""
-    groups: list[list[Tensor]] = [[]]
+    groups: list[list[T]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = tensor.parameters * dtype.itemsize
+        size = _parameters(tensor) * dtype.itemsize
         if groups[-1] and filled + size > limit:
             groups.append([])
             filled = 0
@@ -83,7 +102,7 @@ def plan(tensors: Sequence[Tensor], dtype: torch.dtype, limit: int = SHARD_BYTES
     ]
 
 
-def index(shards: Sequence[Shard]) -> dict[str, Any]:
+def index(shards: Sequence[Shard[Any]]) -> dict[str, Any]:
     """The content of model.safetensors.index.json."""
     return {
         "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
@@ -91,9 +110,15 @@ def index(shards: Sequence[Shard]) -> dict[str, Any]:
     }
 
 
-def write(shard: Shard, folder: Path, advance: Callable[[int], object]) -> str:
+def write(
+    shard: Shard[T],
+    folder: Path,
+    value: Callable[[T, torch.dtype], torch.Tensor],
+    advance: Callable[[int], object],
+) -> str:
     """Write one shard to the disk and return the SHA-256 of what was meant to be written.
 
+    `value` gives each tensor when its turn comes, on the CPU, contiguous, in the shard's dtype;
     `advance` is told the bytes as they go. The file is synced, and dropped from the page cache so
     that whoever reads it back reads the disk.
     """
@@ -101,7 +126,10 @@ def write(shard: Shard, folder: Path, advance: Callable[[int], object]) -> str:
     with open(folder / shard.name, "wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
         file.write(shard.header)
         for tensor in shard.tensors:
-            for piece in _pieces(_value(tensor, shard.dtype)):
+            content = value(tensor, shard.dtype)
+            assert tuple(content.shape) == tensor.shape, f"{tensor.name}: {tuple(content.shape)}"
+            assert content.dtype == shard.dtype, f"{tensor.name}: {content.dtype}"
+            for piece in _pieces(content):
                 hashed = hasher.submit(digest.update, piece)
                 file.write(piece)
                 advance(len(piece))
@@ -112,23 +140,12 @@ def write(shard: Shard, folder: Path, advance: Callable[[int], object]) -> str:
     return digest.hexdigest()
 
 
-def _value(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
-    value = tensor.read(dtype)
-    assert tuple(value.shape) == tensor.shape, f"{tensor.name}: {tuple(value.shape)}"
-    assert value.dtype == dtype, f"{tensor.name}: {value.dtype}"
-    if dtype == torch.float16 and tensor.stored != dtype and value.isinf().any():
-        raise UserError(
-            f"{tensor.name} has numbers too large for fp16.", "Convert with --dtype bf16 or fp32."
-        )
-    return value
-
-
 def _pieces(value: torch.Tensor) -> list[memoryview]:
     raw = value.reshape(-1).view(torch.uint8).numpy().data
     return [raw[start : start + PIECE] for start in range(0, len(raw), PIECE)]
 
 
-def check(shards: Sequence[Shard], folder: Path) -> None:
+def check(shards: Sequence[Shard[Any]], folder: Path) -> None:
     """Read every shard's table back: each tensor there, in its shape and type.
 
     Raises:
@@ -141,7 +158,7 @@ def check(shards: Sequence[Shard], folder: Path) -> None:
                 for name in file.keys()  # noqa: SIM118 - not a dict
                 for part in [file.get_slice(name)]
             }
-        kind = DTYPES[SHORT_NAMES[shard.dtype]][1]
-        wanted = {tensor.name: (tensor.shape, kind) for tensor in shard.tensors}
+        kind = NAMES[shard.dtype]
+        wanted = {tensor.name: (tuple(tensor.shape), kind) for tensor in shard.tensors}
         if held != wanted:
             raise UserError(f"{shard.name} does not read back as it was written.", "Run it again.")

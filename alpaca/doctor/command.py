@@ -1,0 +1,78 @@
+"""`python -m alpaca doctor`: one line a check, green or red, with the remedy.
+
+The ranks that test the devices are started first and import torch while the rest is checked.
+"""
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from alpaca.doctor import devices, host
+from alpaca.doctor.finding import Finding
+from alpaca.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the verb."""
+    made = argparse.ArgumentParser(
+        description="Check this machine: software, devices, memory, disk, network, limits.",
+        epilog="Exit code 0: all green. 2: something is red; its line says what to do.",
+    )
+    made.add_argument(
+        "--folder", type=Path, default=Path("alpaca_out"), metavar="FOLDER",
+        help="where models will be written (%(default)s)",
+    )  # fmt: skip
+    made.add_argument("--disk", type=float, default=5, metavar="GB", help="needed (%(default)s)")
+    made.add_argument("--ram", type=float, default=2, metavar="GB", help="needed (%(default)s)")
+    made.add_argument("--shm", type=Path, default=Path("/dev/shm"), metavar="FOLDER",
+                      help="shared memory (%(default)s)")  # fmt: skip
+    made.add_argument("--port", type=int, default=5000, help="of the server (%(default)s)")
+    made.add_argument(
+        "--rehearse", action="store_true",
+        help="also convert, train, kill, resume, export, serve and ask, with a tiny model",
+    )  # fmt: skip
+    return made
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the report; raises UserError, so exit code 2, when something is red."""
+    found = []
+    for finding in checks(arguments):
+        print(finding.line(), flush=True)
+        found.append(finding)
+    if arguments.rehearse:
+        from alpaca.doctor.rehearsal import rehearse  # imports torch, which the checks need not
+
+        for finding in rehearse():
+            print(finding.line(), flush=True)
+            found.append(finding)
+    red = [finding.name for finding in found if not finding.ok]
+    if red:
+        raise UserError(
+            f"{len(red)} of {len(found)} checks are red: {', '.join(red)}.",
+            "Each line above says what to do.",
+        )
+    print(f"All {len(found)} checks are green.")
+
+
+def checks(arguments: argparse.Namespace) -> list[Finding]:
+    """All findings but the rehearsal's."""
+    version, gpus = devices.driver()
+    ranks = gpus or devices.CPU_RANKS
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        asked = pool.submit(devices.ask, ranks)
+        found = [
+            host.python(),
+            host.pins(ROOT / "requirements.txt"),
+            host.memory(arguments.ram * 1e9),
+            host.disk(arguments.folder, arguments.disk * 1e9),
+            host.shared_memory(arguments.shm, ranks, gpus > 0),
+            host.port(arguments.port),
+            host.open_files(),
+            host.curl(),
+            host.docker(),
+            host.cog(),
+        ]
+        return [*found, *devices.findings(asked.result(), version, gpus)]

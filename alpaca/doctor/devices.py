@@ -1,0 +1,149 @@
+"""Checks of torch, the driver and every accelerator, by starting one small process for each.
+
+The processes report what torch sees and add numbers together; what hangs or dies in them does so
+without the doctor.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alpaca.doctor.finding import Finding
+
+CPU_RANKS = 2
+PATIENCE = 60.0  # seconds, for processes that import torch on a busy machine
+ROOT = Path(__file__).resolve().parents[2]
+BF16 = 8  # compute capability from which tensor cores multiply bf16
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What became of one process: its last report (empty when there is none), and its errors."""
+
+    facts: dict[str, Any]
+    errors: str
+
+
+def driver() -> tuple[str | None, int]:
+    """The NVIDIA driver's version and the number of its GPUs; None and 0 without a driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None, 0
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None, 0
+    lines = done.stdout.split() if done.returncode == 0 else []
+    return (lines[0] if lines else None), len(lines)
+
+
+def ask(world_size: int, program: Sequence[str] = ("-m", "alpaca.doctor.ranks")) -> list[Rank]:
+    """Start the ranks, wait for all of them, and read their reports."""
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = str(Path(folder, "meeting"))
+        started = [
+            subprocess.Popen(
+                [sys.executable, *program, meeting], cwd=ROOT, text=True,
+                env={"OMP_NUM_THREADS": "1", **os.environ, "RANK": str(rank),
+                     "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        return [_report(process) for process in started]
+
+
+def _report(process: "subprocess.Popen[str]") -> Rank:
+    try:
+        output, errors = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+        errors += f"\nno answer within {PATIENCE:.0f} s"
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    return Rank(json.loads(lines[-1]) if lines else {}, errors.strip())
+
+
+def findings(ranks: Sequence[Rank], version: str | None, gpus: int) -> list[Finding]:
+    """All findings about torch and the devices, from what the ranks reported."""
+    facts = ranks[0].facts
+    if not facts:
+        told = "can't be used: " + last_line(ranks[0].errors)
+        return [Finding("torch", False, told, "./script/setup installs it.")]
+    found = [Finding("torch", True, f"{facts['torch']}, {len(ranks)} rank(s)")]
+    found.append(cuda(facts, version, gpus))
+    for number, rank in enumerate(ranks):
+        if "name" in rank.facts:
+            found.append(gpu(number, rank.facts))
+    if gpus > 1:
+        found.append(peers([rank.facts for rank in ranks]))
+    return [*found, all_reduce(ranks)]
+
+
+def cuda(facts: dict[str, Any], version: str | None, gpus: int) -> Finding:
+    """Whether torch's CUDA and the driver go together."""
+    built = facts["cuda"]
+    if not gpus:
+        told = "no NVIDIA GPU here; training and serving run on the CPU"
+        return Finding("CUDA", True, told)
+    if built is None:
+        return Finding("CUDA", False, f"{gpus} GPU(s), but torch is a build for CPUs",
+                       "./script/setup on a machine whose pip finds the CUDA build.")  # fmt: skip
+    ready = "name" in facts
+    return Finding("CUDA", ready, f"{built}, driver {version}, {gpus} GPU(s)",
+                   f"torch can't use the GPUs: a driver for CUDA {built} is needed.")  # fmt: skip
+
+
+def gpu(number: int, facts: dict[str, Any]) -> Finding:
+    """One card: its memory, and bf16 in hardware."""
+    major, minor = facts["capability"]
+    fast = major >= BF16
+    free, memory = facts["free"] / 1e9, facts["memory"] / 1e9
+    told = f"{facts['name']}, {free:.1f} of {memory:.1f} GB free, capability {major}.{minor}, " + (
+        "bf16 in hardware" if fast else "bf16 only emulated"
+    )
+    if fast and free < 0.9 * memory:
+        return Finding(f"GPU {number}", False, told, "Something else uses it: nvidia-smi")
+    return Finding(f"GPU {number}", fast, told, "It trains and serves in fp32, much slower.")
+
+
+def peers(facts: Sequence[dict[str, Any]]) -> Finding:
+    """Whether every card reaches every other without going through the CPU's memory."""
+    apart = [
+        f"{number}-{other}"
+        for number, one in enumerate(facts)
+        for other in one.get("others", [])
+        if other not in one["peers"]
+    ]
+    told = "every GPU reaches every other" if not apart else f"not between {', '.join(apart)}"
+    return Finding("peer access", not apart, told,
+                   "Slower, not wrong: enable it (IOMMU off, NVLink), or expect the time of PCIe."
+                   )  # fmt: skip
+
+
+def all_reduce(ranks: Sequence[Rank]) -> Finding:
+    """Whether the ranks could add numbers."""
+    world = len(ranks)
+    right = world * (world + 1) / 2
+    wrong = [number for number, rank in enumerate(ranks) if rank.facts.get("sum") != right]
+    if not wrong:
+        slowest = max(rank.facts["seconds"] for rank in ranks)
+        return Finding("all-reduce", True, f"{world} ranks added 4 MB in {slowest * 1000:.0f} ms")
+    reason = last_line(ranks[wrong[0]].errors) or "a wrong sum"
+    return Finding("all-reduce", False, f"rank(s) {wrong} failed: {reason}",
+                   "NCCL_DEBUG=INFO says more; firewalls and a small /dev/shm are common causes."
+                   )  # fmt: skip
+
+
+def last_line(errors: str) -> str:
+    """The line of a traceback that says what happened."""
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else ""

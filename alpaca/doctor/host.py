@@ -1,0 +1,174 @@
+"""Checks of everything but the accelerators: versions, disk, memory, ports, limits, programs.
+
+Each takes what it looks at as an argument and returns one finding. None imports torch.
+"""
+
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from alpaca.atomic import free_disk
+from alpaca.doctor.finding import Finding
+
+PYTHON = (3, 11)
+OPEN_FILES = 1024  # of one rank: shards, sockets to every other rank, the data set
+SHARED_MEMORY = 1 << 30  # NCCL's buffers between ranks of one node; Docker gives 64 MB
+PROBE = 64 << 20  # bytes written to learn a disk's speed
+SLOW = 20e6  # bytes/s below which a checkpoint of a 7B model takes more than an hour
+CONTAINER = Path("/.dockerenv")
+
+
+def python() -> Finding:
+    """The interpreter that the pins are made for."""
+    found = tuple(map(int, platform.python_version_tuple()[:2]))
+    return Finding(
+        "Python", found >= PYTHON, platform.python_version(),
+        f"Needs {PYTHON[0]}.{PYTHON[1]}: PYTHON=/path/to/python3.11 ./script/setup",
+    )  # fmt: skip
+
+
+def pins(requirements: Path) -> Finding:
+    """Installed versions against requirements.txt."""
+    wanted = re.findall(r"^([\w.-]+)==([\w.]+)$", requirements.read_text(), flags=re.MULTILINE)
+    wrong = []
+    for package, pinned in wanted:
+        try:
+            found = version(package).partition("+")[0]
+        except PackageNotFoundError:
+            found = "absent"
+        if found != pinned:
+            wrong.append(f"{package} {found}, pinned {pinned}")
+    told = f"all {len(wanted)} packages are the pinned ones" if not wrong else "; ".join(wrong)
+    return Finding("versions", not wrong, told, "./script/setup installs the pinned ones")
+
+
+def disk(folder: Path, needed: float) -> Finding:
+    """Space where models and checkpoints will be written, and how fast that goes."""
+    name, free = "disk", free_disk(folder.resolve())
+    if free < max(needed, 2 * PROBE):
+        return Finding(
+            name, False, f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.1f} needed",
+            "Free some space, or take another disk (python -m alpaca plan says how much).",
+        )  # fmt: skip
+    there = folder.resolve()
+    while not there.exists():
+        there = there.parent
+    try:
+        speed = write_speed(there)
+    except OSError as error:
+        return Finding(name, False, f"{folder} can't be written: {error}", "Take another folder.")
+    told = f"{folder}: {free / 1e9:,.0f} GB free, writes {speed / 1e6:,.0f} MB/s"
+    return Finding(name, speed > SLOW, told, "Checkpoints will take long; take a local disk.")
+
+
+def write_speed(folder: Path) -> float:
+    """Bytes a second that reach the disk, measured with a file that is removed again."""
+    path = folder / f".alpaca-doctor-{os.getpid()}"
+    block = os.urandom(1 << 20)
+    started = time.perf_counter()
+    try:
+        with open(path, "wb") as file:
+            for _ in range(PROBE >> 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+    return PROBE / (time.perf_counter() - started)
+
+
+def shared_memory(folder: Path, ranks: int, cuda: bool) -> Finding:
+    """Room in /dev/shm, through which NCCL's ranks of one node talk."""
+    name = str(folder)
+    if not folder.is_dir():
+        return Finding(name, False, "is not there", "docker run --shm-size=8g")
+    free = shutil.disk_usage(folder).free
+    needed = SHARED_MEMORY if cuda and ranks > 1 else 16 << 20
+    return Finding(
+        name, free >= needed, f"{free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} needed",
+        "docker run --shm-size=8g, or --ipc=host",
+    )  # fmt: skip
+
+
+def memory(needed: float) -> Finding:
+    """RAM that is available now."""
+    found = psutil.virtual_memory()
+    told = f"{found.available / 1e9:.1f} of {found.total / 1e9:.1f} GB available"
+    return Finding("RAM", found.available >= needed, told, f"Needs {needed / 1e9:.0f} GB.")
+
+
+def port(number: int) -> Finding:
+    """Whether the server's port is free."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == number:
+            owner = f" by process {connection.pid}" if connection.pid else ""
+            return Finding(
+                f"port {number}", False, f"is taken{owner}",
+                f"Stop what listens there, or serve on another: --port {number + 1}",
+            )  # fmt: skip
+    return Finding(f"port {number}", True, "is free")
+
+
+def open_files() -> Finding:
+    """How many files a process may open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Finding(
+        "open files", soft >= OPEN_FILES, f"up to {soft:,} a process",
+        f"ulimit -n {max(OPEN_FILES, min(hard, 65536))}, or docker run --ulimit nofile=65536",
+    )  # fmt: skip
+
+
+def curl() -> Finding:
+    """The program that the demo asks its questions with."""
+    found = shutil.which("curl")
+    return Finding("curl", found is not None, found or "is not on PATH",
+                   "./script/demo needs it: apt-get install curl")  # fmt: skip
+
+
+def docker(container: Path = CONTAINER) -> Finding:
+    """Docker, and whether its engine answers; what builds and runs the image."""
+    if container.exists():
+        return Finding("docker", True, "not needed: this is a container already")
+    program = shutil.which("docker")
+    if program is None:
+        return Finding("docker", False, "is not on PATH",
+                       "Only images need it; training and ./script/serve don't.")  # fmt: skip
+    done = _ask(program, "info", "--format", "{{.ServerVersion}}")
+    return Finding("docker", done is not None, f"engine {done}" if done else "its engine is silent",
+                   "Start it, and join the group docker.")  # fmt: skip
+
+
+def cog(container: Path = CONTAINER) -> Finding:
+    """The cog program, and under which names this version knows its commands."""
+    if container.exists():
+        return Finding("cog", True, "not needed: this is a container already")
+    program = shutil.which("cog")
+    if program is None:
+        return Finding("cog", False, "is not on PATH",
+                       "Only images need it: github.com/replicate/cog, releases.")  # fmt: skip
+    release, usage = _ask(program, "--version"), _ask(program, "--help") or ""
+    known = set(re.findall(r"^  (\w+) ", usage, flags=re.MULTILINE))
+    if not release or not known:
+        return Finding("cog", False, "does not answer --version and --help", "Install it anew.")
+    # Since 0.23 a command in the image is `cog exec`, and a prediction `cog run`.
+    new = "exec" in known
+    names = ("cog exec CMD", "cog run -i ...") if new else ("cog run CMD", "cog predict -i ...")
+    told = f"{release}: a command in the image is `{names[0]}`, a prediction `{names[1]}`"
+    return Finding("cog", "build" in known, told, "This is no Cog that can build images.")
+
+
+def _ask(*words: str) -> str | None:
+    """What a program answers, or None where it fails or takes longer than five seconds."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None

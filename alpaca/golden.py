@@ -1,0 +1,262 @@
+"""What a model folder answers to three prompts, to ten digits: kept in its passport.
+
+A hash proves a file only as long as nobody writes the hash anew; the logits of the first answer
+token prove the weights themselves. They are computed in float64, so that one weight changed by 1%
+stands clear of rounding, by a few lines of their own, so that they also check what transformers
+would compute, and one layer at a time, so that a model needs the memory of one layer.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from alpaca.model import load_tokenizer
+from alpaca.tokens import Codec
+
+PROMPTS = (
+    ("Name three colours of the rainbow.", ""),
+    ("Count the words of the sentence.", "The sea is calm tonight."),
+    ("What is the capital of Thailand?", ""),
+)
+KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model_type of the decoders computed here
+ROPES = ("default", "linear", "llama3")
+LIKELIEST = 8  # logits kept one by one; all the others enter through one sum
+TOLERANCE = 1e-9  # relative; float64 on other hardware differs by some 1e-13
+ROWS = 16384  # of the output matrix at a time
+RATE = 1.5e10  # float64 operations a second and core, rather low than high
+PATIENCE = 60.0  # seconds a folder's writer spends on this at most
+TOKENS = 150  # of the three prompts
+
+
+def record(folder: Path) -> list[dict[str, Any]] | None:
+    """The golden answers of a complete model folder, for its passport.
+
+    None, with a line that says why, where the model is of a kind not computed here, or so large
+    that this machine would take longer than a minute.
+    """
+    weights = Weights(folder)
+    reason = unsupported(weights.config)
+    seconds = 2 * TOKENS * weights.parameters / (RATE * (os.cpu_count() or 1))
+    if reason is None and seconds > PATIENCE:
+        reason = f"they would take {seconds / 60:.0f} minutes here"
+    if reason is not None:
+        print(f"note: no golden logits are kept: {reason}")
+        return None
+    return answers(folder, weights)
+
+
+def answers(folder: Path, weights: "Weights") -> list[dict[str, Any]]:
+    """For each prompt its ids, the likeliest first tokens' logits, and a sum over all logits."""
+    codec = Codec(load_tokenizer(folder))
+    ids = [codec.prompt(instruction, given) for instruction, given in PROMPTS]
+    found = []
+    for (instruction, given), prompt, logits in zip(
+        PROMPTS, ids, forward(weights, ids), strict=True
+    ):
+        top = logits.topk(min(LIKELIEST, len(logits)))
+        found.append(
+            {
+                "instruction": instruction,
+                "input": given,
+                "ids": prompt,
+                "logits": dict(zip(map(str, top.indices.tolist()), top.values.tolist(),
+                                   strict=True)),
+                "sum": float((logits * signs(len(logits))).sum()),
+            }
+        )  # fmt: skip
+    return found
+
+
+def differences(kept: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each prompt that is answered differently; empty when all agree."""
+    told = []
+    for number, (old, new) in enumerate(zip(kept, found, strict=False), start=1):
+        if old["ids"] != new["ids"]:
+            told.append(f"golden prompt {number}: its token ids differ")
+            continue
+        pairs = [
+            (f"logit of token {name}", value, new["logits"].get(name))
+            for name, value in old["logits"].items()
+        ]
+        for what, was, now in [*pairs, ("sum of all logits", old["sum"], new["sum"])]:
+            if now is None or not math.isclose(was, now, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+                shown = "not among the likeliest now" if now is None else f"{now:.12g} now"
+                told.append(f"golden prompt {number}: {what} was {was:.12g}, is {shown}")
+                break
+    if len(kept) != len(found):
+        told.append(f"the passport holds {len(kept)} golden prompts, not {len(found)}")
+    return told
+
+
+def signs(size: int) -> Tensor:
+    """A fixed pattern of +1 and -1, (size,), float64: a sum under it misses no logit.
+
+    Knuth's multiplicative hash (The Art of Computer Programming, vol. 3, 6.4), one bit of it.
+    """
+    return 1.0 - 2.0 * ((torch.arange(size) * 2654435761 >> 16) & 1).double()
+
+
+def all_tensor_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each tensor of a folder, for its passport; files are read side by side."""
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(tensor_hashes, sorted(folder.glob("*.safetensors"))))
+    return {name: value for part in found for name, value in part.items()}
+
+
+def tensor_hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of each tensor in a file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tensor_sha256(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a CPU tensor's type, shape and bytes."""
+    head = f"{tensor.dtype}{list(tensor.shape)}".encode()
+    content = tensor.contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(head + b"\0" + content.tobytes()).hexdigest()
+
+
+class Weights:
+    """A folder's tensors by name, read when asked for, as float64."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers; raises KeyError later for a tensor that is not there."""
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.files: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = safe_open(path, framework="pt")
+            self.files |= dict.fromkeys(file.keys(), file)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self.files
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(math.prod(file.get_slice(name).get_shape()) for name, file in self.files.items())
+
+    def whole(self, name: str) -> Tensor:
+        """One tensor."""
+        tensor: Tensor = self.files[name].get_tensor(name)
+        return tensor.double()
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of one tensor."""
+        tensor: Tensor = self.files[name].get_slice(name)[rows]
+        return tensor.double()
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x: (tokens, in) to (tokens, out)."""
+        y = x @ self.whole(f"{name}.weight").T
+        return y + self.whole(f"{name}.bias") if f"{name}.bias" in self else y
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """RMSNorm over the last dimension (Zhang and Sennrich, 2019)."""
+        scale = (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).rsqrt()
+        normed: Tensor = x * scale * self.whole(f"{name}.weight")
+        return normed
+
+
+def unsupported(config: dict[str, Any]) -> str | None:
+    """Why this model isn't computed here, or None."""
+    if config.get("model_type") not in KINDS:
+        return f"models of type {config.get('model_type')} are not computed here"
+    if config.get("hidden_act") != "silu":
+        return f"the activation {config.get('hidden_act')} is not computed here"
+    kind = rope(config).get("rope_type", "default")
+    return None if kind in ROPES else f"rotary positions of type {kind} are not computed here"
+
+
+@torch.no_grad()
+def forward(weights: Weights, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits, (vocabulary,) in float64, of the token after each prompt."""
+    sizes = [len(prompt) for prompt in prompts]
+    table = "model.embed_tokens.weight"
+    x = torch.cat([weights.rows(table, slice(i, i + 1)) for prompt in prompts for i in prompt])
+    turn = angles(weights.config, max(sizes))
+    layers = range(weights.config["num_hidden_layers"])
+    for number in tqdm(layers, desc="golden logits", unit="layer", disable=None):
+        name = f"model.layers.{number}"
+        normed = weights.norm(f"{name}.input_layernorm", x)
+        x = x + attention(weights, f"{name}.self_attn", normed, sizes, turn)
+        normed = weights.norm(f"{name}.post_attention_layernorm", x)
+        gate = torch.nn.functional.silu(weights.linear(f"{name}.mlp.gate_proj", normed))
+        inner = gate * weights.linear(f"{name}.mlp.up_proj", normed)
+        x = x + weights.linear(f"{name}.mlp.down_proj", inner)
+    ends = torch.tensor(sizes).cumsum(0) - 1
+    last = weights.norm("model.norm", x[ends])  # (prompts, width)
+    head = "lm_head.weight" if "lm_head.weight" in weights else table
+    count = weights.config["vocab_size"]
+    pieces = [last @ weights.rows(head, slice(at, at + ROWS)).T for at in range(0, count, ROWS)]
+    return list(torch.cat(pieces, dim=1))
+
+
+def attention(weights: Weights, name: str, x: Tensor, sizes: Sequence[int], turn: Tensor) -> Tensor:
+    """Causal attention within each prompt; x: (tokens, width), turn: (positions, head / 2)."""
+    config = weights.config
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+
+    def split(part: str, count: int) -> Tensor:
+        y = weights.linear(f"{name}.{part}_proj", x).unflatten(1, (count, -1))
+        return (
+            weights.norm(f"{name}.{part}_norm", y) if f"{name}.{part}_norm.weight" in weights else y
+        )
+
+    query, key, value = split("q", heads), split("k", kv_heads), split("v", kv_heads)
+    results = []
+    for q, k, v in zip(*(t.split(list(sizes)) for t in (query, key, value)), strict=True):
+        q, k, v = (t.transpose(0, 1)[None] for t in (rotated(q, turn), rotated(k, turn), v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=heads != kv_heads
+        )
+        results.append(out[0].transpose(0, 1).flatten(1))  # (own tokens, heads * head)
+    return weights.linear(f"{name}.o_proj", torch.cat(results))
+
+
+def rotated(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotary positions as transformers lays them out: halves are paired, not neighbours."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = (f(turn[: len(x)])[:, None] for f in (torch.cos, torch.sin))
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings, under the names of transformers 5 or those of transformers 4."""
+    found = config.get("rope_parameters") or {
+        **(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)
+    }  # fmt: skip
+    return dict(found)
+
+
+def angles(config: dict[str, Any], positions: int) -> Tensor:
+    """Angle of each position and pair, (positions, head / 2), float64.
+
+    Su et al., "RoFormer", 2021; type llama3 as in Meta's llama-models, `apply_scaling`: long
+    waves are stretched by `factor`, short ones kept, and those between blended.
+    """
+    settings = rope(config)
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    exponents = torch.arange(0, head, 2, dtype=torch.float64) / head
+    frequencies = float(settings["rope_theta"]) ** -exponents
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind == "linear":
+        frequencies = frequencies / settings["factor"]
+    if kind == "llama3":
+        low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+        waves = settings["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        kept = ((waves - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / settings["factor"]
+    turned: Tensor = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return turned

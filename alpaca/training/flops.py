@@ -1,0 +1,81 @@
+"""How much work a pack is, and how much of it the device could do: what `mfu` in the log means.
+
+Counted are the FLOPs that the loss and its gradient need (Chowdhery et al., "PaLM", 2022, appendix
+B: 6 for each weight and token, and attention): nothing for padding, for recomputed activations, or
+for the vocabulary at tokens that are not trained on.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from alpaca.training import gpus
+from alpaca.training.packing import Pack
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model costs: weights in its layers, and the sizes that attention and loss need."""
+
+    weights: int
+    layers: int
+    attention_width: int
+    vocabulary_weights: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Work":
+        """Read it from a model; sharded parameters count whole."""
+        config = model.config
+        vocabulary = config.vocab_size * config.hidden_size
+        tables = vocabulary * (1 if config.tie_word_embeddings else 2)
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            weights=sum(p.numel() for p in model.parameters()) - tables,
+            layers=config.num_hidden_layers,
+            attention_width=head * heads,
+            vocabulary_weights=vocabulary,
+        )
+
+    def flops(self, pack: Pack) -> float:
+        """FLOPs of a pack's forward and backward pass."""
+        attended = 0  # pairs of a query and a key it sees
+        for s in pack.segments:
+            own = s.end - s.start
+            attended += own * (s.prefix_end - s.prefix_start) + own * (own + 1) // 2
+        return 6.0 * (
+            self.weights * pack.tokens
+            + self.vocabulary_weights * pack.targets
+            + 2 * self.attention_width * self.layers * attended
+        )
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The FLOP/s that `mfu` is a share of: the card's published peak, else a measured rate."""
+    if device.type == "cuda":
+        card = gpus.recognized(torch.cuda.get_device_name(device), 0)
+        published = card.bf16 if dtype == torch.bfloat16 else card.fp32
+        if published is not None:
+            return published
+    return matmul_rate(device, dtype)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product in `dtype`, measured: the best of eight, under 0.3 s."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(8):
+        _wait(device)
+        started = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

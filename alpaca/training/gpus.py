@@ -1,0 +1,141 @@
+"""What one can train on: cards by name, from the makers' data sheets, and the machine at hand.
+
+A plan is made before anything is paid for, so a card need not be there. Found cards are asked for
+their memory; what they can compute is looked up by their name.
+"""
+
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import psutil
+
+from alpaca.errors import UserError
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or a CPU: bytes, FLOP/s and bytes/s.
+
+    `bf16` is the dense peak of matrix products in bf16 with fp32 sums, None where the hardware has
+    none; `link` is the bandwidth to its neighbours, in one direction. None: not known.
+    """
+
+    name: str
+    memory: int
+    bf16: float | None
+    fp32: float | None
+    bandwidth: float | None
+    link: float | None
+    cuda: bool = True
+
+
+def _gpu(name: str, memory: int, bf16: float | None, fp32: float, band: int, link: int) -> Device:
+    """From a data sheet's GB, TFLOP/s, TFLOP/s, GB/s and GB/s.
+
+    A sheet's GB is read as 10^9 bytes: what a driver leaves of a card lies between that and 2^30.
+    """
+    rate = None if bf16 is None else bf16 * 1e12
+    return Device(name, memory * GB, rate, fp32 * 1e12, band * 1e9, link * 1e9)
+
+
+# Sheets quote bf16 with sparsity for newer cards; here it is halved. Links: half of the NVLink
+# total, or PCI Express x16 (16, 32, 64 GB/s for generation 3, 4, 5) where there is none.
+GPUS = {
+    # NVIDIA T4 data sheet, 2019: 65 TFLOP/s in fp16, none in bf16
+    "t4": _gpu("T4", 16, None, 8.1, 320, 16),
+    # NVIDIA V100 data sheet, 2020 (SXM2)
+    "v100-16": _gpu("V100 16 GB", 16, None, 15.7, 900, 150),
+    "v100-32": _gpu("V100 32 GB", 32, None, 15.7, 900, 150),
+    # NVIDIA Ampere GA102 architecture white paper, tables 2 and 9
+    "rtx-3090": _gpu("RTX 3090", 24, 71, 35.6, 936, 32),
+    "a6000": _gpu("RTX A6000", 48, 154.8, 38.7, 768, 32),
+    # NVIDIA A10 data sheet, 2021; A10G: its data sheet of the same year
+    "a10": _gpu("A10", 24, 125, 31.2, 600, 32),
+    "a10g": _gpu("A10G", 24, 70, 35, 600, 32),
+    # NVIDIA Ada architecture white paper (RTX 4090), L4 and L40S data sheets, 2023
+    "rtx-4090": _gpu("RTX 4090", 24, 165.2, 82.6, 1008, 32),
+    "l4": _gpu("L4", 24, 121, 30.3, 300, 32),
+    "l40s": _gpu("L40S", 48, 362, 91.6, 864, 32),
+    # NVIDIA RTX Blackwell architecture white paper, 2025
+    "rtx-5090": _gpu("RTX 5090", 32, 209.5, 104.8, 1792, 64),
+    # NVIDIA A100 data sheet, 2021 (SXM4)
+    "a100-40": _gpu("A100 40 GB", 40, 312, 19.5, 1555, 300),
+    "a100-80": _gpu("A100 80 GB", 80, 312, 19.5, 2039, 300),
+    # NVIDIA H100 data sheet, 2023 (SXM5 and PCIe), H200 data sheet, 2024
+    "h100": _gpu("H100", 80, 989, 67, 3350, 450),
+    "h100-pcie": _gpu("H100 PCIe", 80, 756, 51, 2000, 64),
+    "h200": _gpu("H200", 141, 989, 67, 4800, 450),
+    # NVIDIA DGX B200 and HGX B200 data sheets, 2025: an eighth of the machine's figures
+    "b200": _gpu("B200", 180, 2250, 80, 8000, 900),
+}
+
+# What the driver calls them; the first pattern that is found decides.
+PATTERNS = {
+    r"T4\b": "t4",
+    r"V100.*32": "v100-32",
+    r"V100": "v100-16",
+    r"RTX 3090": "rtx-3090",
+    r"RTX A6000": "a6000",
+    r"A10G": "a10g",
+    r"A10\b": "a10",
+    r"RTX 4090": "rtx-4090",
+    r"L40S": "l40s",
+    r"L4\b": "l4",
+    r"RTX 5090": "rtx-5090",
+    r"A100.*80": "a100-80",
+    r"A100": "a100-40",
+    r"H100.*PCIe": "h100-pcie",
+    r"H100": "h100",
+    r"H200": "h200",
+    r"B200": "b200",
+}
+
+
+def named(name: str) -> Device:
+    """The card of that name in the table, whatever its case; raises UserError for another."""
+    key = name.lower().replace("_", "-").replace(" ", "-")
+    if key not in GPUS:
+        raise UserError(f"No card is known as {name!r}.", f"Known: {', '.join(GPUS)}.")
+    return GPUS[key]
+
+
+def recognized(name: str, memory: int) -> Device:
+    """A card as its driver names it, with the memory it really has, in bytes."""
+    for pattern, key in PATTERNS.items():
+        if re.search(pattern, name):
+            return replace(GPUS[key], memory=memory)
+    return Device(name, memory, None, None, None, None)
+
+
+def installed() -> list[Device]:
+    """The cards of this machine, in the driver's order; asks nvidia-smi, so torch stays out."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run([program, *query], capture_output=True, text=True, check=False)
+    rows = [line.rpartition(",") for line in done.stdout.splitlines() if done.returncode == 0]
+    return [recognized(name, int(mib) << 20) for name, _, mib in rows if mib.strip().isdecimal()]
+
+
+def cpu(memory: int | None = None) -> Device:
+    """This machine's processor as a device: its memory, and the rate of its matrix products."""
+    memory = psutil.virtual_memory().total if memory is None else memory
+    return Device("CPU", memory, None, matrix_rate(), None, None, cuda=False)
+
+
+def matrix_rate(size: int = 1024) -> float:
+    """FLOP/s of fp32 matrix products on all cores, the best of three; takes 0.1 s."""
+    a = np.ones((size, size), dtype=np.float32)
+    best = 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        a @ a
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best

@@ -1,0 +1,36 @@
+"""AdamW as the recipe has it, with moments in fp32 or, where memory is short, in 8 bits."""
+
+import torch
+
+from alpaca.training.arguments import Arguments
+
+
+def build(module: torch.nn.Module, arguments: Arguments) -> torch.optim.Optimizer:
+    """AdamW over the parameters of `module`; no weight decay on norms and biases.
+
+    With 8 bits the two moments of a weight take 2 bytes instead of 8: blocks of 256 share a scale
+    (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
+    """
+    parameters = list(module.parameters())
+    groups = [
+        {
+            "params": [p for p in parameters if p.ndim > 1],
+            "weight_decay": arguments.weight_decay,
+        },
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if arguments.optim == "adamw_8bit":
+        from torchao.optim import AdamW8bit
+
+        made: torch.optim.Optimizer = AdamW8bit(groups, lr=arguments.learning_rate)
+        return made
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups; torchao keeps it as a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -1,0 +1,201 @@
+"""Know before you pay: what a run needs, how long it takes, and whether it fits. Pure.
+
+Takes the model's shape, the flags, the counted work and a machine, and returns numbers. The
+formulas are beside this module, each with its source: plan_memory, plan_time, plan_data.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from alpaca.training import plan_memory, plan_time
+from alpaca.training.arguments import Arguments
+from alpaca.training.gpus import Device
+from alpaca.training.plan_data import Work
+from alpaca.training.plan_memory import Memory, Setting
+from alpaca.training.shapes import Shape
+
+SHARD_BYTES = 5_000_000_000  # largest file of an export, as in alpaca/training/export.py
+# What a rank's process takes of the node's memory beside its tensors: Python, torch, CUDA's
+# libraries and pinned buffers; measured without CUDA (see plan_memory), an allowance with it.
+CUDA_HOST = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run gets: `ranks` devices in each of `nodes` nodes; bytes of RAM a node, free disk.
+
+    None where it isn't known.
+    """
+
+    device: Device
+    ranks: int = 1
+    nodes: int = 1
+    host: int | None = None
+    disk: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Devices in all."""
+        return self.ranks * self.nodes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs; all sizes in bytes, `seconds` None where the device's speed isn't known.
+
+    `memory` is of one device, `host` of one node, `disk` at the worst moment.
+    """
+
+    parameters: int
+    machine: Machine
+    setting: Setting
+    work: Work
+    memory: Memory
+    host: int
+    checkpoint: int
+    export: int
+    disk: int
+    seconds: float | None
+
+    @property
+    def headroom(self) -> int:
+        """Device memory left over; negative where it does not fit."""
+        return self.machine.device.memory - self.memory.total
+
+    @property
+    def problems(self) -> list[str]:
+        """One sentence for each thing there is too little of; empty when the run fits."""
+        machine = self.machine
+        found = []
+        if self.headroom < 0:
+            found.append(_lacking("of device memory", self.memory.total, machine.device.memory))
+        if machine.host is not None and self.host > machine.host and machine.device.cuda:
+            found.append(_lacking("of RAM a node", self.host, machine.host))
+        if machine.disk is not None and self.disk > machine.disk:
+            found.append(_lacking("of disk", self.disk, machine.disk))
+        return found
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run can be started."""
+        return not self.problems
+
+    def cost(self, price: float) -> float | None:
+        """What the run costs at `price` a device and hour."""
+        if self.seconds is None:
+            return None
+        return self.seconds / 3600 * self.machine.world_size * price
+
+    def facts(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        return {
+            **asdict(self),
+            "headroom": self.headroom,
+            "fits": self.fits,
+            "problems": self.problems,
+        }
+
+
+def _lacking(what: str, needed: int, there: int) -> str:
+    return f"needs {needed / 1e9:,.1f} GB {what}, there are {there / 1e9:,.1f} GB"
+
+
+def make(shape: Shape, arguments: Arguments, machine: Machine, work: Work) -> Plan:
+    """Plan one run."""
+    chosen = setting(shape, arguments, machine)
+    runtime = plan_memory.CUDA_RUNTIME if machine.device.cuda else plan_memory.CPU_RUNTIME
+    memory = plan_memory.peak(shape, work.largest, chosen, runtime)
+    exported = export_bytes(shape)
+    checkpoint = checkpoint_bytes(shape, chosen)
+    saved = 0 if arguments.save_strategy == "no" else arguments.save_total_limit + 1
+    return Plan(
+        parameters=shape.parameters,
+        machine=machine,
+        setting=chosen,
+        work=work,
+        memory=memory,
+        host=host_bytes(shape, chosen, machine, memory),
+        checkpoint=checkpoint,
+        export=exported,
+        disk=exported + saved * checkpoint,
+        seconds=plan_time.seconds(
+            shape, work, chosen, machine.device, machine.world_size, machine.nodes
+        ),
+    )
+
+
+def setting(shape: Shape, arguments: Arguments, machine: Machine) -> Setting:
+    """How the flags make the trainer use its devices."""
+    device = machine.device
+    special = {"hybrid_shard": machine.ranks, "no_shard": 1}
+    shards = special.get(arguments.sharding, machine.world_size)
+    offload = "offload" in arguments.fsdp
+    # As alpaca/training/sharding.py decides it.
+    whole = shape.parameters * (16 / shards + 4) <= 0.6 * device.memory
+    eight = "8bit" in getattr(arguments, "optim", "")
+    return Setting(
+        shards=shards,
+        compute=2 if arguments.bf16 and device.bf16 is not None else 4,
+        optimizer=plan_memory.ADAMW_8BIT if eight else plan_memory.ADAMW,
+        checkpointing=arguments.gradient_checkpointing,
+        offload=offload,
+        regather=arguments.sharding in ("full_shard", "hybrid_shard"),
+        once=whole and not offload,
+        cuda=device.cuda,
+    )
+
+
+def host_bytes(shape: Shape, chosen: Setting, machine: Machine, memory: Memory) -> int:
+    """RAM of one node: its processes, what is offloaded, and a shard of the export."""
+    if not machine.device.cuda:
+        return machine.ranks * memory.total
+    state = plan_memory.state_bytes(shape.parameters, chosen.optimizer)
+    offloaded = state * machine.ranks // chosen.shards if chosen.offload else 0
+    return machine.ranks * CUDA_HOST + offloaded + min(SHARD_BYTES, 2 * shape.parameters)
+
+
+def checkpoint_bytes(shape: Shape, chosen: Setting) -> int:
+    """Tensors of a checkpoint: fp32 weights, the optimizer's state, and its step counters."""
+    state = (plan_memory.MASTER + chosen.optimizer) * shape.parameters
+    return round(state) + 4 * len(shape.tensors())
+
+
+def export_bytes(shape: Shape) -> int:
+    """Size of the exported weights to the byte: bf16 safetensors files, and their index.
+
+    A file is 8 bytes, a JSON header padded to a multiple of 8, and the tensors in the order of
+    their names (huggingface/safetensors, README, "Format").
+    """
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    held = 0
+    for name, dimensions in shape.tensors().items():
+        size = 2 * math.prod(dimensions)
+        if held and held + size > SHARD_BYTES:
+            files.append({})
+            held = 0
+        files[-1][name] = dimensions
+        held += size
+    total = sum(_file_bytes(tensors) for tensors in files)
+    return total if len(files) == 1 else total + _index_bytes(files, total)
+
+
+def _file_bytes(tensors: dict[str, tuple[int, ...]]) -> int:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dimensions in sorted(tensors.items()):
+        end = at + 2 * math.prod(dimensions)
+        header[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [at, end]}
+        at = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + at
+
+
+def _index_bytes(files: list[dict[str, tuple[int, ...]]], total: int) -> int:
+    names = {
+        name: f"model-{number:05}-of-{len(files):05}.safetensors"
+        for number, tensors in enumerate(files, start=1)
+        for name in tensors
+    }
+    return len(json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=1))

@@ -1,0 +1,173 @@
+"""How much memory a rank needs at the worst moment of a step, from what the trainer keeps.
+
+Three moments compete: the loss (all activations and one chunk of logits), the first layer's
+backward pass (all activations, one layer's gradients on their way), and the end of the backward
+pass (the embedding's gradients). Every number is bytes; c stands for the bytes of a number in
+the compute type, 2 in bf16 and 4 in fp32.
+"""
+
+from dataclasses import dataclass, fields
+
+from alpaca.training.plan_data import Load
+from alpaca.training.shapes import Shape
+
+CHUNK = 512  # targets that meet the vocabulary at once, as in alpaca/training/loss.py
+LOGIT = 8  # bytes of a logit there: fp32, and the exponentials of their sum's logarithm
+MASTER = 4  # fp32 weights
+GRADIENT = 4  # fp32 gradients
+ADAMW = 8.0  # two fp32 moments
+ADAMW_8BIT = 2 + 2 * 4 / 256  # two bytes, and an fp32 scale for each block of 256 of them
+# CUDA's context, its libraries' workspaces and NCCL's buffers; drivers differ by some 100 MB.
+CUDA_RUNTIME = 1_200_000_000
+# A rank without CUDA: Python, torch and transformers, their threads and file-mapped code.
+CPU_RUNTIME = 650_000_000
+# The caching allocator holds more than is in use: blocks are rounded up, and freed ones of the
+# wrong size wait. A tenth of what comes and goes within a step is the allowance for that.
+ALLOCATOR = 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What, beside the model and the packs, decides how much a rank needs.
+
+    shards: ranks that share each parameter; compute: c; optimizer: bytes a parameter; regather:
+    weights are gathered again for the backward pass, not kept from the forward pass; once: whole
+    gradients are added up on each rank and reduced with a step's last pack; chunk: targets that
+    meet the vocabulary at once, each logit of which takes `logit` bytes.
+    """
+
+    shards: int
+    compute: int
+    optimizer: float = ADAMW
+    checkpointing: bool = False
+    offload: bool = False
+    regather: bool = True
+    once: bool = False
+    cuda: bool = True
+    chunk: int = CHUNK
+    logit: int = LOGIT
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the worst moment, which is the loss, a layer, or the root."""
+
+    moment: str
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    communication: int
+    allocator: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
+
+
+def state_bytes(parameters: int, optimizer: float = ADAMW) -> int:
+    """Master weights, gradients and optimizer state of a whole model.
+
+    With AdamW 16 bytes a parameter: 112 GB for seven billion (stanford_alpaca, README,
+    "Fine-tuning": 7 x 4 x 4 GB).
+    """
+    return round(parameters * (MASTER + GRADIENT + optimizer))
+
+
+def peak(shape: Shape, load: Load, setting: Setting, runtime: int = CUDA_RUNTIME) -> Memory:
+    """What one rank holds at the worst moment of any step but the first."""
+    own = 0 if setting.offload and setting.cuda else -(-shape.parameters // setting.shards)
+    gradients = GRADIENT * own
+    # What earlier packs of the step left: their reduced gradients, or whole ones to be reduced.
+    earlier = (GRADIENT * shape.parameters if setting.once else gradients) * load.repeated
+    moments = {
+        "loss": (earlier, *_loss(shape, load, setting)),
+        "layer": (earlier, *_layer(shape, load, setting)),
+        "root": (max(earlier, gradients), *_root(shape, setting)),
+    }
+    moment = max(moments, key=lambda name: sum(moments[name]))
+    gradients, activations, logits, communication = moments[moment]
+    passing = activations + logits + communication
+    return Memory(
+        moment=moment,
+        weights=MASTER * own,
+        gradients=gradients,
+        optimizer=round(setting.optimizer * own),
+        activations=activations,
+        logits=logits,
+        communication=communication,
+        allocator=round(ALLOCATOR * passing) if setting.cuda else 0,
+        runtime=runtime,
+    )
+
+
+def _loss(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
+    """All activations are alive, the output matrix's gradient, and one chunk of logits."""
+    kept = activations(shape, load, setting)
+    chunk = setting.logit * shape.vocabulary * min(setting.chunk, load.targets)
+    head = setting.compute * shape.table_parameters
+    return kept, chunk, gathered(shape, setting) + head
+
+
+def _layer(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
+    """The last layer's backward pass: the others' activations still wait for theirs."""
+    kept = activations(shape, load, setting)
+    if setting.checkpointing:
+        kept += saved_by_layer(shape, load, setting)
+    passing = 2 * setting.compute * load.tokens * shape.intermediate  # gradients inside the MLP
+    reducing = (setting.compute + GRADIENT) * shape.layer_parameters
+    head = setting.compute * shape.table_parameters
+    return kept + passing, 0, gathered(shape, setting) + reducing + head
+
+
+def _root(shape: Shape, setting: Setting) -> tuple[int, int, int]:
+    """The end of the backward pass: gradients of embedding and output matrix are reduced."""
+    gradients = (setting.compute + GRADIENT) * shape.root_parameters
+    return 0, 0, setting.compute * shape.root_parameters + gradients
+
+
+def gathered(shape: Shape, setting: Setting) -> int:
+    """Whole weights in the compute type: the root's, and two layers', or all of them.
+
+    FSDP2 gathers a layer while the one before it computes (torch, `fully_shard`: prefetching);
+    with `reshard_after_forward=False` every layer stays gathered until its backward pass.
+    """
+    layers = 2 if setting.regather else shape.layers
+    return setting.compute * (shape.root_parameters + layers * shape.layer_parameters)
+
+
+def activations(shape: Shape, load: Load, setting: Setting) -> int:
+    """What the forward pass of a pack leaves for the backward pass, without the logits.
+
+    With checkpointing only each layer's input is kept, and one layer at a time is computed again
+    (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+    """
+    hidden = setting.compute * load.tokens * shape.width
+    last = normed(shape, load.tokens, setting.compute) + 2 * setting.compute * (
+        load.targets * shape.width
+    )
+    if setting.checkpointing:
+        return shape.layers * hidden + last
+    return shape.layers * saved_by_layer(shape, load, setting) + last
+
+
+def saved_by_layer(shape: Shape, load: Load, setting: Setting) -> int:
+    """What autograd saves of one LLaMA layer, tensor by tensor of transformers' code.
+
+    Follows the counting of Korthikanti et al., "Reducing Activation Recomputation in Large
+    Transformer Models", 2022, section 4.1, for this layer: two RMSNorms, attention by a fused
+    kernel (inputs, output, one log-sum-exp a head), and a gated MLP (gate, its SiLU, up, product).
+    """
+    c, tokens = setting.compute, load.tokens
+    queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
+    attention = c * (2 * tokens * queries + 2 * load.keys * keys) + 4 * shape.heads * tokens
+    mlp = 4 * c * tokens * shape.intermediate
+    return 2 * normed(shape, tokens, c) + attention + mlp
+
+
+def normed(shape: Shape, tokens: int, compute: int) -> int:
+    """What one RMSNorm saves: its input in fp32, the normed input, and its output (c each)."""
+    return (4 + 2 * compute) * tokens * shape.width + 4 * tokens

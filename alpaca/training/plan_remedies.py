@@ -1,0 +1,116 @@
+"""What to change when a run does not fit: flags to paste, the cheapest first.
+
+All combinations of the few things that save memory are planned; that is arithmetic, and takes
+milliseconds. None of them changes which examples make a step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from alpaca.training.arguments import Arguments
+from alpaca.training.plan import Machine, Plan, make
+from alpaca.training.plan_data import Work
+from alpaca.training.shapes import Shape
+
+MOST_NODES = 64
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Changes that make a run fit, and the plan with them."""
+
+    changed: dict[str, Any]
+    plan: Plan
+
+    @property
+    def flags(self) -> str:
+        """The changes as flags to paste."""
+        return " ".join(
+            f'--{name} "{value}"' if " " in str(value) else f"--{name} {value}"
+            for name, value in self.changed.items()
+        )
+
+
+def remedies(
+    shape: Shape, arguments: Arguments, machine: Machine, count: Callable[[Arguments], Work]
+) -> list[Remedy]:
+    """Changes of flags that make the run fit, the cheapest first; none changes what is learned.
+
+    Cheap is what costs little time; what rounds the optimizer's numbers comes after all that
+    doesn't, and giving up checkpoints last. `count` counts the work under other flags.
+    """
+    found = []
+    works: dict[tuple[bool, int], Work] = {}
+    for changed in _changes(arguments):
+        other = replace(arguments, **changed)
+        key = (other.packing, other.pack_tokens)
+        if key not in works:
+            works[key] = count(other)
+        plan = make(shape, other, machine, works[key])
+        if plan.fits:
+            found.append((_dearness(changed, plan), Remedy(changed, plan)))
+    found.sort(key=lambda pair: pair[0])
+    return _simplest([remedy for _, remedy in found])
+
+
+def _changes(arguments: Arguments) -> list[dict[str, Any]]:
+    """Every combination of the changes that save memory, each with what it changes alone."""
+    combined: list[dict[str, Any]] = [{}] if arguments.packing else [{"packing": True}]
+    smallest, size = arguments.model_max_length, arguments.pack_tokens
+    packs: list[dict[str, Any]] = [{}]
+    while (size := size // 2) >= smallest:
+        packs.append({"max_tokens_per_pack": size})
+    options = [packs]
+    if not arguments.gradient_checkpointing:
+        options.append([{}, {"gradient_checkpointing": True}])
+    if arguments.sharding != "full_shard":
+        options.append([{}, {"fsdp": "full_shard auto_wrap"}])
+    if getattr(arguments, "optim", "adamw_8bit") != "adamw_8bit":
+        options.append([{}, {"optim": "adamw_8bit"}])
+    if "offload" not in arguments.fsdp:
+        options.append([{}, {"fsdp": "full_shard auto_wrap offload"}])
+    if arguments.save_strategy != "no":
+        options.append([{}, {"save_strategy": "no"}])
+    for option in options:
+        combined = [{**one, **other} for one in combined for other in option]
+    unique = {tuple(sorted(one.items())): one for one in combined if one}
+    return list(unique.values())
+
+
+def _dearness(changed: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
+    """What to compare remedies by: loss of safety, of precision, of time, then their number."""
+    return (
+        changed.get("save_strategy") == "no",
+        "optim" in changed,
+        round(plan.seconds or 0),
+        len(changed),
+    )
+
+
+def _simplest(remedies: list[Remedy], most: int = 3) -> list[Remedy]:
+    """The first few, without those that only add flags to a cheaper one."""
+    kept: list[Remedy] = []
+    for remedy in remedies:
+        if not any(other.changed.items() <= remedy.changed.items() for other in kept):
+            kept.append(remedy)
+    return kept[:most]
+
+
+def enough_nodes(
+    shape: Shape, arguments: Arguments, machine: Machine, count: Callable[[Arguments], Work]
+) -> int | None:
+    """How many such nodes would hold the run with the smallest packs and checkpointing."""
+    small = replace(
+        arguments,
+        packing=True,
+        max_tokens_per_pack=arguments.model_max_length,
+        gradient_checkpointing=True,
+        fsdp="full_shard auto_wrap",
+    )
+    work = count(small)
+    nodes = machine.nodes
+    while (nodes := nodes * 2) <= MOST_NODES:
+        if make(shape, small, replace(machine, nodes=nodes), work).headroom >= 0:
+            return nodes
+    return None

@@ -1,0 +1,74 @@
+"""How long a run takes and what it costs: arithmetic against the device's published peaks.
+
+Matrix products dominate; FSDP's traffic runs beside them, so a pack takes the longer of the two.
+The share of the peak that is reached is an assumption, stated wherever a time is shown.
+"""
+
+from alpaca.training.gpus import Device
+from alpaca.training.plan_data import Work
+from alpaca.training.plan_memory import Setting
+from alpaca.training.shapes import Shape
+
+# torchtitan's tables name 33-39% for Llama 3.1 8B on H100 and 57% on A100 (benchmarks/, 2024,
+# sequences of 8,192); packs are shorter and the model is eager, so the low end is assumed.
+EFFICIENCY = 0.35
+CPU_EFFICIENCY = 0.6  # of numpy's own rate, which is a measured one already
+LINK_EFFICIENCY = 0.7  # of a link's nominal bandwidth that a collective reaches
+PCI = 16e9  # bytes/s between a card and its node's memory: half of what generation 4 can
+HOST_BANDWIDTH = 100e9  # bytes/s of a node's memory that its ranks share in the update
+NETWORK = 25e9  # bytes/s from node to node for each GPU: 200 Gb/s InfiniBand, as in a DGX A100
+
+
+def flops(shape: Shape, work: Work, checkpointing: bool) -> float:
+    """Floating-point operations of the whole run, those done twice counted twice.
+
+    6 for each weight and token (Kaplan et al., "Scaling Laws for Neural Language Models", 2020,
+    section 2.1: 2 forward, 4 backward), 8 in the layers with checkpointing, where the forward pass
+    is repeated; at the output matrix targets only. Attention: 4 x width for each pair of query
+    and key forward, twice that backward. Reading the embedding is no product.
+    """
+    often = 8 if checkpointing else 6
+    layers = often * shape.layers * shape.layer_parameters * work.tokens
+    pairs = 2 * often * shape.layers * shape.heads * shape.head * work.attended
+    return float(layers + pairs + 6 * shape.table_parameters * work.targets)
+
+
+def traffic(shape: Shape, work: Work, setting: Setting) -> float:
+    """Bytes each rank receives for its parameters in the whole run.
+
+    Weights are gathered for the forward and again for the backward pass in the compute type,
+    gradients scattered in fp32, with each pack or once a step (Zhao et al., "PyTorch FSDP", 2023,
+    section 3.2).
+    """
+    gathers = (2 if setting.regather else 1) * work.packs
+    scatters = work.steps if setting.once else work.packs
+    each = gathers * setting.compute + 4 * scatters
+    return each * shape.parameters * (1 - 1 / setting.shards)
+
+
+def seconds(
+    shape: Shape, work: Work, setting: Setting, device: Device, ranks: int, nodes: int
+) -> float | None:
+    """Expected duration of all steps; None where the device's speed isn't known.
+
+    `ranks`: of all nodes. fp32 devices are held to their fp32 peak.
+    """
+    rate = device.bf16 if setting.compute == 2 else device.fp32
+    if rate is None:
+        return None
+    reached = rate * (EFFICIENCY if device.cuda else CPU_EFFICIENCY)
+    computing = flops(shape, work, setting.checkpointing) / (reached * ranks)
+    moving = 0.0
+    if device.link is not None and ranks > 1:
+        link = min(device.link, NETWORK) if nodes > 1 else device.link
+        moving = traffic(shape, work, setting) / (link * LINK_EFFICIENCY)
+    updating = 0.0
+    if device.bandwidth is not None:
+        # AdamW reads weights, gradients and two moments, and writes all but the gradients.
+        each = (8 + 4 + 2 * setting.optimizer) * shape.parameters / setting.shards
+        updating = work.steps * each / device.bandwidth
+    if setting.offload and device.cuda:
+        # Weights come down twice and gradients go up once a pack; the update runs on the CPU.
+        moving += work.packs * 12 * shape.parameters / setting.shards / PCI
+        updating *= (device.bandwidth or 0) * (ranks // nodes) / HOST_BANDWIDTH
+    return max(computing, moving) + updating

@@ -1,0 +1,209 @@
+"""A plan for this command line on this machine: finds the model, the data and the devices.
+
+The first thing `train.py` does, and the last: `check` refuses what cannot fit, `compare` sets
+what was predicted beside what was measured. torch is not imported here unless a data set has to
+be tokenized, so answers come at once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from alpaca import atomic
+from alpaca.errors import UserError
+from alpaca.passport import sha256
+from alpaca.prompt import template_hash
+from alpaca.records import read_records
+from alpaca.training import gpus, plan, plan_data, plan_remedies, shapes, steps
+from alpaca.training.arguments import Arguments
+from alpaca.training.corpus import Corpus, load
+from alpaca.training.gpus import Device
+from alpaca.training.plan import Machine, Plan
+from alpaca.training.plan_data import Work
+from alpaca.training.plan_remedies import Remedy
+from alpaca.training.shapes import Shape
+
+CACHE = Path(".cache/alpaca")
+SAMPLE = 5_000  # examples placed for each other size of pack: enough to compare remedies
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be planned: a model, flags, data on a machine."""
+
+    shape: Shape
+    arguments: Arguments
+    machine: Machine
+    corpus: Corpus
+    train: Sequence[int]
+    exact: bool
+
+    def count(self, arguments: Arguments, most: int = SAMPLE) -> Work:
+        """The work under other flags."""
+        ranks = self.machine.world_size
+        schedule = steps.schedule(arguments, len(self.train), ranks)
+        return plan_data.count(
+            self.corpus, self.train, schedule, arguments, ranks, exact=self.exact, most=most
+        )
+
+    def plan(self) -> Plan:
+        """The plan of this run."""
+        work = self.count(self.arguments, plan_data.MOST_PLACED)
+        return plan.make(self.shape, self.arguments, self.machine, work)
+
+    def remedies(self) -> list[Remedy]:
+        """What would make it fit."""
+        return plan_remedies.remedies(self.shape, self.arguments, self.machine, self.count)
+
+    def enough_nodes(self) -> int | None:
+        """How many such nodes would do, where no flag helps."""
+        return plan_remedies.enough_nodes(self.shape, self.arguments, self.machine, self.count)
+
+
+def case(arguments: Arguments, machine: Machine, examples: int = 0) -> Case:
+    """Find what a command line names; `examples` estimates a data set of that size.
+
+    Raises:
+        UserError: the model or the data can't be planned.
+    """
+    shape = shapes.find(arguments.model_name_or_path)
+    tokenizer = arguments.tokenizer_name_or_path or arguments.model_name_or_path
+    exact = (tokenizer / "tokenizer.json").is_file() and not examples
+    if exact:
+        corpus = _tokens(arguments, tokenizer, CACHE)
+    else:
+        corpus = plan_data.estimated(read_records(arguments.data_path), arguments, examples)
+    train = plan_data.members(corpus, arguments)
+    if not train:
+        raise UserError(
+            f"No example of {arguments.data_path} has an answer token left after truncation.",
+            f"Raise --model_max_length (now {arguments.model_max_length}).",
+        )
+    return Case(shape, arguments, machine, corpus, train, exact)
+
+
+def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
+    """The tokenized data set; a note says where it is, so that a second plan loads no tokenizer."""
+    if not arguments.data_path.is_file():
+        read_records(arguments.data_path)  # explains what is wrong
+    described = [tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    parts = [
+        sha256(arguments.data_path),
+        [sha256(path) for path in described if path.is_file()],
+        template_hash(),
+        arguments.model_max_length,
+        arguments.joint_tokenization,
+    ]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    note = cache / f"plan-{key}.txt"
+    if note.is_file() and (cache / note.read_text()).is_dir():
+        return load(cache / note.read_text())
+    # Only now: importing transformers takes longer than the rest of a plan.
+    from alpaca.model import load_tokenizer
+    from alpaca.tokens import Codec
+    from alpaca.training.corpus import open_corpus, tokens_folder
+
+    codec = Codec(load_tokenizer(tokenizer))
+    limit, joint = arguments.model_max_length, arguments.joint_tokenization
+    corpus = open_corpus(arguments.data_path, codec, cache, limit, joint=joint)
+    folder = tokens_folder(arguments.data_path, codec, cache, limit, joint=joint)
+    atomic.write_text(note, folder.name)
+    return corpus
+
+
+def this_machine(
+    output: Path, devices: Sequence[Device], ranks: int = 0, nodes: int = 1
+) -> Machine:
+    """The machine at hand: its first card, or its processor shared by `ranks` processes."""
+    ram = psutil.virtual_memory().total
+    disk = atomic.free_disk(output.resolve())
+    if devices:
+        return Machine(devices[0], ranks or len(devices), nodes, ram, disk)
+    ranks = ranks or 1
+    shared = replace(gpus.cpu(), memory=ram // ranks)
+    return Machine(shared, ranks, nodes, ram, disk)
+
+
+def launched(output: Path, devices: Sequence[Device]) -> Machine:
+    """The machine as torchrun describes it to its ranks."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return this_machine(output, devices, local, world // local)
+
+
+def of_run(
+    arguments: Arguments, corpus: Corpus, train: Sequence[int], devices: Sequence[Device]
+) -> Case | None:
+    """The case of a run that torchrun has started; None, with a notice, where it can't be planned.
+
+    `devices`: the cards torch sees, in its order; empty on a CPU.
+    """
+    try:
+        shape = shapes.find(arguments.model_name_or_path)
+    except UserError as error:
+        print(f"train: not planned: {error.happened}", flush=True)
+        return None
+    machine = launched(arguments.output_dir, devices)
+    return Case(shape, arguments, machine, corpus, train, exact=True)
+
+
+def check(given: Case) -> Plan:
+    """The plan of a run about to start; `--skip_plan` is what its caller offers instead.
+
+    Raises:
+        UserError: the run cannot fit; the message says by how much, and which flags help.
+    """
+    made = given.plan()
+    if made.fits:
+        return made
+    helpful = [f"{remedy.flags}" for remedy in given.remedies()]
+    raise UserError(
+        f"This run cannot fit: it {'; and '.join(made.problems)}.",
+        ("Any of these makes it fit:\n    " + "\n    ".join(helpful)
+         if helpful else f"No flag makes it fit. {more_devices(given)}")
+        + "\n  --skip_plan starts it all the same.",
+    )  # fmt: skip
+
+
+def more_devices(given: Case) -> str:
+    """What hardware would do, in a sentence, where no flag does."""
+    nodes = given.enough_nodes()
+    if nodes is None:
+        return "It needs larger devices, or a smaller model."
+    one = given.machine
+    return (
+        f"{nodes} nodes of {one.ranks} such devices hold it with --gradient_checkpointing True "
+        f"--max_tokens_per_pack {given.arguments.model_max_length}."
+    )
+
+
+def resident() -> int:
+    """The most memory this process has held so far, in bytes (proc(5), VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def compare(
+    made: Plan, *, tokens: int, steps: int, seconds: float, memory: int | None
+) -> list[str]:
+    """Predicted beside measured, one line each; `memory`: the most one rank held, in bytes."""
+    rows = [
+        ("steps", f"{made.work.steps:,}", f"{steps:,}"),
+        ("tokens computed", f"{made.work.tokens:,}", f"{tokens:,}"),
+    ]
+    if made.seconds is not None:
+        rows.append(("seconds", f"{made.seconds:,.0f}", f"{seconds:,.0f}"))
+    if memory is not None:
+        rows.append(
+            ("GB of memory a rank", f"{made.memory.total / 1e9:.2f}", f"{memory / 1e9:.2f}")
+        )
+    return [
+        f"{name}: {predicted} predicted, {measured} measured" for name, predicted, measured in rows
+    ]

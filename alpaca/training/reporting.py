@@ -1,0 +1,76 @@
+"""`--report_to`: the log's lines for TensorBoard, Weights & Biases or Trackio as well.
+
+`log.jsonl` is written in any case. Only rank 0 reports; each library is imported when asked for.
+"""
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROJECT = "alpaca"
+
+
+class Reporter:
+    """Where log lines go: `log(numbers, step)`, and `close()` at the end."""
+
+    def __init__(
+        self, log: Callable[[dict[str, float], int], object], close: Callable[[], object]
+    ) -> None:
+        """Both are the library's own functions."""
+        self._log = log
+        self.close = close
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Report the numbers of one line of the log."""
+        numbers = {
+            name.replace("eval_", "eval/") if name.startswith("eval_") else f"train/{name}": value
+            for name, value in line.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        self._log(numbers, line["step"])
+
+
+def open_reporter(
+    name: str, folder: Path, settings: dict[str, Any], *, resumed: bool
+) -> Reporter | None:
+    """Start to report a run whose output is in `folder`; None for "none".
+
+    A resumed run goes on under the name it had.
+    """
+    makers = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+    if name not in makers:
+        return None
+    known = folder / "run_name"
+    if not (resumed and known.exists()):
+        known.write_text(f"{folder.name}-{secrets.token_hex(4)}")
+    return makers[name](folder, known.read_text(), settings)
+
+
+def _tensorboard(folder: Path, name: str, settings: dict[str, Any]) -> Reporter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder / "tensorboard" / name)
+    writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+
+    def log(numbers: dict[str, float], step: int) -> None:
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+
+    return Reporter(log, writer.close)
+
+
+def _wandb(folder: Path, name: str, settings: dict[str, Any]) -> Reporter:
+    import wandb
+
+    run = wandb.init(
+        project=PROJECT, name=name, id=name, dir=folder, config=settings, resume="allow"
+    )  # fmt: skip
+    return Reporter(lambda numbers, step: run.log(numbers, step=step), run.finish)
+
+
+def _trackio(folder: Path, name: str, settings: dict[str, Any]) -> Reporter:
+    import trackio
+
+    trackio.init(project=PROJECT, name=name, config=settings, resume="allow")
+    return Reporter(lambda numbers, step: trackio.log(numbers, step=step), trackio.finish)

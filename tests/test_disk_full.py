@@ -1,0 +1,68 @@
+"""A disk that fills up while a checkpoint is written: a clear end, and nothing lost."""
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from nodes import Job, end_all, losses, start, torchrun, wait_until
+
+from alpaca.training import checkpoint
+
+STEPS = 40
+ROOM = 1_000_000  # left on the disk: enough for the log, too little for a checkpoint
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 40 MB, which needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    end_all()
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk: Path, job: Job) -> None:
+    """Another program takes the disk's space while the job stands still."""
+    family = [psutil.Process(job.process.pid), *job.ranks()]
+    for process in family:
+        process.send_signal(signal.SIGSTOP)
+    free = psutil.disk_usage(str(disk)).free
+    with open(disk / "ballast", "wb") as file:
+        file.truncate(0)
+        file.write(bytes(max(0, free - ROOM)))
+    for process in family:
+        process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("ranks", "code"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+def test_a_full_disk_ends_the_run_and_it_goes_on_from_the_checkpoint_before(
+    tiny_model: Path, disk: Path, tmp_path: Path, ranks: int, code: int
+) -> None:
+    out = disk / "out"
+    launcher = torchrun("--standalone", f"--nproc_per_node={ranks}")
+    flags = {
+        "model_name_or_path": tiny_model, "output_dir": out, "max_steps": STEPS, "save_steps": 2,
+        "gradient_accumulation_steps": 1, "learning_rate": 0.01, "save_total_limit": 2,
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    words = [*(launcher if ranks > 1 else launcher[:1]), "train.py", *words]
+    job = start(words, tmp_path / "first")
+    wait_until(lambda: len(checkpoint.found(out)) == 2, job)
+    fill(disk, job)
+    assert job.process.wait(timeout=60) == code, job.said
+    assert "could not be written" in job.said
+    assert "Free some space and run the same command again" in job.said
+    assert ranks > 1 or "Traceback" not in job.said  # torchrun adds one of its own
+    assert checkpoint.found(out)
+    assert not list(out.glob(".checkpoint-*"))
+    assert psutil.disk_usage(str(disk)).free > ROOM / 2
+    (disk / "ballast").unlink()
+    start(words, tmp_path / "second").succeed()
+    assert len(losses(out)) == STEPS

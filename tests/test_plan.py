@@ -1,0 +1,193 @@
+"""What a plan computes, against what others have published and what the trainer itself does."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from alpaca.errors import UserError
+from alpaca.training import gpus, plan, plan_memory, plan_time, shapes
+from alpaca.training.arguments import Arguments
+from alpaca.training.plan import Machine
+from alpaca.training.plan_data import Load, Work
+from alpaca.training.plan_memory import Setting
+from alpaca.training.plan_remedies import remedies
+
+# From the model cards and papers: the number of elements in the published weight files.
+PUBLISHED = {
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-30b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "smollm2-135m": 134_515_008,
+}
+LLAMA_3 = shapes.KNOWN["llama-3.1-8b"]
+GIB = 2**30
+
+
+def work(tokens: int, targets: int) -> Work:
+    load = Load(tokens, tokens, targets)
+    return Work(256, 1, 256, tokens, 2 * tokens, targets, tokens * 100, 1, load, exact=True)
+
+
+def test_parameters_of_every_known_model_are_those_published() -> None:
+    assert {name: shape.parameters for name, shape in shapes.KNOWN.items()} == PUBLISHED
+
+
+def test_seven_billion_parameters_need_112_gb_at_16_bytes_each() -> None:
+    assert plan_memory.state_bytes(7_000_000_000) == 112_000_000_000
+
+
+@pytest.mark.parametrize(("ranks", "published"), [(8, 82.4), (128, 67.0)])
+def test_torchtitans_memory_with_selective_checkpointing(ranks: int, published: float) -> None:
+    """torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3.
+
+    Llama 3.1 8B, FSDP2, bf16 with fp32 weights, 2 sequences of 8,192 a GPU, whole logits; of a
+    layer it keeps the input, the attention's output and every second matrix product's.
+    """
+    tokens = 2 * 8192
+    setting = Setting(ranks, compute=2, checkpointing=True, chunk=tokens, logit=12)
+    found = plan_memory.peak(LLAMA_3, Load(tokens, tokens, tokens), setting, runtime=0)
+    kept = 2 * (LLAMA_3.heads * 128 * 2 + LLAMA_3.kv_heads * 128 + LLAMA_3.intermediate + 4096)
+    selective = (kept + 4 * LLAMA_3.heads) * tokens * LLAMA_3.layers
+    assert found.moment == "loss"
+    total = found.total + selective * (1 + plan_memory.ALLOCATOR)
+    assert total / GIB == pytest.approx(published, rel=0.15)
+
+
+def test_torchtitans_memory_with_full_checkpointing_of_one_long_sequence() -> None:
+    """The same document, table 2: 8 H100, one sequence of 32,768 a GPU, 83.9 GiB.
+
+    A whole cross-entropy takes 12 bytes a logit: its log-softmax, and two gradients, in fp32.
+    """
+    setting = Setting(8, compute=2, checkpointing=True, chunk=32768, logit=12)
+    found = plan_memory.peak(LLAMA_3, Load(32768, 32768, 32768), setting, runtime=0)
+    assert found.total / GIB == pytest.approx(83.9, rel=0.15)
+
+
+def test_the_published_run_fits_on_cards_where_it_ran_out_of_memory_in_2023() -> None:
+    arguments = Arguments(bf16=True)
+    full = Load(2048, 2600, 1600, repeated=True)
+    for card, fits in (("a100-40", True), ("a100-80", True), ("rtx-4090", False)):
+        machine = Machine(gpus.named(card), ranks=8)
+        counted = dataclasses.replace(work(2048, 1600), largest=full)
+        made = plan.make(shapes.KNOWN["llama-7b"], arguments, machine, counted)
+        assert made.fits == fits, (card, made.memory)
+
+
+def test_remedies_fit_and_the_cheapest_comes_first() -> None:
+    shape, machine = shapes.KNOWN["llama-7b"], Machine(gpus.named("rtx-4090"), ranks=8)
+    arguments = Arguments(bf16=True)
+
+    def count(other: Arguments) -> Work:
+        packs = arguments.pack_tokens // other.pack_tokens
+        tokens = other.pack_tokens
+        return dataclasses.replace(
+            work(8 * arguments.pack_tokens, 8 * 1600), packs=packs,
+            largest=Load(tokens, tokens, tokens * 3 // 4),
+        )  # fmt: skip
+
+    assert not plan.make(shape, arguments, machine, count(arguments)).fits
+    found = remedies(shape, arguments, machine, count)
+    assert found
+    assert all(remedy.plan.fits for remedy in found)
+    spent = [remedy.plan.seconds or math.inf for remedy in found]
+    assert spent == sorted(spent)
+    assert "--gradient_checkpointing True" in {remedy.flags for remedy in found}
+    for remedy in found:
+        again = dataclasses.replace(arguments, **remedy.changed)
+        assert plan.make(shape, again, machine, count(again)).memory == remedy.plan.memory
+
+
+def test_a_run_that_nothing_makes_fit_has_no_remedy() -> None:
+    shape, machine = shapes.KNOWN["llama-3.1-405b"], Machine(gpus.named("t4"), host=64 * 10**9)
+    counted = work(512, 400)
+    assert not plan.make(shape, Arguments(), machine, counted).fits
+    assert remedies(shape, Arguments(), machine, lambda _: counted) == []
+
+
+@pytest.mark.parametrize("name", ["tokens", "keys", "targets"])
+def test_more_of_anything_needs_more_memory(name: str) -> None:
+    load = Load(2000, 2500, 800)
+    more = dataclasses.replace(load, **{name: 2 * getattr(load, name)})
+    setting = Setting(8, compute=2)
+    shape = shapes.KNOWN["llama-7b"]
+    totals = [plan_memory.peak(shape, each, setting).total for each in (load, more)]
+    assert totals[0] < totals[1]
+
+
+@pytest.mark.parametrize(
+    "saving", [{"shards": 16}, {"checkpointing": True}, {"offload": True}, {"optimizer": 2.0}]
+)
+def test_each_saving_saves(saving: dict[str, object]) -> None:
+    load, setting = Load(2000, 2500, 1500), Setting(8, compute=2)
+    shape = shapes.KNOWN["llama-7b"]
+    less = dataclasses.replace(setting, **saving)  # type: ignore[arg-type]
+    assert plan_memory.peak(shape, load, less).total < plan_memory.peak(shape, load, setting).total
+
+
+def test_time_counts_what_is_computed_twice() -> None:
+    """6 operations for each parameter and token; 8 with checkpointing; the vocabulary apart."""
+    shape, counted = shapes.KNOWN["llama-7b"], work(2048, 0)
+    plain, again = (plan_time.flops(shape, counted, repeated) for repeated in (False, True))
+    layers = shape.parameters - shape.root_parameters
+    assert plain == pytest.approx(6 * layers * 2048, rel=0.01)
+    assert again / plain == pytest.approx(8 / 6)
+
+
+def test_a_card_without_bf16_is_planned_in_fp32() -> None:
+    chosen = plan.setting(LLAMA_3, Arguments(bf16=True), Machine(gpus.named("t4")))
+    assert chosen.compute == 4
+    assert plan.setting(LLAMA_3, Arguments(bf16=True), Machine(gpus.named("l4"))).compute == 2
+
+
+def test_drivers_names_are_recognized_and_unknown_cards_keep_their_memory() -> None:
+    names = {
+        "Tesla T4": "t4",
+        "Tesla V100-SXM2-32GB": "v100-32",
+        "NVIDIA A100-SXM4-40GB": "a100-40",
+        "NVIDIA A100 80GB PCIe": "a100-80",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA H200": "h200",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA L4": "l4",
+        "NVIDIA A10G": "a10g",
+        "NVIDIA A10": "a10",
+        "NVIDIA GeForce RTX 4090": "rtx-4090",
+        "NVIDIA B200": "b200",
+    }
+    for driver, key in names.items():
+        assert gpus.recognized(driver, 7).name == gpus.GPUS[key].name
+        assert gpus.recognized(driver, 7).memory == 7
+    other = gpus.recognized("Voodoo 2", 12 << 20)
+    assert (other.memory, other.bf16) == (12 << 20, None)
+
+
+def test_a_folder_whose_weights_are_not_those_of_its_config_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    assert shapes.find(tiny_model).parameters == sum(shapes.stored(tiny_model).values())
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    (tmp_path / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"describes .* parameters, the files hold"):
+        shapes.find(tmp_path)
+
+
+def test_names_of_tensors_are_those_in_the_folder(tiny_model: Path) -> None:
+    shape = shapes.find(tiny_model)
+    sizes = {name: math.prod(dimensions) for name, dimensions in shape.tensors().items()}
+    assert sizes == shapes.stored(tiny_model)

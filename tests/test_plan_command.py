@@ -1,0 +1,79 @@
+"""`python -m alpaca plan` as people and programs call it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def plan(*flags: object, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "alpaca", "plan", *map(str, flags)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_a_named_model_on_a_named_card_needs_neither() -> None:
+    shown = plan("--model_name_or_path", "llama-7b", "--gpu", "a100-40", "--gpus", 8,
+                 "--examples", 52002, "--bf16", "True", "--price", 2)  # fmt: skip
+    assert "6,738,415,616 parameters, on 8 x A100 40 GB" in shown
+    assert "609 steps of 256" in shown
+    assert "It fits." in shown
+    assert "at 2 a device and hour" in shown
+
+
+def test_what_does_not_fit_names_flags_that_make_it_fit() -> None:
+    flags = ["--model_name_or_path", "llama-7b", "--gpu", "a100-40", "--gpus", 4, "--bf16", "True"]
+    shown = plan(*flags)
+    assert "does NOT fit: it needs" in shown
+    first = shown.partition("cheapest first):\n")[2].splitlines()[0].strip()
+    cheapest = first.partition("   ")[0].split()
+    assert cheapest[0].startswith("--")
+    assert "It fits." in plan(*flags, *cheapest)
+
+
+def test_json_holds_the_whole_plan_of_a_real_folder(tiny_model: Path) -> None:
+    facts = json.loads(plan("--model_name_or_path", tiny_model, "--json", "--gpus", 2))
+    assert facts["fits"]
+    assert facts["work"]["exact"]
+    assert facts["work"]["examples"] == 240
+    assert facts["machine"]["ranks"] == 2
+    assert facts["headroom"] > 0
+    assert set(facts["memory"]) == {
+        "moment", "weights", "gradients", "optimizer", "activations", "logits", "communication",
+        "allocator", "runtime",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpu", "voodoo2"], "No card is known as 'voodoo2'"),
+        (["--model_name_or_path", "llama-9b"], "no model is known by that name"),
+        (["--learning_rat", "1"], "Did you mean --learning_rate?"),
+        (["--gpus", "0"], "--gpus must be at least 1"),
+    ],
+)
+def test_mistakes_are_explained(flags: list[str], said: str) -> None:
+    assert said in plan(*flags, code=2)
+
+
+def test_a_plan_for_a_named_model_imports_no_torch() -> None:
+    """What keeps it under three seconds."""
+    code = (
+        "import sys\n"
+        "from alpaca.training import plan_command as verb\n"
+        "verb.run(verb.parser().parse_args(['--model_name_or_path', 'llama-7b']))\n"
+        "assert 'alpaca.training.plan_data' in sys.modules\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

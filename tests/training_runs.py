@@ -1,0 +1,51 @@
+"""`train.py` as people run it, and what a run leaves: for the tests of training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from alpaca.training import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def train(*flags: object, ranks: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, on `ranks` ranks of torchrun or as one plain process."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    return subprocess.run(
+        [*launcher, "train.py", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """What log.jsonl holds."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    """The training losses, step by step."""
+    steps = [line for line in lines(out) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return [line["loss"] for line in steps]
+
+
+def master_weights(out: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights of the newest checkpoint, whole."""
+    file = scratch / f"{out.name}.pt"
+    dcp_to_torch_save(checkpoint.found(out)[-1], file)
+    held: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["model"]
+    return held
