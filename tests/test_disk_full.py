@@ -7,11 +7,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 from nodes import Job, end_all, losses, start, torchrun, wait_until
 
+from alpaca.errors import UserError
 from alpaca.training import checkpoint
 
-STEPS = 40
+STEPS = 20
 ROOM = 1_000_000  # left on the disk: enough for the log, too little for a checkpoint
 
 
@@ -28,20 +31,47 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+def leave(disk: Path, room: int) -> None:
+    """Fill a disk up to `room` bytes."""
+    free = psutil.disk_usage(str(disk)).free
+    (disk / "ballast").write_bytes(bytes(max(0, free - room)))
+
+
 def fill(disk: Path, job: Job) -> None:
     """Another program takes the disk's space while the job stands still."""
     family = [psutil.Process(job.process.pid), *job.ranks()]
     for process in family:
         process.send_signal(signal.SIGSTOP)
-    free = psutil.disk_usage(str(disk)).free
-    with open(disk / "ballast", "wb") as file:
-        file.truncate(0)
-        file.write(bytes(max(0, free - ROOM)))
+    leave(disk, ROOM)
     for process in family:
         process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize(("ranks", "code"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(disk: Path) -> None:
+    out = disk / "out"
+    module = torch.nn.Linear(1000, 1000)  # 4 MB, 12 with its moments
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 1000)).sum().backward()
+    optimizer.step()
+    checkpoint.save(out, 1, module, optimizer, {"run": {}}, keep=2)
+    leave(disk, ROOM)
+    with pytest.raises(UserError, match="checkpoint-2 could not be written"):
+        checkpoint.save(out, 2, module, optimizer, {"run": {}}, keep=2)
+    assert [path.name for path in out.iterdir()] == ["checkpoint-1"]
+    assert checkpoint.load(out / "checkpoint-1", module, optimizer)["step"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "code"), [(1, 2), (2, 1)])
 def test_a_full_disk_ends_the_run_and_it_goes_on_from_the_checkpoint_before(
     tiny_model: Path, disk: Path, tmp_path: Path, ranks: int, code: int
 ) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from alpaca.training import checkpoint
 
-STEPS = 60
-LOST_AFTER = 10  # a checkpoint stands by then, and most steps are still to come
+STEPS = 30
+LOST_AFTER = 7  # a checkpoint stands by then, and most steps are still to come
 
 
 def train(tiny_model: Path, out: Path, *more: str) -> list[str]:
