@@ -17,6 +17,20 @@ from alpaca.serving.request import Answer, CanceledError, Job, Request, Sampling
 
 ROOT = Path(__file__).resolve().parent
 
+# What a web form shows beside each input. `cog build` reads one plain string, no longer expression.
+PROMPT = "What to do, in plain words. It is put into the template the model was trained with."
+INPUT = "A text that the instruction is about, such as one to summarize. Empty if there is none."
+ANSWERS = "How many answers to make, 1 to 5; each is drawn for itself."
+TOTAL_TOKENS = "The most tokens prompt and answer may have together; a word is one or a few."
+MAX_NEW_TOKENS = "The most tokens an answer may have. Left out, only total_tokens limits it."
+TEMPERATURE = "How freely to choose, 0 to 5. 0 always takes the likeliest token, 5 nearly any one."
+TOP_P = "Choose only among the likeliest tokens that together reach this probability. 1: all."
+TOP_K = "Choose only among this many of the likeliest tokens. 0, the default, allows all."
+REPETITION_PENALTY = "Above 1, tokens of the prompt or answer so far get less likely. 1 is neutral."
+STOP = "Texts at which an answer ends; they are not part of it. By default there are none."
+SEED = "Repeats an answer: the same seed and inputs give the same text. Left out, it is random."
+STREAM = "Send pieces of text while they are written, instead of whole answers. Needs n to be 1."
+
 
 class Runner(cog.BaseRunner):
     """Answers instructions with a fine-tuned LLaMA-family model."""
@@ -38,20 +52,20 @@ class Runner(cog.BaseRunner):
     @cog.concurrent(max=256)
     async def run(
         self,
-        prompt: str = Input(description="The instruction to answer."),
-        input: str = Input(default="", description="A text it is about."),  # noqa: A002
-        n: int = Input(default=1, ge=1, le=5, description="How many answers to make."),
-        total_tokens: int = Input(default=2000, ge=1, description="Most of prompt and answer."),
-        max_new_tokens: int | None = Input(default=None, ge=1, description="Most of an answer."),
-        temperature: float = Input(default=0.75, ge=0, le=5, description="0: the likeliest token."),
-        top_p: float = Input(default=1.0, ge=0.01, le=1, description="Likeliest tokens to sum to."),
-        top_k: int = Input(default=0, ge=0, description="How many likeliest tokens; 0: all."),
+        prompt: str = Input(description=PROMPT),
+        input: str = Input(default="", description=INPUT),  # noqa: A002
+        n: int = Input(default=1, ge=1, le=5, description=ANSWERS),
+        total_tokens: int = Input(default=2000, ge=1, description=TOTAL_TOKENS),
+        max_new_tokens: int | None = Input(default=None, ge=1, description=MAX_NEW_TOKENS),
+        temperature: float = Input(default=0.75, ge=0, le=5, description=TEMPERATURE),
+        top_p: float = Input(default=1.0, ge=0.01, le=1, description=TOP_P),
+        top_k: int = Input(default=0, ge=0, description=TOP_K),
         repetition_penalty: float = Input(
-            default=1.0, ge=0.01, le=5, description="Above 1 repeats less."
+            default=1.0, ge=0.01, le=5, description=REPETITION_PENALTY
         ),
-        stop: list[str] = Input(default=[], description="Texts that end an answer."),
-        seed: int | None = Input(default=None, ge=0, description="Same seed, same answers."),
-        stream: bool = Input(default=False, description="Yield pieces as made, if n is 1."),
+        stop: list[str] = Input(default=[], description=STOP),
+        seed: int | None = Input(default=None, ge=0, description=SEED),
+        stream: bool = Input(default=False, description=STREAM),
     ) -> Iterator[str]:
         """Answer an instruction n times."""
         sampling = Sampling(

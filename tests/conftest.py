@@ -5,12 +5,18 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a model hub, whatever it loads
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engines import engine_of, tiny
+from http_server import SETTINGS, Server, endless, serving
 from hypothesis import settings
 from tiny import bpe_tokenizer, sentencepiece_tokenizer, set_eos
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from alpaca.serving.engine import Engine
+from alpaca.tokens import Codec
 
 # Shared machines stall now and then: a slow example is no failure.
 settings.register_profile("suite", deadline=None)
@@ -65,3 +71,27 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert code == 0, said
     assert "134,515,008 parameters, Q4_1, tokenizer 49,152 pieces" in said
     return output / "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def served(bpe: PreTrainedTokenizerBase) -> Iterator[tuple[Engine, Codec]]:
+    """An engine of five slots and eight places to wait, without a server around it."""
+    codec = Codec(bpe)
+    engine = engine_of(tiny("llama", bpe), codec, slots=5, waiting=8)
+    yield engine, codec
+    engine.stop()
+
+
+@pytest.fixture(scope="session")
+def endless_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that, decoded greedily, goes on for minutes."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    endless(tiny_model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Cog's real server with the endless model in five slots."""
+    with serving(endless_model, tmp_path_factory.mktemp("server"), **SETTINGS) as running:
+        yield running

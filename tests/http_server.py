@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,13 @@ from alpaca.model import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 200_000
-SLOTS = "5"
+# float32 whatever the machine is fast at: in bfloat16 an answer may depend on its neighbours.
+SETTINGS = {
+    "ALPACA_SLOTS": "5",
+    "ALPACA_CONTEXT": str(CONTEXT),
+    "ALPACA_DTYPE": "float32",
+}
+LONG = {"prompt": "Tell a story.", "total_tokens": CONTEXT, "temperature": 0}  # see `endless`
 ALL_SLOTS = {"prompt": "a", "n": 5, "max_new_tokens": 1}
 
 
@@ -27,6 +35,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def varied(index: int) -> dict[str, object]:
+    """A request unlike the others, and the same each time; so is its answer."""
+    choose = random.Random(index)
+    return {
+        "prompt": f"Say {index} {'word ' * choose.randrange(40)}",
+        "seed": index,
+        "max_new_tokens": choose.randrange(1, 40),
+        "n": choose.randint(1, 3),
+        "top_p": choose.choice([1.0, 0.9, 0.5]),
+        "repetition_penalty": choose.choice([1.0, 1.2]),
+    }
 
 
 class Door:
@@ -57,6 +78,14 @@ class Door:
         """See a prediction through: those that were asked for before it have begun by then."""
         time.sleep(0.2)  # so that they have been asked for
         assert self.post(prompt="a", max_new_tokens=1).json()["status"] == "succeeded"
+
+    def cancel_one(self, name: str) -> str:
+        """Cancel a long prediction that someone waits for; returns the status they are told."""
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self.client.put, f"/predictions/{name}", json={"input": LONG})
+            self.run_one()
+            assert self.client.post(f"/predictions/{name}/cancel").status_code == 200
+            return str(answer.result().json()["status"])
 
     def idle(self) -> bool:
         """Whether every slot is free: an answer for as many as there are comes before a time-out.

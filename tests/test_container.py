@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from http_server import CONTEXT, ROOT, SLOTS, Door, endless
+from http_server import ROOT, SETTINGS, Door, varied
 
 from alpaca.serving import schema
 
@@ -118,19 +118,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     return IMAGE
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("endless") / "model"
-    endless(tiny_model, folder)
-    return folder
-
-
 class Container(Door):
     def __init__(self, image: str, model: Path) -> None:
         self.id = docker(
             "run", "--detach", "--publish", "127.0.0.1::5000", "--volume", f"{model}:/weights:ro",
-            "--env", "ALPACA_WEIGHTS=/weights", "--env", f"ALPACA_SLOTS={SLOTS}",
-            "--env", f"ALPACA_CONTEXT={CONTEXT}", image,
+            "--env", "ALPACA_WEIGHTS=/weights",
+            *(word for name, value in SETTINGS.items() for word in ("--env", f"{name}={value}")),
+            image,
         )  # fmt: skip
         super().__init__(self.published())
 
@@ -150,8 +144,8 @@ class Container(Door):
 
 
 @pytest.fixture(scope="module")
-def container(image: str, model: Path) -> Iterator[Container]:
-    running = Container(image, model)
+def container(image: str, endless_model: Path) -> Iterator[Container]:
+    running = Container(image, endless_model)
     try:
         running.wait_until_ready()
         yield running
@@ -191,26 +185,21 @@ def test_server_sent_events(container: Container) -> None:
 
 
 def test_cancel(container: Container) -> None:
-    long = {"prompt": "Tell a story.", "total_tokens": CONTEXT, "temperature": 0}
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(container.client.put, "/predictions/long", json={"input": long})
-        container.run_one()
-        assert container.client.post("/predictions/long/cancel").status_code == 200
-        assert answer.result().json()["status"] == "canceled"
+    assert container.cancel_one("long") == "canceled"
     assert container.idle()
 
 
 def test_sixteen_at_once(container: Container) -> None:
-    inputs = [{"prompt": f"Say {i}.", "seed": i, "max_new_tokens": 12} for i in range(16)]
+    inputs = [varied(index) for index in range(16)]
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda one: container.post(**one).json()["output"], inputs))
     assert together == [container.post(**one).json()["output"] for one in inputs]
 
 
 def test_sigterm_lets_a_running_prediction_finish_and_a_second_start_works(
-    image: str, model: Path
+    image: str, endless_model: Path
 ) -> None:
-    first = Container(image, model)
+    first = Container(image, endless_model)
     first.wait_until_ready()
     with ThreadPoolExecutor(1) as pool:
         inputs = {"prompt": "Tell a story.", "max_new_tokens": 1500, "temperature": 0}

@@ -1,22 +1,10 @@
 """The HTTP door: Cog's own server with our runner, a tiny model, and requests from outside."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
-from http_server import CONTEXT, SLOTS, Server, endless, events, serving
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of five slots whose model, decoded greedily, goes on for minutes."""
-    folder = tmp_path_factory.mktemp("server")
-    endless(tiny_model, folder / "model")
-    sizes = {"ALPACA_SLOTS": SLOTS, "ALPACA_CONTEXT": str(CONTEXT)}
-    with serving(folder / "model", folder, **sizes) as running:
-        yield running
+from http_server import LONG, Server, events, varied
 
 
 def test_a_prediction_is_a_list_of_n_strings(server: Server) -> None:
@@ -74,9 +62,6 @@ def test_the_schema_is_served(server: Server) -> None:
     assert document["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
 
 
-LONG = {"prompt": "Tell a story.", "total_tokens": CONTEXT, "temperature": 0}
-
-
 def test_a_stream_comes_in_pieces_that_join_to_the_whole_answer(server: Server) -> None:
     inputs = {"prompt": "Say hello.", "temperature": 0.9, "seed": 5, "max_new_tokens": 40}
     [whole] = server.post(**inputs).json()["output"]
@@ -102,11 +87,7 @@ def test_pieces_arrive_while_the_answer_is_being_made(server: Server) -> None:
 
 
 def test_cancel_of_a_prediction_that_is_waited_for(server: Server) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(server.client.put, "/predictions/waited", json={"input": LONG})
-        server.run_one()
-        assert server.client.post("/predictions/waited/cancel").status_code == 200
-        assert answer.result().json()["status"] == "canceled"
+    assert server.cancel_one("waited") == "canceled"
     assert server.idle()
 
 
@@ -132,14 +113,14 @@ def test_metrics_say_what_it_cost(server: Server) -> None:
 
 
 def test_many_clients_each_get_their_own_answer(server: Server) -> None:
-    inputs = [
-        {"prompt": f"Repeat: {'word ' * (i % 7)}{i}", "seed": i, "max_new_tokens": 5 + i % 11}
-        for i in range(64)
-    ]
-    alone = [server.post(**one).json()["output"] for one in inputs]
+    def one(index: int) -> list[str]:
+        output: list[str] = server.post(**varied(index)).json()["output"]
+        return output
+
+    alone = [one(index) for index in range(64)]
     with ThreadPoolExecutor(64) as pool:
-        together = list(pool.map(lambda one: server.post(**one).json()["output"], inputs))
-    assert len({text for [text] in alone}) > 50
+        together = list(pool.map(one, range(64)))
+    assert len({text for texts in alone for text in texts}) > 64
     assert together == alone
 
 

@@ -13,24 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from http_server import CONTEXT, SLOTS, Server, endless, serving
+from http_server import LONG, SETTINGS, Server, serving
 
 JSON = {"content-type": "application/json"}
-LONG = {"prompt": "Tell a story.", "total_tokens": CONTEXT, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def endless_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("endless") / "model"
-    endless(tiny_model, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    sizes = {"ALPACA_SLOTS": SLOTS, "ALPACA_CONTEXT": str(CONTEXT)}
-    with serving(endless_model, tmp_path_factory.mktemp("server"), **sizes) as running:
-        yield running
 
 
 @contextmanager
@@ -167,11 +152,10 @@ def test_webhooks_tell_of_a_cancellation(server: Server) -> None:
 def test_sigterm_lets_a_running_prediction_finish_and_the_next_start_works(
     endless_model: Path, tmp_path: Path, starts: int
 ) -> None:
-    sizes = {"ALPACA_SLOTS": SLOTS, "ALPACA_CONTEXT": str(CONTEXT)}
     inputs = {"prompt": "Tell a story.", "max_new_tokens": 1000, "temperature": 0}
     outputs = []
     for _ in range(starts):
-        with serving(endless_model, tmp_path, **sizes) as running, ThreadPoolExecutor(1) as pool:
+        with serving(endless_model, tmp_path, **SETTINGS) as running, ThreadPoolExecutor(1) as pool:
             answer = pool.submit(running.post, **inputs)
             running.run_one()
             running.process.send_signal(signal.SIGTERM)

@@ -1,5 +1,6 @@
 """The engine against transformers' own generation, alone and among neighbours."""
 
+import asyncio
 import random
 import time
 from collections.abc import Iterator
@@ -37,14 +38,6 @@ def pair(
     model, codec = tiny(request.param, bpe), Codec(bpe)
     engine = engine_of(model, codec)
     yield model, engine, codec
-    engine.stop()
-
-
-@pytest.fixture(scope="module")
-def served(bpe: PreTrainedTokenizerBase) -> Iterator[tuple[Engine, Codec]]:
-    codec = Codec(bpe)
-    engine = engine_of(tiny("llama", bpe), codec, slots=5, waiting=8)
-    yield engine, codec
     engine.stop()
 
 
@@ -156,6 +149,9 @@ def test_what_cannot_be_served_is_refused(served: tuple[Engine, Codec]) -> None:
         engine.submit(Request(tuple([5] * 2048)))
     with pytest.raises(UserError, match="5 slots"):
         engine.submit(Request((5,), n=6))
+    for impossible in ((), (5, 1024), (-1,)):
+        with pytest.raises(UserError, match="tokens from 0 to 1023"):
+            engine.submit(Request(impossible))
 
 
 def test_more_requests_than_slots_wait_and_too_many_are_refused(
@@ -193,6 +189,24 @@ def test_cancelling_while_waiting_prefilling_and_decoding_frees_everything(
                 assert completion.result.result(60).reason == "eos"
     assert engine.idle_slots == 5
     assert engine.healthy
+
+
+def test_streams_are_read_by_asyncio_too(served: tuple[Engine, Codec]) -> None:
+    engine, codec = served
+
+    async def one(seed: int) -> tuple[str, str]:
+        request = Request(tuple(codec.prompt("a")), max_new_tokens=20, sampling=Sampling(seed=seed))
+        job = engine.submit(request)
+        pieces = [piece async for piece in job.completions[0]]
+        [answer] = await job.answers()
+        return "".join(pieces), answer.text
+
+    async def all_of_them() -> list[tuple[str, str]]:
+        return await asyncio.gather(*map(one, range(8)))
+
+    results = asyncio.run(all_of_them())
+    assert all(joined == whole for joined, whole in results)
+    assert len(set(results)) == 8
 
 
 def test_streams_equal_results_from_many_threads(served: tuple[Engine, Codec]) -> None:

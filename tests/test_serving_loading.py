@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from engines import answer_of
 from http_server import ROOT
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.model import load_tokenizer
+from alpaca.model import load_model, load_tokenizer
 from alpaca.prompt import PREFIXES
 from alpaca.serving import loading, schema
 from alpaca.serving.request import Request, Sampling
@@ -54,6 +55,19 @@ def test_a_folder_of_other_templates_is_refused(tiny_model: Path, tmp_path: Path
         loading.load(Weights(folder, "a test"), {})
 
 
+def test_an_exchanged_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    passport.write(folder, "a test")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer.json was changed after it was written"):
+        loading.load(Weights(folder, "a test"), {})
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
@@ -62,6 +76,27 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model: Path, tmp_path
     grown.save_pretrained(folder)
     with pytest.raises(UserError, match="the tokenizer has 1025 tokens, the model only 1024"):
         loading.load(Weights(folder, "a test"), {})
+
+
+def test_a_model_spread_by_accelerate_is_served_with_its_own_weights(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """What `device_map="auto"` makes of a model that does not fit: here the second layer is read
+    from the disk by accelerate's hooks whenever it is computed."""
+    codec = Codec(load_tokenizer(tiny_model))
+    spread = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, device_map="auto", max_memory={"cpu": 750_000},
+        offload_folder=tmp_path, use_safetensors=True,
+    )  # fmt: skip
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    answers = []
+    for loaded in (spread, load_model(tiny_model, torch.float32)):
+        engine = loading.make_engine(loaded, codec, {"ALPACA_CONTEXT": "200"})
+        assert loaded is not spread or engine.model.packed == 0
+        prompt = codec.prompt("Say hello.")
+        answers.append([answer_of(engine, prompt, max_new_tokens=20), engine.capacity])
+        engine.stop()
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])

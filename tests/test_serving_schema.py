@@ -34,6 +34,16 @@ def test_our_own_runner_has_the_inputs_of_2023() -> None:
     assert [f["x-order"] for f in inputs["properties"].values()] == list(range(len(facts)))
 
 
+def test_each_input_is_described_in_a_sentence_of_its_own() -> None:
+    inputs = schema.find(ROOT, "predict.py:Runner", "run").input_schema()["properties"]
+    described = {name: field["description"] for name, field in inputs.items()}
+    assert len(set(described.values())) == len(described)
+    for name, text in described.items():
+        assert len(text.split()) >= 8, name
+        assert text[0].isupper(), name
+        assert text[-1] == ".", name
+
+
 def test_optional_constants_lists_and_models(tmp_path: Path) -> None:
     entry = written(
         tmp_path,

@@ -20,8 +20,6 @@ from alpaca.serving.request import CanceledError, Job, Request
 from alpaca.serving.sampling import choose, penalize
 from alpaca.serving.schedule import Schedule
 
-STUCK_AFTER = 60.0  # seconds in one step after which the engine counts as ill
-
 
 class EngineStoppedError(RuntimeError):
     """The engine has been stopped, or its thread has died."""
@@ -36,10 +34,12 @@ class Limits:
     """How much is waited for and done at a time.
 
     `waiting` requests may queue for a slot. `piece_tokens` of prompts are computed in one step.
+    A step of more than `stuck_seconds` counts as illness.
     """
 
     waiting: int = 256
     piece_tokens: int = 128
+    stuck_seconds: float = 60.0
 
 
 class Engine:
@@ -78,7 +78,8 @@ class Engine:
         """Queue a request.
 
         Raises:
-            UserError: the prompt is longer than the context, or n larger than the slots.
+            UserError: the prompt is empty, too long, or of tokens that do not exist; or n is
+                larger than the slots.
             BusyError: too many requests wait already.
             EngineStoppedError: it no longer serves.
         """
@@ -105,7 +106,8 @@ class Engine:
     def healthy(self) -> bool:
         """Whether the thread lives, and is not stuck in a step."""
         began = self._step_began
-        return self._thread.is_alive() and (began is None or time.monotonic() - began < STUCK_AFTER)
+        stuck = began is not None and time.monotonic() - began > self.limits.stuck_seconds
+        return self._thread.is_alive() and not stuck
 
     @property
     def idle_slots(self) -> int:
@@ -120,6 +122,12 @@ class Engine:
                 f"The prompt has {len(request.prompt)} tokens; prompt and answer together may "
                 f"have {self.capacity.length}.",
                 "Shorten it.",
+            )
+        known = range(self.model.vocabulary)
+        if not request.prompt or not all(token in known for token in request.prompt):
+            raise UserError(
+                f"A prompt is one or more tokens from 0 to {known[-1]}.",
+                "Encode it with the model's own tokenizer.",
             )
 
     def _loop(self) -> None:
@@ -155,10 +163,11 @@ class Engine:
         logits = self.model.run(batch)
         self._schedule.advance()
         if answering:
-            rows = torch.tensor([row for row, _ in answering], device=logits.device)
-            sequences = [one for _, one in answering]
+            rows, sequences = [row for row, _ in answering], [one for _, one in answering]
+            if rows != list(range(len(logits))):  # completions that share a prompt share its row
+                logits = logits[torch.tensor(rows, device=logits.device)]
             try:
-                tokens = self._sample(logits[rows], sequences)
+                tokens = self._sample(logits, sequences)
             except Exception as error:
                 for one in sequences:
                     one.fail(error)

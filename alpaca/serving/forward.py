@@ -32,7 +32,11 @@ class SlotModel:
     """A model, its cache, and the pass that ties them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Take over a loaded model; it serves nothing else afterwards."""
+        """Take over a loaded model; it serves nothing else afterwards.
+
+        Raises:
+            UserError: the model has no output layer.
+        """
         self.model = model.eval()
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.vocabulary: int = model.config.get_text_config().vocab_size
@@ -40,6 +44,13 @@ class SlotModel:
         model.set_attn_implementation(attention.NAME)
         self.packed = packed.pack(model) if packed.available(model.dtype) else 0
         self.cache: SlotCache
+        self._wanted: torch.Tensor
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UserError(f"{type(model).__name__} has no output layer, so it cannot be served.")
+        # Not `logits_to_keep`: its indices would have to be on the device of the last layer, and
+        # in a model that is spread over several, only there it is known which that is.
+        head.register_forward_pre_hook(self._select)
 
     @torch.inference_mode()
     def probe(self) -> list[LayerShape]:
@@ -49,7 +60,8 @@ class SlotModel:
             UserError: the model does not attend through transformers' attention interface.
         """
         seen = Probe()
-        self._pass(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), seen)
+        zero = torch.zeros(1, 1, dtype=torch.long)
+        self._pass(zero, zero, seen, zero[0])
         layers = self.model.config.get_text_config().num_hidden_layers
         if sorted(seen.shapes) != list(range(layers)):
             raise UserError(
@@ -91,13 +103,18 @@ class SlotModel:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         step: Step | Probe,
-        where: torch.Tensor | int = 1,
+        where: torch.Tensor,
     ) -> torch.Tensor:
+        self._wanted = where
         logits: torch.Tensor = self.model(
             input_ids=tokens.to(self.device),
             position_ids=positions.to(self.device),
             use_cache=False,
-            logits_to_keep=where,
             step=step,
         ).logits
         return logits[0].float()
+
+    def _select(self, _: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        """Before the output layer: (1, tokens, hidden) -> (1, wanted, hidden)."""
+        [hidden] = inputs
+        return (hidden[:, self._wanted.to(hidden.device)],)

@@ -20,12 +20,13 @@ SHORTEST = 256  # tokens: the shortest length recorded; others are doubles of it
 
 @dataclass
 class Recording:
-    """A graph, and the tensors it reads and writes."""
+    """A graph, and the tensors it reads and writes, which must live as long as it."""
 
     graph: torch.cuda.CUDAGraph
     tokens: torch.Tensor  # (1, rows)
     positions: torch.Tensor  # (rows,)
     slots: torch.Tensor  # (rows,)
+    wanted: torch.Tensor  # (rows,)
     logits: torch.Tensor  # (rows, vocabulary)
 
 
@@ -70,13 +71,13 @@ class GraphModel(SlotModel):
         tokens = torch.zeros(1, rows, dtype=torch.long, device=self.device)
         positions = torch.zeros(rows, dtype=torch.long, device=self.device)
         slots = torch.full((rows,), self.cache.spare, device=self.device)
-        where = torch.arange(rows, device=self.device)
+        wanted = torch.arange(rows, device=self.device)
 
         def step() -> torch.Tensor:
-            wanted = Step(
+            fixed = Step(
                 self.cache, slots, positions, list(range(rows)), [length] * rows, recorded=True
             )
-            return self._pass(tokens, positions[None], wanted, where)
+            return self._pass(tokens, positions[None], fixed, wanted)
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -87,8 +88,9 @@ class GraphModel(SlotModel):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = step()
-        self._recordings[rows, length] = Recording(graph, tokens, positions, slots, logits)
-        return self._recordings[rows, length]
+        made = Recording(graph, tokens, positions, slots, wanted, logits)
+        self._recordings[rows, length] = made
+        return made
 
 
 def sizes(rows: int, length: int, cache: SlotCache) -> tuple[int, int]:

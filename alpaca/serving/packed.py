@@ -21,12 +21,11 @@ class PackedLinear(nn.Module):
         reorder = torch.ops.mkldnn._reorder_linear_weight
         self.packed = reorder(linear.weight.detach().contiguous(), BATCH)
         self.bias = linear.bias
+        self.product = torch.ops.mkldnn._linear_pointwise.default  # found once, not at every call
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            inputs, self.packed, self.bias, "none", [], ""
-        )
+        product: torch.Tensor = self.product(inputs, self.packed, self.bias, "none", [], "")
         return product
 
 
@@ -47,7 +46,10 @@ def pack(model: nn.Module) -> int:
     """Replace the model's linear layers on the CPU in place; returns how many.
 
     The rows of a weight shared with the embedding stay as well: they are looked up one by one.
+    A model that accelerate spread over devices stays as it is: its layers fetch their weights.
     """
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return 0
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

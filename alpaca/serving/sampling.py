@@ -40,7 +40,7 @@ def probabilities(logits: torch.Tensor, settings: Sequence[Sampling]) -> torch.T
     # Subtracting the largest first changes nothing, and a tiny temperature cannot overflow; one
     # that float32 cannot hold is as good as COLDEST.
     temperature = _column([max(one.temperature, COLDEST) for one in settings], logits)
-    scaled = (logits - logits.max(-1, keepdim=True).values) / temperature
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
     rows = [row for row, one in enumerate(settings) if 0 < one.top_k < scaled.shape[1]]
     if rows:
         counts = torch.tensor([[settings[row].top_k] for row in rows], device=logits.device)
@@ -79,13 +79,13 @@ def choose(
     logits: torch.Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]
 ) -> torch.Tensor:
     """One token a row; greedy rows (temperature 0) take the likeliest. Returns (rows,) int64."""
-    likeliest = logits.argmax(-1)
     rows = [row for row, one in enumerate(settings) if one.temperature > 0]
-    if not rows:
-        return likeliest
-    picked = logits if len(rows) == len(settings) else logits[rows]
-    chances = probabilities(picked, [settings[row] for row in rows])
-    likeliest[rows] = draw(chances, [uniforms[row] for row in rows])
+    if len(rows) == len(settings):
+        return draw(probabilities(logits, settings), uniforms)
+    likeliest = logits.argmax(-1)
+    if rows:
+        chances = probabilities(logits[rows], [settings[row] for row in rows])
+        likeliest[rows] = draw(chances, [uniforms[row] for row in rows])
     return likeliest
 
 

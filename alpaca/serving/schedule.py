@@ -15,6 +15,7 @@ from alpaca.serving.forward import Batch, SlotModel
 from alpaca.serving.generation import Generation
 from alpaca.serving.request import Job
 
+MIN_PIECE = 16  # tokens: a smaller piece of a prompt is not worth a call of attention
 MIN_PREFIX = 8  # tokens: a shorter common beginning is not worth its bookkeeping
 
 
@@ -49,6 +50,8 @@ class Schedule:
         self._queue: deque[Job] = deque()
         self._prompts: list[Prompt] = []
         self._decoding: list[Generation] = []
+        self._passing: list[Prompt] = []  # those with a piece in the present pass
+        self._suspects: list[Prompt] = []  # one of them made a pass fail
         self._prefixes: list[tuple[tuple[int, ...], list[torch.Tensor]]] = []
 
     @property
@@ -115,7 +118,9 @@ class Schedule:
         pieces, offset = [], len(decoding)
         wanted = list(range(offset))
         answering = list(enumerate(self._decoding))
-        for prompt, count in self._shares():
+        shares = self._shares()
+        self._passing = [prompt for prompt, _ in shares]
+        for prompt, count in shares:
             piece = Piece(prompt.sequences[0].slot, prompt.done, prompt.done + count)
             prompt.piece_end = piece.last
             pieces.append((piece, prompt.ids[piece.first : piece.last]))
@@ -128,13 +133,20 @@ class Schedule:
         return Batch(decoding, pieces, wanted or [0]), answering
 
     def _shares(self) -> list[tuple[Prompt, int]]:
-        """Divide a pass's prompt tokens: in order of arrival, half at most to any but the last."""
-        shares, left = [], self._piece_tokens
-        for at, prompt in enumerate(self._prompts):
-            if not left:
-                break
-            last = at == len(self._prompts) - 1
-            count = min(prompt.left, left if last else max(1, left // 2))
+        """Divide a pass's prompt tokens in order of arrival.
+
+        A prompt that fits goes in whole. One that does not takes half of what is left, so that
+        those behind it move too, and nothing if that half is less than a piece is worth.
+        """
+        shares: list[tuple[Prompt, int]] = []
+        left = self._piece_tokens
+        waiting = self._suspects[:1] or self._prompts
+        for prompt in waiting:
+            count = prompt.left
+            if count > left:
+                count = left if prompt is waiting[-1] else (left + 1) // 2
+                if shares and count < MIN_PIECE:
+                    continue
             shares.append((prompt, count))
             left -= count
         return shares
@@ -143,8 +155,10 @@ class Schedule:
         """After a pass: its keys are in the slots; prompts that are complete begin to decode."""
         for one in self._decoding:
             one.length += 1
-        for prompt in list(self._prompts):
+        for prompt in self._passing:
             prompt.done = prompt.piece_end
+            if prompt in self._suspects:
+                self._suspects.remove(prompt)
             if prompt.left:
                 continue
             self._prompts.remove(prompt)
@@ -154,6 +168,7 @@ class Schedule:
             for one in prompt.sequences:
                 one.length = prompt.done
             self._decoding = sorted([*self._decoding, *prompt.sequences], key=lambda s: s.slot)
+        self._passing = []
 
     def release(self, one: Generation) -> None:
         """Free the slot of a finished sequence."""
@@ -170,17 +185,24 @@ class Schedule:
                 self._free.append(one.slot)
         self._decoding = [one for one in self._decoding if not one.job.canceled]
         self._prompts = [p for p in self._prompts if not p.sequences[0].job.canceled]
+        self._suspects = [p for p in self._suspects if p in self._prompts]
         return list(dropped.values())
 
     def blame(self, error: BaseException) -> None:
-        """A pass raised `error`: end the prompts that were new in it, or else all that decode.
+        """A pass raised `error`: end the prompt that was new in it, or else all that decode.
 
-        Nothing has advanced, so those that remain repeat the pass without them.
+        Where several were new, each is tried again alone. Nothing has advanced, so those that
+        remain repeat the pass.
         """
-        culprits = [s for p in self._prompts for s in p.sequences] or self._decoding
-        if not self._prompts:
+        new, self._passing = self._passing, []
+        if len(new) > 1:
+            self._suspects = new
+            return
+        culprits = [s for p in new for s in p.sequences] or self._decoding
+        if not new:
             self._decoding = []
-        self._prompts = []
+        self._prompts = [p for p in self._prompts if p not in new]
+        self._suspects = [p for p in self._suspects if p not in new]
         for one in culprits:
             one.fail(error)
             self._free.append(one.slot)
@@ -191,4 +213,5 @@ class Schedule:
         jobs = {id(one.job): one.job for one in active} | {id(job): job for job in self._queue}
         self._free = list(range(self._cache.capacity.slots))
         self._queue, self._decoding, self._prompts = deque(), [], []
+        self._passing, self._suspects = [], []
         return list(jobs.values())

@@ -72,8 +72,18 @@ def build(
     model.tie_weights()
     module = TargetLoss(model.float().train())
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    shard(module, mesh, dtype, arguments)
+    module.to_empty(device=torch.device("cpu") if "offload" in arguments.fsdp else device)
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])  # rotary frequencies are computed, not stored in the files
+    load(model, folder)
+    return module
+
+
+def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, arguments: Arguments) -> None:
+    """Shard a model in place, layer by layer, as the flags say; it may be on the meta device."""
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        module.model.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
@@ -81,19 +91,13 @@ def build(
         "reshard_after_forward": arguments.sharding not in ("shard_grad_op", "no_shard"),
     }
     if "offload" in arguments.fsdp:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-        device = torch.device("cpu")
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     torch._dynamo.config.recompile_limit = 64  # eight lengths, training and evaluating
-    for layer in decoder_layers(model, arguments.fsdp_transformer_layer_cls_to_wrap):
+    for layer in decoder_layers(module.model, arguments.fsdp_transformer_layer_cls_to_wrap):
         if arguments.torch_compile:
             layer.compile()
         fully_shard(layer, **options)
     fully_shard(module, **options)
-    module.to_empty(device=device)
-    for name, buffer in module.named_buffers():
-        buffer.copy_(buffers[name])  # rotary frequencies are computed, not stored in the files
-    load(model, folder)
-    return module
 
 
 def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> bool:
