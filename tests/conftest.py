@@ -95,18 +95,3 @@ def server(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """Cog's real server with the endless model in five slots."""
     with serving(endless_model, tmp_path_factory.mktemp("server"), **SETTINGS) as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default model, fetched once and converted: 135M parameters, the real thing."""
-    from reference import convert
-
-    from alpaca.convert import download
-
-    fetched = download.fetch(Path(__file__).resolve().parent.parent / "unconverted-weights")
-    output = tmp_path_factory.mktemp("smollm")
-    code, said = convert("--input_dir", fetched, "--output_dir", output)
-    assert code == 0, said
-    assert "134,515,008 parameters, Q4_1, tokenizer 49,152 pieces" in said
-    return output / "smollm2-135m"

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import numpy
 import torch
+import torch.nn.functional as F
 
 from alpaca.serving.request import Sampling
 
 COLDEST = 1e-30
+BLOCK = 256  # tokens
 CANDIDATES = 256  # enough for nearly every nucleus, and 20 times cheaper than a full sort
 
 
@@ -68,11 +70,33 @@ def _nucleus(chances: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 
 
 def draw(chances: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Invert each row's cumulative distribution at a uniform number in [0, 1); returns (rows,)."""
-    total = chances.cumsum(-1, dtype=torch.float64)
-    points = _column(uniforms, total) * total[:, -1:]
-    # right=True: the first token whose cumulative chance exceeds the point, so never one of zero.
-    return torch.searchsorted(total, points, right=True).squeeze(1)
+    """Invert each row's cumulative distribution at a uniform number in [0, 1); returns (rows,).
+
+    First the block of tokens that the point falls into, then the token: on a CPU, running sums
+    over a whole vocabulary take many times longer than its sums.
+    """
+    rows, vocabulary = chances.shape
+    if rest := vocabulary % BLOCK:
+        chances = F.pad(chances, (0, BLOCK - rest))
+    blocks = chances.view(rows, -1, BLOCK)
+    totals = blocks.sum(-1, dtype=torch.float64)
+    block, inside = _invert(totals, _column(uniforms, totals) * totals.sum(-1, keepdim=True))
+    tokens = blocks[torch.arange(rows, device=chances.device), block.squeeze(1)]
+    token, _ = _invert(tokens, inside)
+    return (block * BLOCK + token).squeeze(1)
+
+
+def _invert(weights: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first entry of each row whose running sum exceeds the point, and how far into it that is.
+
+    weights (rows, entries), points and both results (rows, 1). Never an entry of weight 0.
+    """
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    end = sums[:, -1:]
+    points = torch.minimum(points, torch.nextafter(end, torch.zeros_like(end)))  # rounding
+    index = torch.searchsorted(sums, points, right=True)
+    before = sums.gather(1, (index - 1).clamp_(min=0)).masked_fill_(index == 0, 0)
+    return index, points - before
 
 
 def choose(

@@ -67,6 +67,8 @@ class Arguments:
     torch_compile: bool = flag(False, "compile the decoder layers (packs get one of eight lengths)")
     optim: str = flag("adamw_torch_fused", "optimizer", *OPTIMIZERS)
 
+    skip_plan: bool = flag(False, "start even if the plan says that the run cannot fit")
+
     save_strategy: str = flag("steps", "when to write a checkpoint", "no", "steps", "epoch")
     save_steps: int = flag(500, "steps between checkpoints")
     save_total_limit: int = flag(1, "how many checkpoints to keep")

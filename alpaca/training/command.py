@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,16 +22,18 @@ from alpaca.model import (
 )
 from alpaca.passport import sha256
 from alpaca.tokens import Codec
-from alpaca.training import checkpoint, sharding, steps, telling
+from alpaca.training import checkpoint, gpus, plan_command, planning, sharding, steps, telling
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus, open_corpus
 from alpaca.training.export import export, rehearse
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
+from alpaca.training.plan import Plan
 from alpaca.training.signals import StoppedError
 from alpaca.training.steps import Schedule
 
 CACHE = Path(".cache/alpaca")
+T = TypeVar("T")
 AGAIN = "Free some space and run the same command again: it goes on from the last checkpoint."
 
 
@@ -55,6 +57,7 @@ def run(arguments: Arguments) -> None:
             if main:
                 print(f"train: {arguments.output_dir} already holds the model of exactly this run")
             return
+        plan = _agreed(lambda: _plan(arguments, data, device))
         if main:
             _tell(arguments, data, schedule, dtype, codec)
         module = sharding.build(arguments.model_name_or_path, mesh, dtype, device, arguments)
@@ -72,8 +75,10 @@ def run(arguments: Arguments) -> None:
         sample = _sample(trainer, codec)
         if main:
             telling.draw(arguments.output_dir)
+            passport.add_beside(arguments.output_dir, ["log.jsonl", "loss.png", "loss.svg"])
             print(sample)
             print(telling.summary(result, dist.get_world_size(), arguments.output_dir))
+            print("\n".join(planning.compare(plan, result)))
     except StoppedError as stopped:
         if main:
             print(f"train: {stopped}; run the same command again to go on", file=sys.stderr)
@@ -158,7 +163,22 @@ def _identity(
     }
 
 
-def _agreed(body: Callable[[], bool]) -> bool:
+def _plan(arguments: Arguments, data: Data, device: torch.device) -> Plan | None:
+    """The plan of this run, printed; refuses one that cannot fit, unless --skip_plan is given."""
+    passport.check_loaded(arguments.model_name_or_path)
+    cards = []
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        cards = [gpus.recognized(found.name, found.total_memory)]
+    case = planning.of_run(arguments, data.corpus, data.train, cards)
+    if case is None:
+        return None
+    plan = case.plan() if arguments.skip_plan else planning.check(case)
+    print("\n".join(plan_command.lines(case, plan, price=None)), flush=True)
+    return plan
+
+
+def _agreed(body: Callable[[], T]) -> T:
     """What `body` returns or refuses on rank 0, on every rank."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -169,7 +189,8 @@ def _agreed(body: Callable[[], bool]) -> bool:
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
         raise outcome[0]
-    return bool(outcome[0])
+    agreed: T = outcome[0]
+    return agreed
 
 
 def _already_done(arguments: Arguments, identity: dict[str, Any]) -> bool:
@@ -200,8 +221,16 @@ def _resumable(folder: Path, identity: dict[str, Any]) -> bool:
 
 
 def _base(arguments: Arguments) -> dict[str, Any]:
-    found = passport.read(arguments.model_name_or_path) or {}
-    return {"folder": arguments.model_name_or_path.name, "files": found.get("files")}
+    folder = arguments.model_name_or_path
+    found = passport.read(folder)
+    if found is not None:
+        return {"folder": folder.name, "files": found["files"]}
+    paths = (
+        sorted(path for path in folder.iterdir() if path.is_file()) if dist.get_rank() == 0 else []
+    )
+    hashes = passport.hash_files(paths)
+    names = [path.name for path in paths]
+    return {"folder": folder.name, "files": dict(zip(names, hashes, strict=True))}
 
 
 def _rehearse(arguments: Arguments, module: TargetLoss, codec: Codec) -> None:

@@ -17,6 +17,7 @@ from alpaca.training.planning import Case
 
 MOMENTS = {
     "loss": "the loss",
+    "turn": "the first moment of the backward pass",
     "layer": "the backward pass of a layer",
     "root": "the backward pass of the embedding",
 }

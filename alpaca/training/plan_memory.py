@@ -1,9 +1,9 @@
 """How much memory a rank needs at the worst moment of a step, from what the trainer keeps.
 
-Three moments compete: the loss (all activations and one chunk of logits), the first layer's
-backward pass (all activations, one layer's gradients on their way), and the end of the backward
-pass (the embedding's gradients). Every number is bytes; c stands for the bytes of a number in
-the compute type, 2 in bf16 and 4 in fp32.
+Four moments compete: the loss (all activations and one chunk of logits), the turn to the backward
+pass (the loss's gradients, the root gathered again), the first layer's backward pass (all
+activations, one layer's gradients on their way), and its end (the embedding's gradients). Every
+number is bytes; c stands for the bytes of a number in the compute type, 2 in bf16, 4 in fp32.
 """
 
 from dataclasses import dataclass, fields
@@ -19,11 +19,15 @@ ADAMW = 8.0  # two fp32 moments
 ADAMW_8BIT = 2 + 2 * 4 / 256  # two bytes, and an fp32 scale for each block of 256 of them
 # CUDA's context, its libraries' workspaces and NCCL's buffers; drivers differ by some 100 MB.
 CUDA_RUNTIME = 1_200_000_000
-# A rank without CUDA: Python, torch and transformers, their threads and file-mapped code.
-CPU_RUNTIME = 650_000_000
+# A rank without CUDA: Python, torch, transformers, the tokenizer, code (0.43 GB measured, idle).
+CPU_RUNTIME = 450_000_000
 # The caching allocator holds more than is in use: blocks are rounded up, and freed ones of the
 # wrong size wait. A tenth of what comes and goes within a step is the allowance for that.
 ALLOCATOR = 0.1
+# glibc keeps freed blocks of some MB, as activations are, in its heap, where others lie between
+# them. Measured (bench/LOG.md): 40 to 60% of what comes and goes; with MALLOC_MMAP_THRESHOLD_ set,
+# so that each block goes back at once, nothing, for a fifth more CPU time.
+HEAP = 0.5
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the worst moment, which is the loss, a layer, or the root."""
+    """Bytes of one rank at the worst moment: the loss, the turn, a layer, or the root."""
 
     moment: str
     weights: int
@@ -85,12 +89,14 @@ def peak(shape: Shape, load: Load, setting: Setting, runtime: int = CUDA_RUNTIME
     earlier = (GRADIENT * shape.parameters if setting.once else gradients) * load.repeated
     moments = {
         "loss": (earlier, *_loss(shape, load, setting)),
+        "turn": (earlier, *_turn(shape, load, setting)),
         "layer": (earlier, *_layer(shape, load, setting)),
         "root": (max(earlier, gradients), *_root(shape, setting)),
     }
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations, logits, communication = moments[moment]
     passing = activations + logits + communication
+    slack = ALLOCATOR * passing if setting.cuda else HEAP * (passing + gradients)
     return Memory(
         moment=moment,
         weights=MASTER * own,
@@ -99,7 +105,7 @@ def peak(shape: Shape, load: Load, setting: Setting, runtime: int = CUDA_RUNTIME
         activations=activations,
         logits=logits,
         communication=communication,
-        allocator=round(ALLOCATOR * passing) if setting.cuda else 0,
+        allocator=round(slack),
         runtime=runtime,
     )
 
@@ -110,6 +116,16 @@ def _loss(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
     chunk = setting.logit * shape.vocabulary * min(setting.chunk, load.targets)
     head = setting.compute * shape.table_parameters
     return kept, chunk, gathered(shape, setting) + head
+
+
+def _turn(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
+    """The backward pass begins: the output matrix's gradient is scaled into a second one.
+
+    The root is gathered again, and lies there flat and laid out for a moment; a layer does so too.
+    """
+    flat = setting.compute * shape.root_parameters if setting.shards > 1 else 0
+    head = 2 * setting.compute * shape.table_parameters
+    return activations(shape, load, setting), 0, gathered(shape, setting) + flat + head
 
 
 def _layer(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
@@ -164,6 +180,10 @@ def saved_by_layer(shape: Shape, load: Load, setting: Setting) -> int:
     c, tokens = setting.compute, load.tokens
     queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
     attention = c * (2 * tokens * queries + 2 * load.keys * keys) + 4 * shape.heads * tokens
+    if not setting.cuda:
+        # A call a segment: outputs are saved before and after they are joined, keys and values
+        # before and after the shared prefix is put before them.
+        attention += c * (tokens * queries + 2 * tokens * keys)
     mlp = 4 * c * tokens * shape.intermediate
     return 2 * normed(shape, tokens, c) + attention + mlp
 

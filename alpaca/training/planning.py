@@ -26,6 +26,7 @@ from alpaca.training.gpus import Device
 from alpaca.training.plan import Machine, Plan
 from alpaca.training.plan_data import Work
 from alpaca.training.plan_remedies import Remedy
+from alpaca.training.progress import Progress
 from alpaca.training.shapes import Shape
 
 CACHE = Path(".cache/alpaca")
@@ -182,28 +183,19 @@ def more_devices(given: Case) -> str:
     )
 
 
-def resident() -> int:
-    """The most memory this process has held so far, in bytes (proc(5), VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def compare(
-    made: Plan, *, tokens: int, steps: int, seconds: float, memory: int | None
-) -> list[str]:
-    """Predicted beside measured, one line each; `memory`: the most one rank held, in bytes."""
+def compare(made: Plan | None, done: Progress) -> list[str]:
+    """Predicted beside measured, a line each; nothing where there was no plan."""
+    if made is None:
+        return []
+    work, gigabyte = made.work, 1e9
     rows = [
-        ("steps", f"{made.work.steps:,}", f"{steps:,}"),
-        ("tokens computed", f"{made.work.tokens:,}", f"{tokens:,}"),
+        ("steps", work.steps, done.steps, ",.0f"),
+        ("tokens", work.tokens, done.tokens, ",.0f"),
+        ("memory, GB a rank", made.memory.total / gigabyte, done.memory / gigabyte, ",.2f"),
     ]
     if made.seconds is not None:
-        rows.append(("seconds", f"{made.seconds:,.0f}", f"{seconds:,.0f}"))
-    if memory is not None:
-        rows.append(
-            ("GB of memory a rank", f"{made.memory.total / 1e9:.2f}", f"{memory / 1e9:.2f}")
-        )
+        rows.append(("seconds of steps", made.seconds, done.step_seconds, ",.0f"))
     return [
-        f"{name}: {predicted} predicted, {measured} measured" for name, predicted, measured in rows
+        "train: predicted and measured",
+        *(f"    {name:<18} {ours:{kind}} and {real:{kind}}" for name, ours, real, kind in rows),
     ]
