@@ -29,7 +29,7 @@ from alpaca.training.loss import TargetLoss
 
 EXAMPLES = 32  # of a step: the published 4 x 8 of a device
 PREFIXES = (38, 50)  # LLaMA tokens of the two templates before the instruction
-WARM_UP = 3  # steps; compiling takes place in them
+STEPS = 4  # different ones; all of them are done once before any is measured, and compile then
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 2048,
@@ -82,7 +82,7 @@ class Bench:
         self.peak = flops.peak(device, self.dtype)
         self.layers = options.layers or (2 if options.tiny else self.fitting())
         self.data = Data(
-            corpus(4 * EXAMPLES, self.shape["vocab_size"]), range(4 * EXAMPLES), NOTHING, ()
+            corpus(STEPS * EXAMPLES, self.shape["vocab_size"]), range(STEPS * EXAMPLES), NOTHING, ()
         )
 
     def facts(self) -> dict[str, Any]:
@@ -150,13 +150,13 @@ class Bench:
         )
 
     def measure(self, trainer: Trainer) -> dict[str, Any]:
-        """Steps until the time is over, after some that warm up."""
-        for step in range(WARM_UP):
+        """Steps until the time is over, after a round that warms up."""
+        for step in range(STEPS):
             trainer.step(step)
         lines = []
         began = time.perf_counter()
         while not lines or time.perf_counter() - began < self.seconds:
-            lines.append(trainer.step(len(lines))[0])
+            lines.append(trainer.step(len(lines) % STEPS)[0])
         seconds = sum(line["step_seconds"] for line in lines)
         mfu = sum(line["mfu"] * line["step_seconds"] for line in lines) / seconds
         return {
