@@ -3,6 +3,7 @@
 import signal
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,9 @@ import torch.distributed as dist
 from nodes import Job, end_all, losses, start, torchrun, wait_until
 
 from alpaca.errors import UserError
-from alpaca.training import checkpoint
+from alpaca.model import load_model, load_tokenizer
+from alpaca.tokens import Codec
+from alpaca.training import checkpoint, export
 
 STEPS = 20
 ROOM = 1_000_000  # left on the disk: enough for the log, too little for a checkpoint
@@ -68,6 +71,19 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(disk: Path) -> No
         checkpoint.save(out, 2, module, optimizer, {"run": {}}, keep=2)
     assert [path.name for path in out.iterdir()] == ["checkpoint-1"]
     assert checkpoint.load(out / "checkpoint-1", module, optimizer)["step"] == 1
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_export_that_finds_no_room_leaves_nothing(tiny_model: Path, disk: Path) -> None:
+    model, codec = load_model(tiny_model, torch.float32), Codec(load_tokenizer(tiny_model))
+    out = disk / "out"
+    export.rehearse(model, codec, out)
+    leave(disk, 100_000)
+    for write in (export.rehearse, partial(export.export, facts={})):
+        with pytest.raises(OSError, match="No space left"):
+            write(model, codec, out)
+        assert not list(out.iterdir())
+    assert psutil.disk_usage(str(disk)).free >= 90_000
 
 
 @pytest.mark.slow

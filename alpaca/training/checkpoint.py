@@ -7,7 +7,6 @@ another run is refused with the difference named. It can be read on another numb
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from alpaca import atomic
 from alpaca.errors import UserError
 from alpaca.model import free_disk
+from alpaca.training.meeting import on_first_rank
 
 PREFIX = "checkpoint-"
 META = "run.json"
@@ -55,10 +55,10 @@ def save(
             shutil.rmtree(old)
 
     try:
-        _on_first_rank(begin)
+        on_first_rank(begin)
         model, optim = get_state_dict(module, optimizer)
         state_dict_saver.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
-        _on_first_rank(finish)
+        on_first_rank(finish)
     except (OSError, CheckpointException) as error:
         reason = _refusal(error, folder)
         if reason is None:
@@ -70,19 +70,6 @@ def save(
             f"{final} could not be written: {reason}.",
             "Free some space and run the same command again; it goes on from the last checkpoint.",
         ) from None
-
-
-def _on_first_rank(body: Callable[[], None]) -> None:
-    """Run `body` on rank 0 while the others wait; what the disk refuses is raised on all."""
-    outcome: list[OSError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            body()
-        except OSError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome)
-    if outcome[0] is not None:
-        raise outcome[0]
 
 
 def _clear_partial(folder: Path) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +27,7 @@ from alpaca.training.corpus import Corpus, open_corpus
 from alpaca.training.export import export, rehearse
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
+from alpaca.training.meeting import on_first_rank
 from alpaca.training.plan import Plan
 from alpaca.training.signals import StoppedError
 from alpaca.training.steps import Schedule
@@ -53,11 +53,11 @@ def run(arguments: Arguments) -> None:
     identity = _identity(arguments, codec, schedule, dtype)
     mesh = sharding.start(device, arguments.sharding)
     try:
-        if _agreed(lambda: _already_done(arguments, identity)):
+        if on_first_rank(lambda: _already_done(arguments, identity)):
             if main:
                 print(f"train: {arguments.output_dir} already holds the model of exactly this run")
             return
-        plan = _agreed(lambda: _plan(arguments, data, device))
+        plan = on_first_rank(lambda: _plan(arguments, data, device))
         if main:
             _tell(arguments, data, schedule, dtype, codec)
         module = sharding.build(arguments.model_name_or_path, mesh, dtype, device, arguments)
@@ -176,21 +176,6 @@ def _plan(arguments: Arguments, data: Data, device: torch.device) -> Plan | None
     plan = case.plan() if arguments.skip_plan else planning.check(case)
     print("\n".join(plan_command.lines(case, plan, price=None)), flush=True)
     return plan
-
-
-def _agreed(body: Callable[[], T]) -> T:
-    """What `body` returns or refuses on rank 0, on every rank."""
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [body()]
-        except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    agreed: T = outcome[0]
-    return agreed
 
 
 def _already_done(arguments: Arguments, identity: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from alpaca.model import install, staging
 from alpaca.prompt import chat_template
 from alpaca.shards import Shard
 from alpaca.tokens import Codec
+from alpaca.training.meeting import on_first_rank
 
 DTYPE = torch.bfloat16
 
@@ -50,13 +51,14 @@ def export(model: PreTrainedModel, codec: Codec, folder: Path, facts: dict[str, 
 
     Raises:
         UserError: what was written does not read back.
+        OSError: the disk refused it. Both on every rank.
     """
-    partial = staging(folder) if dist.get_rank() == 0 else folder
+    partial = on_first_rank(lambda: staging(folder))
     planned, meant = _write(model, codec, partial)
-    if dist.get_rank() == 0:
-        facts["tensors"] = golden.all_tensor_hashes(partial)
-        facts["golden"] = golden.record(partial)
-        read = passport.write(partial, made_by="train", **facts)["files"]
+
+    def finish() -> None:
+        proofs = {"tensors": golden.all_tensor_hashes(partial), "golden": golden.record(partial)}
+        read = passport.write(partial, made_by="train", **facts, **proofs)["files"]
         shards.check(planned, partial)
         for shard in planned:
             if read[shard.name] != meant[shard.name]:
@@ -65,16 +67,19 @@ def export(model: PreTrainedModel, codec: Codec, folder: Path, facts: dict[str, 
                     "The disk is failing; export to another one with --output_dir.",
                 )
         install(partial, folder)
-    dist.barrier()
+
+    on_first_rank(finish)
 
 
 def rehearse(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
-    """Write an export and delete it: what would fail at the end of a run fails before its start."""
-    partial = staging(folder) if dist.get_rank() == 0 else folder
+    """Write an export and delete it: what would fail at the end of a run fails before its start.
+
+    Raises:
+        OSError: on every rank, where the disk refuses it.
+    """
+    partial = on_first_rank(lambda: staging(folder))
     _write(model, codec, partial)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial)
-    dist.barrier()
+    on_first_rank(lambda: shutil.rmtree(partial))
 
 
 @torch.no_grad()
@@ -84,19 +89,35 @@ def _write(
     """Write weights, configuration and tokenizer; returns the files and the SHA-256 of each."""
     weights = [Weight(name, parameter) for name, parameter in model.named_parameters()]
     planned = shards.plan(weights, DTYPE)
-    if dist.get_rank():
-        for weight in weights:
-            weight.value(DTYPE)  # rank 0 can't gather it alone
-        return planned, {}
-    total = sum(shard.data_bytes for shard in planned)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
-        meant = {
-            shard.name: shards.write(shard, folder, Weight.value, bar.update) for shard in planned
-        }
-    if len(planned) > 1:
-        (folder / shards.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
-    _describe(model, codec, folder)
+    remaining = iter(weights)
+
+    def gathered(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+        assert next(remaining) is weight
+        return weight.value(dtype)
+
+    meant: dict[str, str] = {}
+    failure: OSError | None = None
+    if dist.get_rank() == 0:
+        total = sum(shard.data_bytes for shard in planned)
+        try:
+            with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
+                for shard in planned:
+                    meant[shard.name] = shards.write(shard, folder, gathered, bar.update)
+            if len(planned) > 1:
+                (folder / shards.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
+            _describe(model, codec, folder)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)  # or it would keep the disk full
+            failure = error
+    for weight in remaining:  # every rank gathers each, whatever became of rank 0's disk
+        weight.value(DTYPE)
+    on_first_rank(lambda: _raise(failure))
     return planned, meant
+
+
+def _raise(failure: OSError | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _describe(model: PreTrainedModel, codec: Codec, folder: Path) -> None:

@@ -8,10 +8,35 @@ of the store that nobody has used: each says its name of the moment, rank 0 answ
 
 import time
 import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from alpaca.errors import UserError
+
 TIMEOUT_SECONDS = 600.0
+T = TypeVar("T")
+
+
+def on_first_rank(body: Callable[[], T]) -> T:
+    """What `body` returns on rank 0, on every rank, while the others wait.
+
+    Raises:
+        UserError, OSError: on every rank, where `body` does on rank 0.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = body()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
 
 
 def meet(store: Store, rank: int, world_size: int, timeout: float = TIMEOUT_SECONDS) -> Store:
