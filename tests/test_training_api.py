@@ -81,7 +81,7 @@ def test_a_training_returns_the_model_as_a_tar_file(
 ) -> None:
     answer = server.client.post("/trainings", json={"input": inputs(tiny_model, epochs=0.1)}).json()
     assert answer["status"] == "succeeded", answer
-    assert "train: 3 steps in" in answer["logs"]
+    assert "steps              3 on 2 rank(s)" in answer["logs"]
     content = base64.b64decode(answer["output"].partition(",")[2])
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         tar.extractall(tmp_path, filter="data")
