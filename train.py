@@ -8,6 +8,7 @@ Over HTTP:    `train` below, which Cog serves as POST /trainings
 import os
 import sys
 from pathlib import Path as LocalPath
+from typing import NoReturn
 
 from cog import Input, Path
 
@@ -63,5 +64,19 @@ def train_from_command_line() -> None:
     command.run(parsed)
 
 
+def end(code: int) -> NoReturn:
+    """End the process at once.
+
+    A thread of torch's that lets go of a Python object while Python 3.11 takes itself down aborts
+    the process ("terminate called without an active exception"), now and then, after all is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code("train", train_from_command_line))
+    try:
+        end(exit_code("train", train_from_command_line))
+    except SystemExit as asked:  # by argparse, or by a signal after its checkpoint
+        end(asked.code if isinstance(asked.code, int) else int(asked.code is not None))
