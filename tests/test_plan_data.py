@@ -12,7 +12,7 @@ from alpaca.records import read_records
 from alpaca.tokens import Codec
 from alpaca.training import packing, plan_data, steps
 from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus, open_corpus
+from alpaca.training.corpus import Corpus, open_corpus, split
 
 SEEDS = Path(__file__).resolve().parent.parent / "data" / "seed_tasks.jsonl"
 
@@ -35,7 +35,7 @@ def made_up(examples: list[tuple[int, int, bool]], shared: tuple[int, int]) -> C
 
 def trained(corpus: Corpus, arguments: Arguments, ranks: int) -> dict[str, int]:
     """What the training loop computes, with the packs it builds."""
-    members = plan_data.members(corpus, arguments)
+    members, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     schedule = steps.schedule(arguments, len(members), ranks)
     found = {"tokens": 0, "padded": 0, "targets": 0, "attended": 0, "packs": 0}
     for step in range(schedule.steps):
@@ -61,7 +61,7 @@ def trained(corpus: Corpus, arguments: Arguments, ranks: int) -> dict[str, int]:
 
 
 def counted(corpus: Corpus, arguments: Arguments, ranks: int) -> dict[str, int]:
-    members = plan_data.members(corpus, arguments)
+    members, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     schedule = steps.schedule(arguments, len(members), ranks)
     work = plan_data.count(corpus, members, schedule, arguments, ranks)
     assert work.exact
@@ -99,7 +99,7 @@ def test_counted_work_is_what_the_loop_computes(
 def test_the_largest_pack_of_real_data_is_found(tiny_model: Path, tmp_path: Path) -> None:
     corpus = open_corpus(SEEDS, Codec(load_tokenizer(tiny_model)), tmp_path, 512)
     arguments = Arguments(num_train_epochs=1, eval_fraction=0.1)
-    members = plan_data.members(corpus, arguments)
+    members, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     assert len(members) == 216
     schedule = steps.schedule(arguments, len(members), 1)
     work = plan_data.count(corpus, members, schedule, arguments, 1)

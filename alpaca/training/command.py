@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,7 +22,7 @@ from alpaca.passport import sha256
 from alpaca.tokens import Codec
 from alpaca.training import checkpoint, gpus, plan_command, planning, sharding, steps, telling
 from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus, open_corpus
+from alpaca.training.corpus import Corpus, open_corpus, split
 from alpaca.training.export import export, rehearse
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
@@ -126,20 +125,18 @@ def _open(arguments: Arguments, data: Path, codec: Codec) -> Corpus:
 def _split(arguments: Arguments, codec: Codec) -> Data:
     """The data set, with what is held out of it or read beside it."""
     corpus = _open(arguments, arguments.data_path, codec)
-    usable = [i for i in range(len(corpus)) if corpus.targets(i) > 0]
-    if not usable:
+    train, held_out = split(corpus, arguments.eval_fraction, arguments.seed)
+    if not train and not held_out:
         raise UserError(
             f"No example of {arguments.data_path} has an answer token left after truncation.",
             f"Raise --model_max_length (now {arguments.model_max_length}).",
         )
     if arguments.eval_data_path:
         other = _open(arguments, arguments.eval_data_path, codec)
-        return Data(corpus, usable, other, range(len(other)))
-    count = round(arguments.eval_fraction * len(usable))
-    if count == len(usable):
+        return Data(corpus, train, other, range(len(other)))
+    if not train:
         raise UserError("--eval_fraction leaves nothing to train on.", "Lower it.")
-    order = [int(i) for i in np.random.default_rng([arguments.seed]).permutation(usable)]
-    return Data(corpus, sorted(order[count:]), corpus, sorted(order[:count]))
+    return Data(corpus, train, corpus, held_out)
 
 
 def _identity(

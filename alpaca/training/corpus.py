@@ -67,6 +67,14 @@ class Corpus:
         return int((np.diff(self.offsets) <= self.prompt_lengths).sum())
 
 
+def split(corpus: Corpus, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the examples to train on and of those held out; none without targets."""
+    usable = [i for i in range(len(corpus)) if corpus.targets(i) > 0]
+    count = round(fraction * len(usable))
+    order = [int(i) for i in np.random.default_rng([seed]).permutation(usable)]
+    return sorted(order[count:]), sorted(order[:count])
+
+
 def open_corpus(
     data: Path, codec: "Codec", cache: Path, max_length: int, *, joint: bool = False
 ) -> Corpus:

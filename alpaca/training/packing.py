@@ -110,13 +110,17 @@ def distribute(
     tokens each; longest first into the emptiest pack, which levels the load. A rank may get an
     empty pack where there are fewer examples than packs.
     """
-    shared = corpus.prefix_lengths
-    own = {i: corpus.length(i) - shared[corpus.kinds[i]] for i in members}
-    longest_first = sorted(members, key=lambda i: (-own[i], i))
-    total = sum(own.values()) + sum(shared)
-    count = max(1, -(-total // (capacity * world_size)))
-    while (packs := _fill(corpus, longest_first, own, capacity, count * world_size)) is None:
+    chunk = np.asarray(members, dtype=np.int64)
+    shared = np.asarray(corpus.prefix_lengths)
+    kinds = corpus.kinds[chunk].astype(np.int64)
+    own = corpus.offsets[chunk + 1] - corpus.offsets[chunk] - shared[kinds]
+    order = np.lexsort((chunk, -own))
+    count = max(1, -(-int(own.sum() + shared.sum()) // (capacity * world_size)))
+    while (
+        placed := _place(own[order], kinds[order], shared, capacity, count * world_size)
+    ) is None:
         count += 1
+    packs = [chunk[order[placed == pack]].tolist() for pack in range(count * world_size)]
     return [packs[rank::world_size] for rank in range(world_size)]
 
 
@@ -128,26 +132,20 @@ def batches(members: Sequence[int], batch: int, world_size: int) -> list[list[li
     return [pieces[rank::world_size] for rank in range(world_size)]
 
 
-def _fill(
-    corpus: Corpus, ordered: Sequence[int], own: dict[int, int], capacity: int, count: int
-) -> list[list[int]] | None:
-    """Put examples into `count` packs, or return None when one of them does not fit."""
-    packs: list[list[int]] = [[] for _ in range(count)]
-    kinds: list[set[int]] = [set() for _ in range(count)]
-    load = [0] * count
-    for i in ordered:
-        kind = int(corpus.kinds[i])
-
-        def after(pack: int, i: int = i, kind: int = kind) -> int:
-            return load[pack] + own[i] + (kind not in kinds[pack]) * corpus.prefix_lengths[kind]
-
-        best = min(range(count), key=after)
-        if after(best) > capacity:
+def _place(own: Ints, kinds: Ints, shared: Ints, capacity: int, packs: int) -> Ints | None:
+    """For each example, longest first, its pack: the one it leaves emptiest; None: no room."""
+    load = np.zeros(packs, dtype=np.int64)
+    missing = np.repeat(shared[:, None], packs, axis=1)  # prefix tokens a pack doesn't hold yet
+    placed = np.empty(len(own), dtype=np.int64)
+    for at, (size, kind) in enumerate(zip(own.tolist(), kinds.tolist(), strict=True)):
+        after = load + missing[kind]
+        best = int(after.argmin())
+        if after[best] + size > capacity:
             return None
-        load[best] = after(best)
-        kinds[best].add(kind)
-        packs[best].append(i)
-    return packs
+        load[best] = after[best] + size
+        missing[kind, best] = 0
+        placed[at] = best
+    return placed
 
 
 def padded_tokens(corpus: Corpus, members: Sequence[int], batch: int) -> int:

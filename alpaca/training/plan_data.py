@@ -5,11 +5,8 @@ there is a model. Where no tokenizer is at hand, or no data yet, lengths are est
 plan says so.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,14 +54,6 @@ class Work:
     exact: bool
 
 
-def members(corpus: Corpus, arguments: Arguments) -> list[int]:
-    """Indices of the examples that are trained on: with targets, and not held out."""
-    usable = [i for i in range(len(corpus)) if corpus.targets(i) > 0]
-    held = 0 if arguments.eval_data_path else round(arguments.eval_fraction * len(usable))
-    order = [int(i) for i in np.random.default_rng([arguments.seed]).permutation(usable)]
-    return sorted(order[held:])
-
-
 def count(
     corpus: Corpus, train: Sequence[int], schedule: Schedule, arguments: Arguments,
     world_size: int, *, exact: bool = True, most: int = MOST_PLACED,
@@ -76,13 +65,12 @@ def count(
     chosen = range(0, schedule.steps, stride)
     lengths = np.diff(corpus.offsets)
     targets = lengths - corpus.prompt_lengths.astype(np.int64)
-    index = np.asarray(train, dtype=np.int64)
     for step in chosen:
-        chunk = index[schedule.indices(step)]
-        packs = _packs(corpus, chunk, lengths, arguments, world_size)
+        chunk = [train[i] for i in schedule.indices(step)]
+        packs = _packs(corpus, chunk, arguments, world_size)
         tokens, keys, aims, attended = _measure(corpus, packs, lengths, targets, arguments.packing)
-        total += (tokens.sum(), _padded(lengths[chunk], arguments.per_device_train_batch_size),
-                  aims.sum(), attended, len(packs) // world_size)  # fmt: skip
+        padded = packing.padded_tokens(corpus, chunk, arguments.per_device_train_batch_size)
+        total += (tokens.sum(), padded, aims.sum(), attended, len(packs) // world_size)
         top = int(tokens.argmax())
         if tokens[top] > largest.tokens:
             repeated = len(packs) > world_size
@@ -99,41 +87,14 @@ Ints = npt.NDArray[np.int64]
 
 
 def _packs(
-    corpus: Corpus, chunk: Ints, lengths: Ints, arguments: Arguments, world_size: int
+    corpus: Corpus, members: Sequence[int], arguments: Arguments, world_size: int
 ) -> list[Ints]:
-    """The packs of one step, of all ranks, as `packing.distribute` and `batches` make them."""
-    if not arguments.packing:
-        batch = arguments.per_device_train_batch_size
-        shares = packing.batches(list(map(int, chunk)), batch, world_size)
-        return [np.asarray(pack, dtype=np.int64) for share in shares for pack in share]
-    shared = np.asarray(corpus.prefix_lengths)
-    kinds = corpus.kinds[chunk].astype(np.int64)
-    own = lengths[chunk] - shared[kinds]
-    order = np.lexsort((chunk, -own))
-    capacity = arguments.pack_tokens
-    total = int(own.sum() + shared.sum())
-    packs = max(1, -(-total // (capacity * world_size)))
-    while (
-        placed := _place(own[order], kinds[order], shared, capacity, packs * world_size)
-    ) is None:
-        packs += 1
-    return [chunk[order[placed == pack]] for pack in range(packs * world_size)]
-
-
-def _place(own: Ints, kinds: Ints, shared: Ints, capacity: int, packs: int) -> Ints | None:
-    """For each example, longest first, its pack: the one it leaves emptiest; None: no room."""
-    load = np.zeros(packs, dtype=np.int64)
-    missing = np.repeat(shared[:, None], packs, axis=1)  # prefix tokens a pack doesn't hold yet
-    placed = np.empty(len(own), dtype=np.int64)
-    for at, (size, kind) in enumerate(zip(own.tolist(), kinds.tolist(), strict=True)):
-        after = load + missing[kind]
-        best = int(after.argmin())
-        if after[best] + size > capacity:
-            return None
-        load[best] = after[best] + size
-        missing[kind, best] = 0
-        placed[at] = best
-    return placed
+    """The packs of one step, of all ranks."""
+    if arguments.packing:
+        shares = packing.distribute(corpus, members, arguments.pack_tokens, world_size)
+    else:
+        shares = packing.batches(members, arguments.per_device_train_batch_size, world_size)
+    return [np.asarray(pack, dtype=np.int64) for turn in zip(*shares, strict=True) for pack in turn]
 
 
 def _measure(
@@ -163,12 +124,6 @@ def _measure(
     return found[0], found[1], found[2], attended
 
 
-def _padded(lengths: Ints, batch: int) -> int:
-    """As `packing.padded_tokens`: batches of `batch`, each padded to its longest."""
-    pieces = [lengths[start : start + batch] for start in range(0, len(lengths), batch)]
-    return sum(int(piece.max()) * len(piece) for piece in pieces)
-
-
 def estimated(records: Sequence[Record], arguments: Arguments, examples: int = 0) -> Corpus:
     """A corpus without tokens: lengths from the texts' bytes, repeated to `examples` examples."""
     number = examples or len(records)
@@ -191,12 +146,3 @@ def estimated(records: Sequence[Record], arguments: Arguments, examples: int = 0
 
 def _tokens(text: str) -> int:
     return max(1, round(len(text.encode()) / BYTES_PER_TOKEN))
-
-
-def remembered(note: Path) -> dict[str, Any] | None:
-    """What an earlier plan noted about where a data set's tokens are, or None."""
-    try:
-        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found

@@ -21,7 +21,7 @@ from alpaca.prompt import template_hash
 from alpaca.records import read_records
 from alpaca.training import gpus, plan, plan_data, plan_remedies, shapes, steps
 from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus, load
+from alpaca.training.corpus import Corpus, load, split
 from alpaca.training.gpus import Device
 from alpaca.training.plan import Machine, Plan
 from alpaca.training.plan_data import Work
@@ -79,7 +79,7 @@ def case(arguments: Arguments, machine: Machine, examples: int = 0) -> Case:
         corpus = _tokens(arguments, tokenizer, CACHE)
     else:
         corpus = plan_data.estimated(read_records(arguments.data_path), arguments, examples)
-    train = plan_data.members(corpus, arguments)
+    train, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     if not train:
         raise UserError(
             f"No example of {arguments.data_path} has an answer token left after truncation.",
