@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from train_step import LENGTH, packed, timed
+from train_step import LENGTH, packed, parse, timed
 from transformers import AutoModelForCausalLM
 
 from alpaca.model import load_tokenizer
@@ -100,12 +100,7 @@ class Peers:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--data", type=Path, default=Path("data/seed_tasks.jsonl"))
-    options.add_argument("--model", type=Path, default=Path("weights/smollm2-135m"))
-    options.add_argument("--examples", type=int, default=32)
-    options.add_argument("--rounds", type=int, default=3)
-    arguments = options.parse_args()
+    arguments = parse(__doc__)
     codec = Codec(load_tokenizer(arguments.model))
     with tempfile.TemporaryDirectory() as folder:
         corpus = open_corpus(arguments.data, codec, Path(folder), LENGTH)

@@ -71,13 +71,18 @@ def timed(body: Callable[[], None], model: torch.nn.Module) -> tuple[float, torc
     return seconds, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parse(description: str) -> argparse.Namespace:
+    """The flags of a program that measures this step."""
+    options = argparse.ArgumentParser(description=description.partition("\n")[0])
     options.add_argument("--data", type=Path, default=Path("data/seed_tasks.jsonl"))
     options.add_argument("--model", type=Path, default=Path("weights/smollm2-135m"))
     options.add_argument("--examples", type=int, default=32)
     options.add_argument("--rounds", type=int, default=3)
-    arguments = options.parse_args()
+    return options.parse_args()
+
+
+def main() -> None:
+    arguments = parse(__doc__)
     codec = Codec(load_tokenizer(arguments.model))
     with tempfile.TemporaryDirectory() as cache:
         corpus = open_corpus(arguments.data, codec, Path(cache), LENGTH)
