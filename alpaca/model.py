@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from alpaca import atomic
-from alpaca.atomic import free_disk as free_disk  # asked for here since there were model folders
 from alpaca.errors import UserError
 
 STAGING = ".model.partial"

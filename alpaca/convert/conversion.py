@@ -22,12 +22,13 @@ import torch
 from tqdm import tqdm
 
 from alpaca import atomic, golden, passport, shards
+from alpaca.atomic import free_disk
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
 from alpaca.convert.journal import Journal
 from alpaca.convert.source import SHORT_NAMES, Source, Tensor
 from alpaca.errors import UserError
-from alpaca.model import explained_disk_errors, free_disk
+from alpaca.model import explained_disk_errors
 from alpaca.prompt import template_hash
 from alpaca.shards import Shard
 

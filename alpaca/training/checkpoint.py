@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from alpaca import atomic
+from alpaca.atomic import free_disk
 from alpaca.errors import UserError
-from alpaca.model import free_disk
 from alpaca.training.meeting import on_first_rank
 
 PREFIX = "checkpoint-"

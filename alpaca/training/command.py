@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from alpaca import passport
+from alpaca.atomic import free_disk
 from alpaca.errors import UserError
 from alpaca.model import (
     compute_dtype,
     explained_disk_errors,
     finish_install,
-    free_disk,
     load_tokenizer,
 )
 from alpaca.passport import sha256
