@@ -172,6 +172,16 @@ def test_the_doctor_tells_a_line_a_check_and_exits_2_on_red(tmp_path: Path) -> N
     assert f"port {number}" in shown.splitlines()[-2]
 
 
+def test_a_package_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('libnothing.so: not found')")
+    where = ["--folder", tmp_path, "--disk", 0.2, "--port", 5999]
+    code, shown = doctor(*where, "--rehearse", PYTHONPATH=str(tmp_path))
+    assert code == 2, shown
+    assert "BAD  rehearsal    cannot start: libnothing.so: not found" in shown
+    assert "-> Install the packages again" in shown
+    assert "Traceback" not in shown
+
+
 @pytest.mark.slow
 def test_a_rehearsal_goes_the_whole_way(tmp_path: Path) -> None:
     code, shown = doctor("--rehearse", "--folder", tmp_path, "--disk", 0.2, "--port", 5999)

@@ -4,6 +4,7 @@ The ranks that test the devices are started first and import torch while the res
 """
 
 import argparse
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,9 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(finding.line(), flush=True)
         found.append(finding)
     if arguments.rehearse:
-        from alpaca.doctor.rehearsal import rehearse  # imports torch, which the checks need not
-
-        for finding in rehearse():
+        for finding in rehearsed():
             print(finding.line(), flush=True)
             found.append(finding)
     red = [finding.name for finding in found if not finding.ok]
@@ -55,6 +54,17 @@ def run(arguments: argparse.Namespace) -> None:
             "Each line above says what to do.",
         )
     print(f"All {len(found)} checks are green.")
+
+
+def rehearsed() -> Iterator[Finding]:
+    """The rehearsal's findings; it imports torch and transformers, which the checks need not."""
+    try:
+        from alpaca.doctor.rehearsal import rehearse
+    except (ImportError, OSError) as error:  # OSError: a shared library that is missing
+        remedy = "Install the packages again: ./script/setup"
+        yield Finding("rehearsal", False, f"cannot start: {error}", remedy)
+    else:
+        yield from rehearse()
 
 
 def checks(arguments: argparse.Namespace) -> list[Finding]:
