@@ -40,12 +40,12 @@ def leave(disk: Path, room: int) -> None:
     (disk / "ballast").write_bytes(bytes(max(0, free - room)))
 
 
-def fill(disk: Path, job: Job) -> None:
-    """Another program takes the disk's space while the job stands still."""
+def fill(disk: Path, job: Job, room: int = ROOM) -> None:
+    """Another program takes the disk's space, but for `room`, while the job stands still."""
     family = [psutil.Process(job.process.pid), *job.ranks()]
     for process in family:
         process.send_signal(signal.SIGSTOP)
-    leave(disk, ROOM)
+    leave(disk, room)
     for process in family:
         process.send_signal(signal.SIGCONT)
 
@@ -84,6 +84,29 @@ def test_an_export_that_finds_no_room_leaves_nothing(tiny_model: Path, disk: Pat
             write(model, codec, out)
         assert not list(out.iterdir())
     assert psutil.disk_usage(str(disk)).free >= 90_000
+
+
+@pytest.mark.slow
+def test_a_disk_too_full_for_the_log_ends_the_run_and_it_goes_on(
+    tiny_model: Path, disk: Path, tmp_path: Path
+) -> None:
+    out = disk / "out"
+    flags = {
+        "model_name_or_path": tiny_model, "output_dir": out, "max_steps": 60, "save_steps": 20,
+        "gradient_accumulation_steps": 1, "learning_rate": 0.01, "save_total_limit": 2,
+    }  # fmt: skip
+    words = [*torchrun()[:1], "train.py", *(f"--{name}={value}" for name, value in flags.items())]
+    job = start(words, tmp_path / "first")
+    wait_until(lambda: len(checkpoint.found(out)) == 1, job)
+    fill(disk, job, 0)
+    assert job.process.wait(timeout=60) == 2, job.said
+    assert f"The disk of {out} is full" in job.said
+    assert "Traceback" not in job.said
+    with open(out / "log.jsonl", "a") as log:  # as a write that found room for a part only
+        log.write('{"step": 39, "lo')
+    (disk / "ballast").unlink()
+    start(words, tmp_path / "second").succeed()
+    assert len(losses(out)) == 60
 
 
 @pytest.mark.slow

@@ -67,9 +67,11 @@ def run(arguments: Arguments) -> None:
         newest = checkpoint.newest(arguments.output_dir, identity)
         if newest is None:
             _rehearse(arguments, module, codec)
-        result = trainer.train(newest)
-        facts = {"run": identity, "base": _base(arguments), "result": dataclasses.asdict(result)}
         with explained_disk_errors(arguments.output_dir, AGAIN):
+            result = trainer.train(newest)
+            facts = {
+                "run": identity, "base": _base(arguments), "result": dataclasses.asdict(result),
+            }  # fmt: skip
             export(module.model, codec, arguments.output_dir, facts)
         sample = _sample(trainer, codec)
         if main:

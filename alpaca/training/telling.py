@@ -30,7 +30,7 @@ class Journal:
         self.bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not self.main)
         if self.main:
             earlier = self.path.read_text().splitlines() if done and self.path.exists() else []
-            kept = [line for line in earlier if json.loads(line)["step"] <= done]
+            kept = [line for line in earlier if _is_until(line, done)]
             atomic.write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def __enter__(self) -> Self:
@@ -64,6 +64,14 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
         if self.reporter:
             self.reporter.log(line)
+
+
+def _is_until(line: str, step: int) -> bool:
+    """Whether a line of the log is of `step` or before; one that a full disk cut short is not."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except ValueError:
+        return False
 
 
 def summary(result: Progress, ranks: int, folder: Path) -> str:
