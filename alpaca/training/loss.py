@@ -79,11 +79,13 @@ class CrossEntropySum(torch.autograd.Function):
             hidden.split(CHUNK), labels[:, None].split(CHUNK), by_hidden.split(CHUNK), strict=True
         ):
             logits = F.linear(part, weight).float()
-            norm = logits.logsumexp(-1, keepdim=True)
-            total += (norm - logits.gather(1, target)).sum()
+            right, top = logits.gather(1, target), logits.amax(-1, keepdim=True)
+            shares = logits.sub_(top).exp_()  # of each token, before they are made to sum to 1
+            sums = shares.sum(-1, keepdim=True)
+            total += (sums.log() + top - right).sum()
             if wanted:
-                error = logits.sub_(norm).exp_()  # softmax, less 1 at the target
-                error.scatter_add_(1, target, torch.full_like(norm, -1.0))
+                error = shares.div_(sums)  # softmax, less 1 at the target
+                error.scatter_add_(1, target, torch.full_like(sums, -1.0))
                 torch.mm(error.to(weight.dtype), weight, out=out)
                 by_weight.addmm_(error.to(weight.dtype).T, part)
         ctx.save_for_backward(by_hidden, by_weight)
