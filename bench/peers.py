@@ -4,7 +4,7 @@
 
 The same examples, already tokenized, fp32, forward and backward; the optimizer's part is left out
 everywhere. Both libraries run in .venvs/peers (made on the first run). First each of their ways to
-train is run once: those whose gradient is ours within 1e-5 are exact. Then our step and the fastest
+train is run once: those whose gradient is ours within 5e-4 are exact. Then our step and the fastest
 exact way of each library run in turn. Last line: JSON.
 """
 
@@ -35,7 +35,8 @@ PEERS = ROOT / ".venvs" / "peers"
 PACKAGES = [
     "torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "trl==1.16.0",
 ]  # fmt: skip
-EXACT = 1e-5
+# torch's cross_entropy, in the libraries' steps, is off by 1.7e-4 in the gradient of 49,152 logits.
+EXACT = 5e-4
 
 
 def environment() -> Path:

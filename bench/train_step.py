@@ -71,6 +71,20 @@ def timed(body: Callable[[], None], model: torch.nn.Module) -> tuple[float, torc
     return seconds, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def lasting_rate(size: int = 1024, seconds: float = 3.0) -> float:
+    """FLOP/s of fp32 matrix products that go on for seconds, as a step does.
+
+    The best of a few is 15 to 40% higher on a virtual machine, and no step could keep that up.
+    """
+    one, other = torch.randn(2, size, size)
+    torch.mm(one, other)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        torch.mm(one, other)
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - started)
+
+
 def parse(description: str) -> argparse.Namespace:
     """The flags of a program that measures this step."""
     options = argparse.ArgumentParser(description=description.partition("\n")[0])
@@ -111,11 +125,12 @@ def report(arguments: argparse.Namespace, corpus: Corpus) -> None:
     shares = packing.distribute(corpus, members, BATCH * LENGTH, world_size=1)[0]
     useful = sum(work.flops(packing.build(corpus, share)) for share in shares)
     for round_number in range(arguments.rounds):
-        rate = flops.matmul_rate(CPU, torch.float32)
+        rate = lasting_rate()
         for name, (body, model) in ways.items():
             spent, gradients[name] = timed(body, model)
             seconds[name].append(spent)
             print(f"round {round_number + 1}: {name} {spent:.2f} s", flush=True)
+        rate = (rate + lasting_rate()) / 2
         fractions.append(useful / seconds["shared"][-1] / rate)
     _, exact = timed(lambda: padded(plain, corpus, members, targets, exact=True), plain)
 
