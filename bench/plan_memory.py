@@ -3,7 +3,8 @@
     python bench/plan_memory.py [NAME ...] [--model DIR]
 
 Each setting trains two steps of SmolLM2-135M on the CPU and exports; VmHWM of the rank that held
-most is compared with what `alpaca plan` says for the same flags. Last line: JSON.
+most is compared with what `alpaca plan` says for the same flags. The 8-bit optimizer needs torchao,
+here or in .venv/apart, where ./script/setup dev puts it. Last line: JSON.
 """
 
 import argparse
@@ -24,6 +25,7 @@ SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
     ),
     "two ranks": (2, {**BATCH, "per_device_train_batch_size": 3, "max_tokens_per_pack": 1024}),
     "offload": (1, {**BATCH, "max_tokens_per_pack": 1024, "fsdp": "full_shard offload"}),
+    "8-bit optimizer": (1, {**BATCH, "max_tokens_per_pack": 1024, "optim": "adamw_8bit"}),
 }  # fmt: skip
 PROGRAM = """
 import sys
@@ -49,6 +51,8 @@ def measured(ranks: int, words: list[str]) -> int:
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655",
                    "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
                    "OMP_NUM_THREADS": "1"}  # fmt: skip
+    if "--optim=adamw_8bit" in words:
+        environment["PYTHONPATH"] = str(ROOT / ".venv" / "apart")
     started = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True,

@@ -85,7 +85,8 @@ def memory(name: str) -> tuple[int, int]:
 @pytest.mark.skipif(not SMOLLM.is_dir(), reason="./script/demo fetches and converts this model")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["small packs", "large packs", "checkpointing", "two ranks", "offload"]
+    "name",
+    ["small packs", "large packs", "checkpointing", "two ranks", "offload", "8-bit optimizer"],
 )
 def test_peak_memory_is_predicted_within_a_tenth(name: str) -> None:
     predicted, measured = memory(name)
