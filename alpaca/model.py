@@ -100,15 +100,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load_model(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> PreTrainedModel:
-    """Load a model folder in `dtype`, in evaluation mode, to CPU memory or by `device_map`.
+def load_model(
+    folder: Path, dtype: torch.dtype | None, device_map: str | None = None
+) -> PreTrainedModel:
+    """Load a model folder in evaluation mode, to CPU memory or by `device_map`.
 
+    `dtype` is the type of the weights in memory; None stands for the one they have in the file.
     `device_map` is a device, to which the weights go straight from disk, or "auto" to spread
     them over all GPUs.
     """
     check_folder(folder)
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map=device_map, local_files_only=True, use_safetensors=True
+        folder,
+        dtype=dtype or "auto",
+        device_map=device_map,
+        local_files_only=True,
+        use_safetensors=True,
     )
 
 

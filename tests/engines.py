@@ -45,7 +45,8 @@ def tiny(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     torch.manual_seed(1)
     config = config_class(vocab_size=len(tokenizer), **SIZES, **extra)
     set_eos(config, tokenizer)
-    return model_class(config).eval()
+    # Numbers of a 16-bit checkpoint, as those that are served have, computed with in float32.
+    return model_class(config).bfloat16().float().eval()
 
 
 def engine_of(model: PreTrainedModel, codec: Codec, slots: int = 16, **limits: int) -> Engine:

@@ -1,5 +1,6 @@
 """Slots: how many fit, what is attended to, and the fixed shapes that a GPU would replay."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,7 @@ from alpaca.serving.graphs import sizes
 
 SHAPES = [LayerShape(2, 16, torch.float32, torch.device("cpu"))] * 3
 TOKEN = 3 * 2 * 2 * 16 * 4  # bytes
+needs_half = pytest.mark.skipif(not packed.half_available(), reason="FBGEMM is missing")
 
 
 @pytest.mark.parametrize(
@@ -51,15 +53,20 @@ def test_runs_cover_every_slot_once_and_waste_little(data: st.DataObject) -> Non
         assert computed <= sum(lengths[first:last]) + 128 * (last - first - 1)
 
 
-@pytest.fixture
-def model(bpe: PreTrainedTokenizerBase) -> SlotModel:
+def small_model(tokenizer: PreTrainedTokenizerBase, tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(bpe), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=tied,
     )  # fmt: skip
-    set_eos(config, bpe)
-    made = SlotModel(LlamaForCausalLM(config))
+    set_eos(config, tokenizer)
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def model(bpe: PreTrainedTokenizerBase) -> SlotModel:
+    made = SlotModel(small_model(bpe))
     made.allocate(made.probe(), Capacity(4, 64))
     return made
 
@@ -108,11 +115,71 @@ def test_recorded_sizes_are_few_and_within_the_cache() -> None:
         assert long >= length
 
 
-@pytest.mark.skipif(not packed.available(torch.float32), reason="oneDNN's operators are missing")
-@given(st.integers(1, 40), st.booleans(), st.integers(0, 99))
-def test_packed_layers_compute_the_same(rows: int, bias: bool, seed: int) -> None:
-    torch.manual_seed(seed)
+def halves(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Random numbers as a 16-bit checkpoint has them."""
+    return torch.randn(*shape, generator=generator).bfloat16().float()
+
+
+@needs_half
+@given(st.integers(1, 40), st.booleans(), st.sampled_from([1e-6, 1.0, 3e4, 1e20]), st.integers())
+def test_weights_in_16_bits_compute_the_same_in_float32(
+    rows: int, bias: bool, size: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed % 2**32)
     layer = torch.nn.Linear(48, 80, bias=bias)
-    inputs = torch.randn(1, rows, 48)
+    layer.weight.data = (halves(generator, 80, 48) * size).bfloat16().float()
+    if bias:
+        layer.bias.data = torch.randn(80, generator=generator) * size
+    shift = packed.half_shift(layer.weight)
+    assert shift is not None
+    half = packed.HalfLinear(layer, shift)
+    inputs = torch.randn(1, rows, 48, generator=generator)
     with torch.inference_mode():
-        torch.testing.assert_close(packed.PackedLinear(layer)(inputs), layer(inputs))
+        answers = half(inputs)
+        wanted = layer.double()(inputs.double())
+        torch.testing.assert_close(answers.double(), wanted, rtol=1e-6, atol=1e-5 * size)
+        alone = half(inputs[:, rows // 2 : rows // 2 + 1])
+    assert torch.equal(alone[0, 0], answers[0, rows // 2])  # bit for bit, whoever is beside it
+
+
+@given(st.lists(st.floats(width=32) | st.floats(-8, 8, width=16), min_size=1, max_size=5))
+def test_a_shift_to_16_bits_loses_nothing(values: list[float]) -> None:
+    weight = torch.tensor([values])
+    shift = packed.half_shift(weight)
+    if shift is not None:
+        held = (weight * 2.0**shift).half()
+        assert torch.equal(held.double() * 2.0**-shift, weight.double())
+
+
+@pytest.mark.parametrize(
+    ("values", "shift"),
+    [
+        ([0.0, 0.0], 0),
+        ([65504.0, 1.0], 0),
+        ([65536.0, 1.0], -2),
+        ([2.0**-30, 1.0], 14),
+        ([2.0**-40, 1.0], None),
+        ([1 / 3, 1.0], None),
+        ([1e-40, 1e-42], None),
+        ([float("inf"), 1.0], None),
+        ([float("nan"), 1.0], None),
+    ],
+)
+def test_the_shift_to_16_bits(values: list[float], shift: int | None) -> None:
+    assert packed.half_shift(torch.tensor([values])) == shift
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_model_computes_as_before(
+    bpe: PreTrainedTokenizerBase, stored: torch.dtype, tied: bool
+) -> None:
+    whole = small_model(bpe, tied).to(stored)
+    plain = copy.deepcopy(whole).float().eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    made = SlotModel(whole, torch.float32)
+    assert made.model.dtype == torch.float32
+    assert (made.halved == 2 * 7 + 1) is (stored != torch.float32 and packed.half_available())
+    made.allocate(made.probe(), Capacity(4, 64))
+    logits = made.run(Batch([], [(Piece(0, 0, 4), ids[0].tolist())], [0, 1, 2, 3]))
+    torch.testing.assert_close(logits, plain(ids).logits[0])

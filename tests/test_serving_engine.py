@@ -138,9 +138,13 @@ def test_every_way_to_end_is_named(served: tuple[Engine, Codec]) -> None:
     long = codec.prompt("word " * 900)
     assert len(long) < 2048
     assert answer_of(engine, long, total_tokens=9999).reason in ("context", "eos")
-    hot = Request(tuple(prompt), n=5, max_new_tokens=400, sampling=Sampling(temperature=5))
-    ends = [one.result.result(60) for one in engine.submit(hot).completions]
-    assert "eos" in {answer.reason for answer in ends}
+
+    def reasons(seed: int) -> set[str]:
+        hot = Sampling(temperature=5, seed=seed)  # nearly any token may come
+        job = engine.submit(Request(tuple(prompt), n=5, max_new_tokens=400, sampling=hot))
+        return {completion.result.result(60).reason for completion in job.completions}
+
+    assert any("eos" in reasons(seed) for seed in range(4))
 
 
 def test_what_cannot_be_served_is_refused(served: tuple[Engine, Codec]) -> None:

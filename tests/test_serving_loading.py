@@ -15,7 +15,7 @@ from alpaca import passport
 from alpaca.errors import UserError
 from alpaca.model import load_model, load_tokenizer
 from alpaca.prompt import PREFIXES
-from alpaca.serving import loading, schema
+from alpaca.serving import command, loading, schema
 from alpaca.serving.request import Request, Sampling
 from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
@@ -92,7 +92,7 @@ def test_a_model_spread_by_accelerate_is_served_with_its_own_weights(
     answers = []
     for loaded in (spread, load_model(tiny_model, torch.float32)):
         engine = loading.make_engine(loaded, codec, {"ALPACA_CONTEXT": "200"})
-        assert loaded is not spread or engine.model.packed == 0
+        assert loaded is not spread or engine.model.halved == 0
         prompt = codec.prompt("Say hello.")
         answers.append([answer_of(engine, prompt, max_new_tokens=20), engine.capacity])
         engine.stop()
@@ -116,7 +116,7 @@ def test_prefixes_begin_every_prompt_and_are_nearly_all_of_the_template(
 def test_cog_yaml_names_what_is_there() -> None:
     cog = yaml.safe_load((ROOT / "cog.yaml").read_text())
     assert schema.find(ROOT, cog["run"], "run").concurrency > 64
-    assert cog["environment"] == ["TOKIO_WORKER_THREADS=1"]  # or free slots are refused
+    assert cog["environment"] == [f"{name}={value}" for name, value in command.IMAGE.items()]
     assert schema.find(ROOT, cog["train"], "train").input_schema()["properties"]
     build = cog["build"]
     assert build["gpu"] is True

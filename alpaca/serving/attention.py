@@ -7,6 +7,7 @@ if they were positions, so that keys are read once, not repeated (grouped-query 
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class Step:
     pieces: list[Piece] = field(default_factory=list)
     recorded: bool = False
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Runs of decoding slots that are attended together; the same in every layer."""
+        return spans(self.rows, self.lengths)
 
     @property
     def decoding(self) -> int:
@@ -106,7 +112,7 @@ def _decode(
     count, heads, size = query.shape
     grouped = query.reshape(count, keys.shape[1], heads // keys.shape[1], size)
     parts = []
-    for first, last, length in spans(step.rows, step.lengths):
+    for first, last, length in step.spans:
         low, high = step.rows[first], step.rows[last - 1] + 1
         asked = grouped[first:last]
         holes = high - low > last - first

@@ -6,6 +6,9 @@ at start from the memory that is free. One slot more than are used takes what mu
 somewhere but never read.
 """
 
+import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,10 +73,17 @@ def plan_capacity(
 def free_bytes(devices: set[torch.device]) -> int:
     """Bytes that the cache may take on all `devices` together."""
     if all(device.type == "cpu" for device in devices):
-        return int(CPU_SHARE * min(psutil.virtual_memory().available, _container_limit()))
+        return int(CPU_SHARE * unused_bytes(torch.device("cpu")))
     # A cache spread over GPUs is limited by the fullest, as every layer's part is about equal.
-    smallest = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    smallest = min(unused_bytes(device) for device in devices)
     return int(CUDA_SHARE * smallest * len(devices))
+
+
+def unused_bytes(device: torch.device) -> int:
+    """Memory that nobody has taken, of the machine or container, or of a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(int(psutil.virtual_memory().available), _container_limit())
 
 
 def _container_limit() -> int:
@@ -94,16 +104,12 @@ class SlotCache:
         self.spare = capacity.slots
         rows = capacity.slots + 1
         self.layers = [
-            tuple(
-                torch.zeros(
-                    (rows, shape.heads, capacity.length, shape.head_dim),
-                    dtype=shape.dtype,
-                    device=shape.device,
-                )
-                for _ in range(2)
-            )
+            tuple(_zeros(shape, (rows, shape.heads, capacity.length)) for _ in range(2))
             for shape in shapes
         ]
+        self.untouched = sum(
+            part.nbytes for layer in self.layers for part in layer if part.device.type == "cpu"
+        )  # bytes that are not taken yet
 
     def write(
         self,
@@ -134,3 +140,14 @@ class SlotCache:
         for layer in self.layers:
             for part in layer:
                 part[target, :, :length] = part[source, :, :length]
+
+
+def _zeros(shape: LayerShape, size: tuple[int, ...]) -> torch.Tensor:
+    """Zeros (*size, head_dim). On a CPU torch would write them, the system does so when needed."""
+    size = (*size, shape.head_dim)
+    if shape.device.type != "cpu":
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+    memory = mmap.mmap(-1, math.prod(size) * shape.dtype.itemsize)
+    with suppress(OSError, AttributeError):  # a system without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # one token would take 2 MB, and the time to clear it
+    return torch.frombuffer(memory, dtype=shape.dtype).view(size)

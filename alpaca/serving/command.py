@@ -17,6 +17,7 @@ from alpaca.serving import schema, weights
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "predict.py:Runner"
 TRAIN = "train.py:train"
+IMAGE = {"TOKIO_WORKER_THREADS": "1", "GOMP_SPINCOUNT": "10000"}  # as cog.yaml has it, and says why
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check what can be checked at once, then become the server; does not return."""
-    environment = dict(os.environ)
+    environment = {**IMAGE, **os.environ}
     if arguments.weights:
         environment[weights.VARIABLE] = str(Path(arguments.weights).resolve())
     if not environment.get("COG_WEIGHTS") and not arguments.train:
@@ -59,7 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
         "COG_PREDICT_TYPE_STUB": RUN,
         "COG_TRAIN_TYPE_STUB": TRAIN,
         "COG_MAX_CONCURRENCY": environment.get("COG_MAX_CONCURRENCY", str(entry.concurrency)),
-        "TOKIO_WORKER_THREADS": environment.get("TOKIO_WORKER_THREADS", "1"),  # see cog.yaml
         "PORT": str(arguments.port),
         # The server starts its worker as `python`, which must be this one.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",

@@ -31,8 +31,8 @@ class Batch:
 class SlotModel:
     """A model, its cache, and the pass that ties them."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Take over a loaded model; it serves nothing else afterwards.
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        """Take over a loaded model, to compute in `dtype`; it serves nothing else afterwards.
 
         Raises:
             UserError: the model has no output layer.
@@ -42,7 +42,9 @@ class SlotModel:
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self.context: int = model.config.get_text_config().max_position_embeddings
         model.set_attn_implementation(attention.NAME)
-        self.packed = packed.pack(model) if packed.available(model.dtype) else 0
+        self.halved = packed.pack(model, dtype or model.dtype)
+        if dtype not in (None, model.dtype):
+            model.to(dtype)  # what is not packed
         self.cache: SlotCache
         self._wanted: torch.Tensor
         head = model.get_output_embeddings()

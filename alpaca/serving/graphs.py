@@ -33,9 +33,9 @@ class Recording:
 class GraphModel(SlotModel):
     """A `SlotModel` on one GPU that replays its decode steps."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         """As `SlotModel`; recordings are made as sizes come up."""
-        super().__init__(model)
+        super().__init__(model, dtype)
         self._recordings: dict[tuple[int, int], Recording] = {}
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ to compute in.
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from alpaca import model as model_folder
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.serving.cache import Capacity, free_bytes, plan_capacity
+from alpaca.serving.cache import free_bytes, plan_capacity, unused_bytes
 from alpaca.serving.engine import Engine, Limits
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.graphs import GraphModel
@@ -25,7 +26,7 @@ from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
 
 CONTEXT = 8192  # what ALPACA_CONTEXT raises: longer slots would leave room for few of them
-SLOTS = {"cpu": 16, "cuda": 64}
+SLOTS = {"cpu": 32, "cuda": 64}
 PIECE_TOKENS = {"cpu": 128, "cuda": 2048}  # of prompts in one step: about its cost without them
 MIN_SLOTS = 5  # n completions are decoded together, and n goes up to 5
 
@@ -33,9 +34,18 @@ MIN_SLOTS = 5  # n completions are decoded together, and n goes up to 5
 def load(weights: Weights, environment: Mapping[str, str] = os.environ) -> tuple[Engine, Codec]:
     """Load a model folder and start its engine.
 
+    In a thread that ends with it. GNU OpenMP keeps a pool for each thread that computes; while
+    those together are larger than the machine, each sleeps from one operation to the next
+    (libgomp, throttled spin count), and the engine's decoding took 1.4 to 1.8 times as long.
+
     Raises:
         UserError: the folder is incomplete, or made for other templates, or does not fit.
     """
+    with ThreadPoolExecutor(max_workers=1) as own_thread:
+        return own_thread.submit(_load, weights, environment).result()
+
+
+def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[Engine, Codec]:
     began = time.monotonic()
     folder = weights.folder
     model_folder.check_folder(folder)
@@ -43,21 +53,31 @@ def load(weights: Weights, environment: Mapping[str, str] = os.environ) -> tuple
     codec = Codec(model_folder.load_tokenizer(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(environment, device)
-    loaded = model_folder.load_model(folder, dtype, _device_map(folder, device))
+    # On a CPU in the checkpoint's own type: packing makes the other one, a layer at a time.
+    read_as = None if device.type == "cpu" else dtype
+    loaded = model_folder.load_model(folder, read_as, _device_map(folder, device))
     check_tokenizer(loaded, codec, folder)
-    engine = make_engine(loaded, codec, environment)
-    print(_summary(weights, loaded, engine.capacity, time.monotonic() - began), flush=True)
+    parameters = loaded.num_parameters()  # packed layers have none
+    engine = make_engine(loaded, codec, environment, dtype)
+    what = f"{type(loaded).__name__}, {parameters / 1e6:,.1f}M parameters"
+    print(_summary(weights, what, engine, time.monotonic() - began), flush=True)
     return engine, codec
 
 
 def make_engine(
-    loaded: PreTrainedModel, codec: Codec, environment: Mapping[str, str] = os.environ
+    loaded: PreTrainedModel,
+    codec: Codec,
+    environment: Mapping[str, str] = os.environ,
+    dtype: torch.dtype | None = None,
 ) -> Engine:
-    """Make room for the cache and start serving a loaded model; takes the model over."""
+    """Make room for the cache and start serving a loaded model, which it takes over.
+
+    It computes in `dtype`, or else in the type that the model is in.
+    """
     ends = _end_ids(loaded, codec)
     devices = {parameter.device for parameter in loaded.parameters()}
     one_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-    model = GraphModel(loaded) if one_gpu else SlotModel(loaded)
+    model = (GraphModel if one_gpu else SlotModel)(loaded, dtype)
     kind = model.device.type
     shapes = model.probe()
     slots = _number(environment, "ALPACA_SLOTS", SLOTS[kind])
@@ -123,13 +143,14 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(value)
 
 
-def _summary(weights: Weights, loaded: PreTrainedModel, capacity: Capacity, seconds: float) -> str:
-    parameters = loaded.num_parameters()
-    device = loaded.get_input_embeddings().weight.device
-    left = free_bytes({device}) / 2**30
+def _summary(weights: Weights, what: str, engine: Engine, seconds: float) -> str:
+    model, capacity = engine.model, engine.capacity
+    kind = str(model.model.dtype).removeprefix("torch.")
+    held = " (weights held in 16 bits)" if model.halved else ""
+    left = (unused_bytes(model.device) - model.cache.untouched) / 2**30
     return (
-        f"serving {weights.folder}, taken from {weights.origin}: {type(loaded).__name__}, "
-        f"{parameters / 1e6:,.1f}M parameters, {loaded.dtype} on {device}, ready in "
-        f"{seconds:.1f} s; {capacity.slots} slots of {capacity.length:,} tokens "
-        f"({capacity.tokens:,} in all), {left:.1f} GiB of memory to spare"
+        f"serving {weights.folder}, taken from {weights.origin}: {what}, {kind}{held} on "
+        f"{model.device}, ready in {seconds:.1f} s; {capacity.slots} slots of "
+        f"{capacity.length:,} tokens ({capacity.tokens:,} in all), {left:.1f} GiB of memory "
+        "to spare"
     )
