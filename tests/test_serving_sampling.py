@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -49,14 +49,16 @@ def ours(logits: torch.Tensor, one: Sampling) -> torch.Tensor:
 
 @settings(max_examples=200, deadline=None)
 @given(logits_of_any_kind, any_settings)
+@example(torch.linspace(-3.9, 0, VOCABULARY), Sampling(temperature=0.25, top_p=1 - 2**-53))
 def test_the_distribution_is_that_of_transformers(logits: torch.Tensor, one: Sampling) -> None:
     mine, theirs = ours(logits, one), reference(logits, one, [0])
-    # At the border of the nucleus both compare a sum with top_p; rounding may decide one token.
+    # At the border of the nucleus both compare a sum with top_p; rounding may decide one token, or
+    # where top_p is 1 but for float32's last digit, several that hardly ever come.
     differing = (mine > 0) != (theirs > 0)
-    assert int(differing.sum()) <= 1
-    if not differing.any():
+    if not differing.any() or float(torch.maximum(mine, theirs)[differing].sum()) < 1e-6:
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
     else:
+        assert int(differing.sum()) == 1
         order = logits.argsort(descending=True)
         border = int((theirs[order] > 0).sum())
         assert int(differing.nonzero()) in order[border - 1 : border + 1]
