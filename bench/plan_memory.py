@@ -46,13 +46,17 @@ def flags(model: Path, out: Path, changed: dict[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
+def surroundings(words: list[str]) -> dict[str, str]:
+    """The environment, with torchao where a command needs it."""
+    eight = "--optim=adamw_8bit" in words
+    return {**os.environ, **({"PYTHONPATH": str(ROOT / ".venv" / "apart")} if eight else {})}
+
+
 def measured(ranks: int, words: list[str]) -> int:
     """Bytes of the rank that held most."""
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655",
+    environment = {**surroundings(words), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655",
                    "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
                    "OMP_NUM_THREADS": "1"}  # fmt: skip
-    if "--optim=adamw_8bit" in words:
-        environment["PYTHONPATH"] = str(ROOT / ".venv" / "apart")
     started = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -68,7 +72,9 @@ def measured(ranks: int, words: list[str]) -> int:
 def predicted(ranks: int, words: list[str]) -> dict[str, int]:
     """Bytes that the plan expects, part by part."""
     command = [sys.executable, "-m", "alpaca", "plan", "--json", "--gpus", str(ranks), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=surroundings(words), capture_output=True, text=True, check=True
+    )
     parts: dict[str, int] = json.loads(done.stdout)["memory"]
     return parts
 

@@ -106,6 +106,8 @@ def make(shape: Shape, arguments: Arguments, machine: Machine, work: Work) -> Pl
     """Plan one run."""
     chosen = setting(shape, arguments, machine)
     runtime = plan_memory.CUDA_RUNTIME if machine.device.cuda else plan_memory.CPU_RUNTIME
+    if not machine.device.cuda and chosen.optimizer == plan_memory.ADAMW_8BIT:
+        runtime += plan_memory.COMPILER
     memory = plan_memory.peak(shape, work.largest, chosen, runtime)
     exported = export_bytes(shape)
     checkpoint = checkpoint_bytes(shape, chosen)
