@@ -26,7 +26,7 @@ from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
 
 CONTEXT = 8192  # what ALPACA_CONTEXT raises: longer slots would leave room for few of them
-SLOTS = {"cpu": 32, "cuda": 64}
+SLOTS = {"cpu": 16, "cuda": 64}
 PIECE_TOKENS = {"cpu": 128, "cuda": 2048}  # of prompts in one step: about its cost without them
 MIN_SLOTS = 5  # n completions are decoded together, and n goes up to 5
 
