@@ -102,9 +102,9 @@ def test_a_disk_too_full_for_the_log_ends_the_run_and_it_goes_on(
     assert job.process.wait(timeout=60) == 2, job.said
     assert f"The disk of {out} is full" in job.said
     assert "Traceback" not in job.said
+    (disk / "ballast").unlink()
     with open(out / "log.jsonl", "a") as log:  # as a write that found room for a part only
         log.write('{"step": 39, "lo')
-    (disk / "ballast").unlink()
     start(words, tmp_path / "second").succeed()
     assert len(losses(out)) == 60
 
