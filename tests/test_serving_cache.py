@@ -3,6 +3,7 @@
 import copy
 from itertools import pairwise
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -51,6 +52,18 @@ def test_runs_cover_every_slot_once_and_waste_little(data: st.DataObject) -> Non
         assert longest == max(lengths[first:last])
         computed = (rows[last - 1] + 1 - rows[first]) * longest
         assert computed <= sum(lengths[first:last]) + 128 * (last - first - 1)
+
+
+def test_a_cache_takes_memory_only_as_it_is_written() -> None:
+    before = psutil.Process().memory_info().rss
+    cache = SlotCache(SHAPES, Capacity(63, 2**16))  # 3 GB
+    assert psutil.Process().memory_info().rss - before < 100e6
+    cache.write(
+        0, torch.tensor([5]), torch.tensor([70]), torch.ones(2, 1, 16), torch.ones(2, 1, 16)
+    )
+    kept = cache.read(5, 72)
+    assert kept[0].sum() == kept[1].sum() == 2 * 16  # the rest is zeros
+    assert psutil.Process().memory_info().rss - before < 100e6
 
 
 def small_model(tokenizer: PreTrainedTokenizerBase, tied: bool = False) -> LlamaForCausalLM:
@@ -140,6 +153,19 @@ def test_weights_in_16_bits_compute_the_same_in_float32(
         torch.testing.assert_close(answers.double(), wanted, rtol=1e-6, atol=1e-5 * size)
         alone = half(inputs[:, rows // 2 : rows // 2 + 1])
     assert torch.equal(alone[0, 0], answers[0, rows // 2])  # bit for bit, whoever is beside it
+
+
+@pytest.mark.skipif(
+    not packed.blocked_available(torch.float32), reason="oneDNN's operators are missing"
+)
+@given(st.integers(1, 40), st.booleans(), st.integers(0, 99))
+def test_weights_in_blocks_compute_the_same(rows: int, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = torch.nn.Linear(48, 80, bias=bias)
+    inputs = torch.randn(1, rows, 48)
+    with torch.inference_mode():
+        blocked = packed.BlockedLinear(layer, torch.float32)
+        torch.testing.assert_close(blocked(inputs), layer(inputs))
 
 
 @given(st.lists(st.floats(width=32) | st.floats(-8, 8, width=16), min_size=1, max_size=5))

@@ -116,6 +116,7 @@ def test_prefixes_begin_every_prompt_and_are_nearly_all_of_the_template(
 def test_cog_yaml_names_what_is_there() -> None:
     cog = yaml.safe_load((ROOT / "cog.yaml").read_text())
     assert schema.find(ROOT, cog["run"], "run").concurrency > 64
+    assert "TOKIO_WORKER_THREADS=1" in cog["environment"]  # or free slots are refused
     assert cog["environment"] == [f"{name}={value}" for name, value in command.IMAGE.items()]
     assert schema.find(ROOT, cog["train"], "train").input_schema()["properties"]
     build = cog["build"]

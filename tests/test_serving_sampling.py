@@ -55,7 +55,9 @@ def test_the_distribution_is_that_of_transformers(logits: torch.Tensor, one: Sam
     # At the border of the nucleus both compare a sum with top_p; rounding may decide one token, or
     # where top_p is 1 but for float32's last digit, several that hardly ever come.
     differing = (mine > 0) != (theirs > 0)
-    if not differing.any() or float(torch.maximum(mine, theirs)[differing].sum()) < 1e-6:
+    nearly_all = one.top_p > 1 - 1e-6
+    rare = nearly_all and float(torch.maximum(mine, theirs)[differing].sum()) < 1e-6
+    if not differing.any() or rare:
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
     else:
         assert int(differing.sum()) == 1
