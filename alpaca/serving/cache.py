@@ -107,9 +107,12 @@ class SlotCache:
             tuple(_zeros(shape, (rows, shape.heads, capacity.length)) for _ in range(2))
             for shape in shapes
         ]
-        self.untouched = sum(
-            part.nbytes for layer in self.layers for part in layer if part.device.type == "cpu"
-        )  # bytes that are not taken yet
+
+    @property
+    def cpu_bytes(self) -> int:
+        """Its part in a CPU's memory when full; at first nothing of it is taken."""
+        parts = [part for layer in self.layers for part in layer]
+        return sum(part.nbytes for part in parts if part.device.type == "cpu")
 
     def write(
         self,

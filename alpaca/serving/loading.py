@@ -131,7 +131,7 @@ def _device_map(folder: Path, device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if torch.cuda.device_count() > 1 and size > torch.cuda.mem_get_info(0)[0] / 2:
+    if torch.cuda.device_count() > 1 and size > unused_bytes(torch.device("cuda", 0)) / 2:
         return "auto"
     return "cuda:0"
 
@@ -147,7 +147,7 @@ def _summary(weights: Weights, what: str, engine: Engine, seconds: float) -> str
     model, capacity = engine.model, engine.capacity
     kind = str(model.model.dtype).removeprefix("torch.")
     held = " (weights held in 16 bits)" if model.halved else ""
-    left = (unused_bytes(model.device) - model.cache.untouched) / 2**30
+    left = (unused_bytes(model.device) - model.cache.cpu_bytes) / 2**30
     return (
         f"serving {weights.folder}, taken from {weights.origin}: {what}, {kind}{held} on "
         f"{model.device}, ready in {seconds:.1f} s; {capacity.slots} slots of "

@@ -9,6 +9,7 @@ stay as they are.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -77,22 +78,22 @@ def half_shift(weight: torch.Tensor) -> int | None:
 
 
 def half_available() -> bool:
-    """Whether this torch and CPU can run `HalfLinear`, seen by running one."""
-    try:
-        with torch.inference_mode():
-            HalfLinear(nn.Linear(64, 64), 0)(torch.zeros(2, 64))
-    except (RuntimeError, AttributeError):
-        return False
-    return True
+    """Whether this torch and CPU can run `HalfLinear`."""
+    return _runs(lambda linear: HalfLinear(linear, 0), torch.float32)
 
 
 def blocked_available(dtype: torch.dtype) -> bool:
-    """Whether this torch and CPU can run `BlockedLinear` in `dtype`, seen by running one."""
+    """Whether this torch and CPU can run `BlockedLinear` in `dtype`."""
     if not torch.backends.mkldnn.is_available():
         return False
+    return _runs(lambda linear: BlockedLinear(linear, dtype), dtype)
+
+
+def _runs(make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype) -> bool:
+    """Whether a kind of layer works, seen by running one."""
     try:
         with torch.inference_mode():
-            BlockedLinear(nn.Linear(64, 64), dtype)(torch.zeros(2, 64, dtype=dtype))
+            make(nn.Linear(64, 64))(torch.zeros(2, 64, dtype=dtype))
     except (RuntimeError, AttributeError):
         return False
     return True
