@@ -24,6 +24,9 @@ def exit_code(program: str, body: Callable[[], None]) -> int:
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(f"{program}: error: {error.filename}: permission denied", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\n{program}: stopped; run the same command again to go on", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ from alpaca.cli import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("convert", "training", "serving", "dataset", "doctor")
-GROUND = ("errors", "prompt", "atomic")
+GROUND = ("errors", "prompt", "atomic", "ram")
 # each may import those before it
 SHARED = ("records", "passport", "tokens", "shards", "model", "golden", "verify")
 DOORS = (

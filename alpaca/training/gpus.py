@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
-import psutil
 
+from alpaca import ram
 from alpaca.errors import UserError
 
 GB = 10**9
@@ -22,8 +23,9 @@ GB = 10**9
 class Device:
     """One accelerator, or a CPU: bytes, FLOP/s and bytes/s.
 
-    `bf16` is the dense peak of matrix products in bf16 with fp32 sums, None where the hardware has
-    none; `link` is the bandwidth to its neighbours, in one direction. None: not known.
+    `bf16` is the dense peak of matrix products in bf16 with fp32 sums; `fast_bf16` says whether the
+    hardware multiplies bf16 at all; `link` is the bandwidth to its neighbours, in one direction.
+    None: not known, or for `bf16` not there.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Device:
     bandwidth: float | None
     link: float | None
     cuda: bool = True
+    fast_bf16: bool = False
 
 
 def _gpu(name: str, memory: int, bf16: float | None, fp32: float, band: int, link: int) -> Device:
@@ -41,7 +44,9 @@ def _gpu(name: str, memory: int, bf16: float | None, fp32: float, band: int, lin
     A sheet's GB is read as 10^9 bytes: what a driver leaves of a card lies between that and 2^30.
     """
     rate = None if bf16 is None else bf16 * 1e12
-    return Device(name, memory * GB, rate, fp32 * 1e12, band * 1e9, link * 1e9)
+    return Device(
+        name, memory * GB, rate, fp32 * 1e12, band * 1e9, link * 1e9, fast_bf16=bf16 is not None
+    )
 
 
 # Sheets quote bf16 with sparsity for newer cards; here it is halved. Links: half of the NVLink
@@ -105,29 +110,54 @@ def named(name: str) -> Device:
     return GPUS[key]
 
 
-def recognized(name: str, memory: int) -> Device:
-    """A card as its driver names it, with the memory it really has, in bytes."""
+def recognized(name: str, memory: int, capability: float = 0.0) -> Device:
+    """A card as its driver names it, with the memory it really has, in bytes.
+
+    `capability` tells whether a card that is not in the table multiplies bf16: from 8.0 on.
+    """
     for pattern, key in PATTERNS.items():
         if re.search(pattern, name):
             return replace(GPUS[key], memory=memory)
-    return Device(name, memory, None, None, None, None)
+    return Device(name, memory, None, None, None, None, fast_bf16=capability >= 8)
 
 
 def installed() -> list[Device]:
-    """The cards of this machine, in the driver's order; asks nvidia-smi, so torch stays out."""
+    """The cards of this machine, in the driver's order; asks nvidia-smi, so torch stays out.
+
+    None where nvidia-smi is missing, fails or hangs: `alpaca doctor` says why.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run([program, *query], capture_output=True, text=True, check=False)
-    rows = [line.rpartition(",") for line in done.stdout.splitlines() if done.returncode == 0]
-    return [recognized(name, int(mib) << 20) for name, _, mib in rows if mib.strip().isdecimal()]
+    query = ["--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            [program, *query], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    rows = [[part.strip() for part in line.rsplit(",", 2)] for line in lines]
+    return [
+        recognized(row[0], int(row[1]) << 20, float(row[2]))
+        for row in rows
+        if len(row) == 3 and row[1].isdecimal()
+    ]
 
 
 def cpu(memory: int | None = None) -> Device:
     """This machine's processor as a device: its memory, and the rate of its matrix products."""
-    memory = psutil.virtual_memory().total if memory is None else memory
-    return Device("CPU", memory, None, matrix_rate(), None, None, cuda=False)
+    memory = ram.total() if memory is None else memory
+    return Device("CPU", memory, None, matrix_rate(), None, None, cuda=False, fast_bf16=cpu_bf16())
+
+
+def cpu_bf16(info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bf16 in hardware, as alpaca/model.py asks torch."""
+    try:
+        flags = set(info.read_text(errors="replace").split())
+    except OSError:
+        return False
+    return bool(flags & {"amx_tile", "avx512_bf16"})
 
 
 def matrix_rate(size: int = 1024) -> float:
