@@ -4,16 +4,20 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+import transformers
 
+from alpaca import shards
 from alpaca.errors import UserError
 from alpaca.training import gpus, plan, plan_memory, plan_time, shapes
 from alpaca.training.arguments import Arguments
 from alpaca.training.plan import Machine
 from alpaca.training.plan_data import Load, Work
 from alpaca.training.plan_memory import Setting
-from alpaca.training.plan_remedies import remedies
+from alpaca.training.plan_remedies import enough_nodes, remedies
 
 # From the model cards and papers: the number of elements in the published weight files.
 PUBLISHED = {
@@ -39,7 +43,10 @@ GIB = 2**30
 
 def work(tokens: int, targets: int) -> Work:
     load = Load(tokens, tokens, targets)
-    return Work(256, 1, 256, tokens, 2 * tokens, targets, tokens * 100, 1, load, exact=True)
+    return Work(
+        examples=256, steps=1, batch=256, tokens=tokens, real=tokens, padded=2 * tokens,
+        targets=targets, attended=tokens * 100, packs=1, largest=load, exact=True,
+    )  # fmt: skip
 
 
 def test_parameters_of_every_known_model_are_those_published() -> None:
@@ -147,33 +154,78 @@ def test_time_counts_what_is_computed_twice() -> None:
     assert again / plain == pytest.approx(8 / 6)
 
 
-def test_a_card_without_bf16_is_planned_in_fp32() -> None:
-    chosen = plan.setting(LLAMA_3, Arguments(bf16=True), Machine(gpus.named("t4")))
-    assert chosen.compute == 4
-    assert plan.setting(LLAMA_3, Arguments(bf16=True), Machine(gpus.named("l4"))).compute == 2
+class Tensor(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
 
 
-def test_drivers_names_are_recognized_and_unknown_cards_keep_their_memory() -> None:
-    names = {
-        "Tesla T4": "t4",
-        "Tesla V100-SXM2-32GB": "v100-32",
-        "NVIDIA A100-SXM4-40GB": "a100-40",
-        "NVIDIA A100 80GB PCIe": "a100-80",
-        "NVIDIA H100 80GB HBM3": "h100",
-        "NVIDIA H100 PCIe": "h100-pcie",
-        "NVIDIA H200": "h200",
-        "NVIDIA L40S": "l40s",
-        "NVIDIA L4": "l4",
-        "NVIDIA A10G": "a10g",
-        "NVIDIA A10": "a10",
-        "NVIDIA GeForce RTX 4090": "rtx-4090",
-        "NVIDIA B200": "b200",
-    }
-    for driver, key in names.items():
-        assert gpus.recognized(driver, 7).name == gpus.GPUS[key].name
-        assert gpus.recognized(driver, 7).memory == 7
-    other = gpus.recognized("Voodoo 2", 12 << 20)
-    assert (other.memory, other.bf16) == (12 << 20, None)
+@pytest.mark.parametrize("name", shapes.KNOWN)
+def test_the_exports_size_is_that_of_the_files_the_exporter_lays_out(name: str) -> None:
+    tensors = [Tensor(*item) for item in shapes.KNOWN[name].tensors().items()]
+    laid_out = shards.plan(tensors, torch.bfloat16)
+    index = json.dumps(shards.index(laid_out), indent=1) if len(laid_out) > 1 else ""
+    assert plan.export_bytes(shapes.KNOWN[name]) == sum(s.size for s in laid_out) + len(index)
+
+
+@pytest.mark.parametrize("kind", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config"])
+def test_tensors_are_those_of_the_model_in_its_order(kind: str) -> None:
+    config = getattr(transformers, kind)(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=48, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    ordered = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    shape = shapes.from_config(config.to_dict(), Path("config.json"))
+    assert list(shape.tensors().items()) == ordered
+
+
+def test_three_nodes_are_faster_than_one_and_copies_cost_traffic() -> None:
+    """A node's data leaves it through the network of all its cards, not of one."""
+    shape, counted = shapes.KNOWN["llama-7b"], work(8 * 2048 * 600, 8 * 1600 * 600)
+    arguments = Arguments(bf16=True)
+    cards = gpus.named("a100-80")
+    packs = dataclasses.replace(counted, steps=600, packs=600)
+    one = plan.make(shape, arguments, Machine(cards, 8), packs)
+    three = plan.make(shape, arguments, Machine(cards, 8, nodes=3),
+                      dataclasses.replace(packs, packs=200))  # fmt: skip
+    assert one.time is not None
+    assert three.time is not None
+    assert one.time.seconds / 3.2 < three.time.seconds < one.time.seconds / 2
+    setting = plan.setting(shape, arguments, Machine(cards, 8))
+    copied = dataclasses.replace(setting, shards=1)
+    assert plan_time.traffic(shape, packs, copied, 300e9, 8, 1) > 0
+    across = dataclasses.replace(setting, shards=8)
+    within = plan_time.traffic(shape, packs, across, 300e9, 8, 1)
+    assert plan_time.traffic(shape, packs, across, 300e9, 24, 3) > within
+
+
+@pytest.mark.parametrize(
+    ("flags", "checkpoints", "exports"),
+    [
+        ({"save_strategy": "no"}, 0, 1),
+        ({"save_steps": 2000}, 2, 0),  # the one at the end, and one that a signal asked for
+        ({"save_steps": 10, "save_total_limit": 3}, 4, 0),
+        ({"save_steps": 60, "save_total_limit": 9}, 3, 1),
+    ],
+)
+def test_disk_is_counted_for_the_worst_moment(
+    flags: dict[str, Any], checkpoints: int, exports: int
+) -> None:
+    counted = dataclasses.replace(work(2048, 1600), steps=100)
+    needed = plan.disk_bytes(Arguments(**flags), counted, 1000, 10)
+    assert needed == checkpoints * 1000 + exports * 10
+
+
+def test_fewer_checkpoints_are_a_remedy_for_a_small_disk() -> None:
+    shape = shapes.KNOWN["llama-7b"]
+    counted = dataclasses.replace(work(2048, 1600), steps=10_000)
+    machine = Machine(gpus.named("a100-80"), 8, disk=200 * 10**9)
+    arguments = Arguments(bf16=True, save_total_limit=5)
+    first = remedies(shape, arguments, machine, lambda _: counted)[0]
+    assert first.flags == "--save_total_limit 1"
+    tiny = dataclasses.replace(machine, disk=10**9)
+    assert enough_nodes(shape, arguments, tiny, lambda _: counted) is None
 
 
 def test_a_folder_whose_weights_are_not_those_of_its_config_is_refused(

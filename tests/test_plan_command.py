@@ -58,10 +58,39 @@ def test_json_holds_the_whole_plan_of_a_real_folder(tiny_model: Path) -> None:
         (["--model_name_or_path", "llama-9b"], "no model is known by that name"),
         (["--learning_rat", "1"], "Did you mean --learning_rate?"),
         (["--gpus", "0"], "--gpus must be at least 1"),
+        (["--ram", "nan"], "--ram must be a number"),
+        (["--examples", "-5"], "--examples must be at least 1"),
     ],
 )
 def test_mistakes_are_explained(flags: list[str], said: str) -> None:
     assert said in plan(*flags, code=2)
+
+
+def test_what_fsdp_config_says_is_planned() -> None:
+    flags = ["--model_name_or_path", "llama-7b", "--gpu", "a100-40", "--gpus", 8, "--json"]
+    given = json.loads(plan(*flags, "--fsdp_config", '{"activation_checkpointing": true}'))
+    assert given["setting"]["checkpointing"]
+    assert given == json.loads(plan(*flags, "--gradient_checkpointing", "True")) | {
+        "notices": given["notices"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"), ("config.json", b"[]"), ("model.safetensors", b""),
+        ("model.safetensors", b"\xff" * 64), ("model.safetensors", b"\x02" + bytes(7) + b"[]"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_is_explained(
+    name: str, content: bytes, tiny_model: Path, tmp_path: Path
+) -> None:
+    for path in tiny_model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    told = plan("--model_name_or_path", tmp_path, code=2)
+    assert name in told
+    assert "Traceback" not in told
 
 
 def test_a_plan_for_a_named_model_imports_no_torch() -> None:

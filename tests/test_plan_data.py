@@ -37,7 +37,7 @@ def trained(corpus: Corpus, arguments: Arguments, ranks: int) -> dict[str, int]:
     """What the training loop computes, with the packs it builds."""
     members, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     schedule = steps.schedule(arguments, len(members), ranks)
-    found = {"tokens": 0, "padded": 0, "targets": 0, "attended": 0, "packs": 0}
+    found = {"tokens": 0, "real": 0, "padded": 0, "targets": 0, "attended": 0, "packs": 0}
     for step in range(schedule.steps):
         chunk = [members[i] for i in schedule.indices(step)]
         batch = arguments.per_device_train_batch_size
@@ -46,6 +46,7 @@ def trained(corpus: Corpus, arguments: Arguments, ranks: int) -> dict[str, int]:
         else:
             shares = packing.batches(chunk, batch, ranks)
         found["packs"] += len(shares[0])
+        found["real"] += sum(corpus.length(i) for i in chunk)
         found["padded"] += packing.padded_tokens(corpus, chunk, batch)
         for pack in (pack for share in shares for pack in share):
             if not pack:
@@ -67,7 +68,8 @@ def counted(corpus: Corpus, arguments: Arguments, ranks: int) -> dict[str, int]:
     assert work.exact
     assert work.steps == schedule.steps
     return {
-        name: getattr(work, name) for name in ("tokens", "padded", "targets", "attended", "packs")
+        name: getattr(work, name)
+        for name in ("tokens", "real", "padded", "targets", "attended", "packs")
     }
 
 
@@ -125,6 +127,8 @@ def test_sampled_steps_estimate_what_all_steps_compute(tiny_model: Path, tmp_pat
     )
     assert whole.exact
     assert not part.exact
+    assert part.largest.tokens == arguments.pack_tokens >= whole.largest.tokens
+    assert part.largest.keys >= whole.largest.keys
     assert part.tokens != whole.tokens
     assert abs(part.tokens / whole.tokens - 1) < 0.1
 

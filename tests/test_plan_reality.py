@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,14 +94,22 @@ def test_peak_memory_is_predicted_within_a_tenth(name: str) -> None:
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-def test_a_run_that_cannot_fit_is_refused_before_it_starts(
+def test_a_run_that_cannot_fit_is_refused_unless_its_plan_is_skipped(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    flags = [f"--model_name_or_path={tiny_model}", f"--output_dir={tmp_path}/out"]
-    words = [sys.executable, "train.py", *flags, "--max_steps=1", "--save_total_limit=100000000"]
+    out = tmp_path / "out"
+    words = [
+        sys.executable, "train.py", f"--model_name_or_path={tiny_model}", f"--output_dir={out}",
+        "--max_steps=1000000", "--save_steps=1", "--save_total_limit=1000000",
+    ]  # fmt: skip
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "This run cannot fit: it needs" in done.stderr
-    assert "--save_strategy no" in done.stderr
+    assert "--save_total_limit 1" in done.stderr
     assert "--skip_plan" in done.stderr
     assert "Traceback" not in done.stderr
+    with subprocess.Popen([*words, "--skip_plan"], cwd=ROOT, stderr=subprocess.DEVNULL) as started:
+        while started.poll() is None and not list(out.glob("checkpoint-*/run.json")):
+            time.sleep(0.1)
+        started.terminate()
+    assert started.returncode == 143

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from alpaca import passport
-from alpaca.atomic import free_disk
 from alpaca.errors import UserError
 from alpaca.model import (
     compute_dtype,
@@ -56,7 +55,7 @@ def run(arguments: Arguments) -> None:
             if main:
                 print(f"train: {arguments.output_dir} already holds the model of exactly this run")
             return
-        plan = on_first_rank(lambda: _plan(arguments, data, device))
+        plan = on_first_rank(lambda: _plan(arguments, data, dtype))
         if main:
             _tell(arguments, data, schedule, dtype, codec)
         module = sharding.build(arguments.model_name_or_path, mesh, dtype, device, arguments)
@@ -162,14 +161,15 @@ def _identity(
     }
 
 
-def _plan(arguments: Arguments, data: Data, device: torch.device) -> Plan | None:
+def _plan(arguments: Arguments, data: Data, dtype: torch.dtype) -> Plan | None:
     """The plan of this run, printed; refuses one that cannot fit, unless --skip_plan is given."""
     passport.check_loaded(arguments.model_name_or_path)
-    cards = []
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        cards = [gpus.recognized(found.name, found.total_memory)]
-    case = planning.of_run(arguments, data.corpus, data.train, cards)
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    case = planning.of_run(
+        arguments, data.corpus, data.train,
+        [gpus.recognized(card.name, card.total_memory) for card in cards],
+        half=dtype == torch.bfloat16,
+    )  # fmt: skip
     if case is None:
         return None
     plan = case.plan() if arguments.skip_plan else planning.check(case)
@@ -218,18 +218,8 @@ def _base(arguments: Arguments) -> dict[str, Any]:
 
 
 def _rehearse(arguments: Arguments, module: TargetLoss, codec: Codec) -> None:
-    """Refuse now what would fail at the end: no permission to write, or no space for it."""
-    parameters = sum(p.numel() for p in module.parameters())
-    saves = arguments.save_strategy != "no"
-    # bf16 export; a checkpoint holds the fp32 weights and AdamW's two moments
-    needed = 2 * parameters + 12 * parameters * (arguments.save_total_limit + 1) * saves
+    """Refuse now what would fail at the end: no permission to write, or no space for the model."""
     folder = arguments.output_dir
-    if free_disk(folder) < needed:
-        raise UserError(
-            f"{folder} has {free_disk(folder) / 1e9:.1f} GB free; checkpoints and the model need "
-            f"up to {needed / 1e9:.1f} GB.",
-            "Free some space, lower --save_total_limit, or give --save_strategy no.",
-        )
     try:
         with explained_disk_errors(folder, AGAIN):
             rehearse(module.model, codec, folder)

@@ -14,9 +14,10 @@ from alpaca.training.arguments import Arguments
 from alpaca.training.gpus import Device
 from alpaca.training.plan_data import Work
 from alpaca.training.plan_memory import Memory, Setting
+from alpaca.training.plan_time import Time
 from alpaca.training.shapes import Shape
 
-SHARD_BYTES = 5_000_000_000  # largest file of an export, as in alpaca/training/export.py
+SHARD_BYTES = 5_000_000_000  # largest file of an export, as in alpaca/shards.py
 # What a rank's process takes of the node's memory beside its tensors: Python, torch, CUDA's
 # libraries and pinned buffers; measured without CUDA (see plan_memory), an allowance with it.
 CUDA_HOST = 4_000_000_000
@@ -43,9 +44,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs; all sizes in bytes, `seconds` None where the device's speed isn't known.
+    """What a run needs; all sizes in bytes, `time` None where the device's speed isn't known.
 
-    `memory` is of one device, `host` of one node, `disk` at the worst moment.
+    `memory` is of one device, `host` of one node, `disk` at the worst moment of a run that a
+    signal may stop once.
     """
 
     parameters: int
@@ -57,7 +59,12 @@ class Plan:
     checkpoint: int
     export: int
     disk: int
-    seconds: float | None
+    time: Time | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Expected duration of all steps; None where the device's speed isn't known."""
+        return None if self.time is None else self.time.seconds
 
     @property
     def headroom(self) -> int:
@@ -92,6 +99,7 @@ class Plan:
         """Everything, as JSON values."""
         return {
             **asdict(self),
+            "seconds": self.seconds,
             "headroom": self.headroom,
             "fits": self.fits,
             "problems": self.problems,
@@ -106,12 +114,12 @@ def make(shape: Shape, arguments: Arguments, machine: Machine, work: Work) -> Pl
     """Plan one run."""
     chosen = setting(shape, arguments, machine)
     runtime = plan_memory.CUDA_RUNTIME if machine.device.cuda else plan_memory.CPU_RUNTIME
-    if not machine.device.cuda and chosen.optimizer == plan_memory.ADAMW_8BIT:
+    compiles = arguments.torch_compile or chosen.optimizer == plan_memory.ADAMW_8BIT
+    if not machine.device.cuda and compiles:
         runtime += plan_memory.COMPILER
     memory = plan_memory.peak(shape, work.largest, chosen, runtime)
     exported = export_bytes(shape)
     checkpoint = checkpoint_bytes(shape, chosen)
-    saved = 0 if arguments.save_strategy == "no" else arguments.save_total_limit + 1
     return Plan(
         parameters=shape.parameters,
         machine=machine,
@@ -121,8 +129,8 @@ def make(shape: Shape, arguments: Arguments, machine: Machine, work: Work) -> Pl
         host=host_bytes(shape, chosen, machine, memory),
         checkpoint=checkpoint,
         export=exported,
-        disk=exported + saved * checkpoint,
-        seconds=plan_time.seconds(
+        disk=disk_bytes(arguments, work, checkpoint, exported),
+        time=plan_time.expected(
             shape, work, chosen, machine.device, machine.world_size, machine.nodes
         ),
     )
@@ -136,11 +144,12 @@ def setting(shape: Shape, arguments: Arguments, machine: Machine) -> Setting:
     offload = "offload" in arguments.fsdp
     # As alpaca/training/sharding.py decides it.
     whole = shape.parameters * (16 / shards + 4) <= 0.6 * device.memory
-    eight = "8bit" in getattr(arguments, "optim", "")
+    # As alpaca/training/command.py decides it.
+    half = device.fast_bf16 and (device.cuda if arguments.bf16 is None else arguments.bf16)
     return Setting(
         shards=shards,
-        compute=2 if arguments.bf16 and device.bf16 is not None else 4,
-        optimizer=plan_memory.ADAMW_8BIT if eight else plan_memory.ADAMW,
+        compute=2 if half else 4,
+        optimizer=plan_memory.ADAMW_8BIT if "8bit" in arguments.optim else plan_memory.ADAMW,
         checkpointing=arguments.gradient_checkpointing,
         offload=offload,
         regather=arguments.sharding in ("full_shard", "hybrid_shard"),
@@ -164,11 +173,28 @@ def checkpoint_bytes(shape: Shape, chosen: Setting) -> int:
     return round(state) + 4 * len(shape.tensors())
 
 
+def disk_bytes(arguments: Arguments, work: Work, checkpoint: int, exported: int) -> int:
+    """Disk at the worst moment: while a checkpoint is written beside older ones, or the export is.
+
+    A run writes one at its end, and those that `save_strategy` asks for before; one more where a
+    signal stops it. An older one is deleted when the next is complete.
+    """
+    if arguments.save_strategy == "no":
+        return exported
+    period = {
+        "steps": arguments.save_steps,
+        "epoch": max(1, work.examples // work.batch),
+    }[arguments.save_strategy]
+    written = -(-work.steps // period) + 1
+    limit = arguments.save_total_limit
+    return max(min(limit + 1, written) * checkpoint, min(limit, written) * checkpoint + exported)
+
+
 def export_bytes(shape: Shape) -> int:
     """Size of the exported weights to the byte: bf16 safetensors files, and their index.
 
-    A file is 8 bytes, a JSON header padded to a multiple of 8, and the tensors in the order of
-    their names (huggingface/safetensors, README, "Format").
+    A file is 8 bytes, a JSON header padded to a multiple of 8, and the tensors in the model's
+    order (huggingface/safetensors, README, "Format").
     """
     files: list[dict[str, tuple[int, ...]]] = [{}]
     held = 0
@@ -186,7 +212,7 @@ def export_bytes(shape: Shape) -> int:
 def _file_bytes(tensors: dict[str, tuple[int, ...]]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, dimensions in sorted(tensors.items()):
+    for name, dimensions in tensors.items():
         end = at + 2 * math.prod(dimensions)
         header[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [at, end]}
         at = end

@@ -5,14 +5,15 @@ It takes every flag of train.py, and a machine: the one at hand, or one named fr
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from alpaca.errors import UserError
 from alpaca.training import arguments as training
-from alpaca.training import gpus, plan_time, planning
+from alpaca.training import fsdp_config, gpus, plan_time, planning
 from alpaca.training.plan import Machine, Plan
+from alpaca.training.plan_remedies import Remedy
 from alpaca.training.planning import Case
 
 MOMENTS = {
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Print the plan; raises UserError, so exit code 2, when a flag or the data is wrong."""
     arguments, notices = training.parse(options.training)
+    arguments, more = fsdp_config.apply(arguments)
     given = planning.case(arguments, machine(options, arguments), options.examples)
     made = given.plan()
     remedies = [] if made.fits else given.remedies()
@@ -71,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
                 {"flags": remedy.flags, "plan": remedy.plan.facts()} for remedy in remedies
             ],
             "cost": None if options.price is None else made.cost(options.price),
-            "notices": notices,
+            "notices": [*notices, *more],
         }
         print(json.dumps(facts, indent=1))
         return
@@ -80,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         print("  It fits.")
     else:
         print("  It does NOT fit: it " + "; and ".join(made.problems) + ".")
-        print("\n".join(advice(given, made)))
+        print("\n".join(advice(given, made, remedies)))
 
 
 def machine(options: argparse.Namespace, arguments: training.Arguments) -> Machine:
@@ -88,6 +90,12 @@ def machine(options: argparse.Namespace, arguments: training.Arguments) -> Machi
     for name in ("gpus", "nodes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}.")
+    if options.examples < 0:
+        raise UserError(f"--examples must be at least 1, not {options.examples}.")
+    for name in ("ram", "price"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name} must be a number, not {value}.")
     ram = None if options.ram is None else round(options.ram * 1e9)
     if options.gpu:
         return Machine(gpus.named(options.gpu), options.gpus or 1, options.nodes, ram)
@@ -102,14 +110,15 @@ def lines(given: Case, made: Plan, price: float | None) -> list[str]:
     one, work, arguments = made.machine, made.work, given.arguments
     kind = "" if work.exact else ", lengths estimated"
     saved = 1 - work.tokens / work.padded
+    half = "bf16" if made.setting.compute == 2 else "fp32"
     memory = _sizes(made)
     return [
         f"{arguments.model_name_or_path.name}: {made.parameters:,} parameters, on "
         f"{one.world_size} x {one.device.name}"
         + (f" ({one.nodes} nodes)" if one.nodes > 1 else ""),
         f"  data      {work.examples:,} examples{kind}: {work.steps:,} steps of {work.batch}",
-        f"  tokens    {work.tokens:,} computed, {work.padded:,} in the padded recipe "
-        f"({saved:.0%} saved)",
+        f"  tokens    {work.tokens:,} computed of {work.real:,}, {work.padded:,} in the padded "
+        f"recipe ({saved:.0%} saved); in {half}",
         f"  memory    {made.memory.total / 1e9:.1f} of {one.device.memory / 1e9:.1f} GB a device, "
         f"worst in {MOMENTS[made.memory.moment]}; headroom {made.headroom / 1e9:.1f}:",
         f"            {memory[0]},",
@@ -139,9 +148,11 @@ def _sizes(made: Plan) -> tuple[str, str]:
 
 
 def _assumption(made: Plan) -> str:
-    if made.seconds is None:
+    if made.time is None:
         return ": the speed of this device is not known"
     device = made.machine.device
+    if made.time.bound == "traffic":
+        return f", bound by traffic at {plan_time.LINK_EFFICIENCY:.0%} of the links"
     if not device.cuda:
         return f" at {plan_time.CPU_EFFICIENCY:.0%} of this processor's matrix products"
     kind = "bf16" if made.setting.compute == 2 else "fp32"
@@ -163,9 +174,8 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def advice(given: Case, made: Plan) -> list[str]:
+def advice(given: Case, made: Plan, remedies: Sequence[Remedy]) -> list[str]:
     """What makes it fit, the cheapest first, as flags to paste."""
-    remedies: list[Any] = given.remedies()
     if not remedies:
         return [f"  No flag makes it fit. {planning.more_devices(given)}"]
     told = []

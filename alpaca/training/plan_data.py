@@ -6,7 +6,7 @@ plan says so.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from alpaca.training.corpus import Corpus
 from alpaca.training.steps import Schedule
 
 BYTES_PER_TOKEN = 4.0  # of English; LLaMA's tokenizers lie a little above and below
-MOST_PLACED = 400_000  # examples, counting every epoch: about 4 s; more are sampled
+MOST_PLACED = 400_000  # examples, counting every epoch; more are sampled
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,28 @@ class Load:
     targets: int
     repeated: bool = False
 
+    def filled(self, capacity: int) -> "Load":
+        """The load of a pack of the same kind of examples that is as large as packs may be."""
+        if not 0 < self.tokens < capacity:
+            return self
+        keys, targets = (n * capacity // self.tokens for n in (self.keys, self.targets))
+        return Load(capacity, keys, targets, self.repeated)
+
 
 @dataclass(frozen=True)
 class Work:
     """What all steps together compute, on all ranks.
 
-    `attended`: pairs of a query and a key; `packs`: of one rank. `exact`: nothing is estimated.
+    `real`: tokens of the examples as they are; `tokens`: computed, a shared prefix once a pack;
+    `padded`: in the recipe of 2023. `attended`: pairs of a query and a key; `packs`: of one rank.
+    `exact`: nothing is estimated.
     """
 
     examples: int
     steps: int
     batch: int
     tokens: int
+    real: int
     padded: int
     targets: int
     attended: int
@@ -58,9 +68,12 @@ def count(
     corpus: Corpus, train: Sequence[int], schedule: Schedule, arguments: Arguments,
     world_size: int, *, exact: bool = True, most: int = MOST_PLACED,
 ) -> Work:  # fmt: skip
-    """Make the packs of every step, or of evenly chosen ones where that are more than `most`."""
+    """Make the packs of every step, or of evenly chosen ones where that are more than `most`.
+
+    Where steps are chosen, the largest pack is taken to be as large as one may be.
+    """
     stride = max(1, -(-schedule.steps * schedule.batch // most))
-    total = np.zeros(5, dtype=np.int64)  # tokens, padded, targets, attended, packs
+    total = np.zeros(6, dtype=np.int64)  # tokens, real, padded, targets, attended, packs
     largest = Load(0, 0, 0)
     chosen = range(0, schedule.steps, stride)
     lengths = np.diff(corpus.offsets)
@@ -70,15 +83,20 @@ def count(
         packs = _packs(corpus, chunk, arguments, world_size)
         tokens, keys, aims, attended = _measure(corpus, packs, lengths, targets, arguments.packing)
         padded = packing.padded_tokens(corpus, chunk, arguments.per_device_train_batch_size)
-        total += (tokens.sum(), padded, aims.sum(), attended, len(packs) // world_size)
+        real = lengths[chunk].sum()
+        total += (tokens.sum(), real, padded, aims.sum(), attended, len(packs) // world_size)
         top = int(tokens.argmax())
+        repeated = largest.repeated or len(packs) > world_size
         if tokens[top] > largest.tokens:
-            repeated = len(packs) > world_size
-            largest = Load(int(tokens[top]), int(keys[top]), int(aims.max()), repeated)
+            largest = Load(int(tokens[top]), int(keys[top]), int(aims.max()))
+        largest = replace(largest, repeated=repeated)
+    if arguments.packing and (stride > 1 or arguments.torch_compile):
+        # compiled layers meet packs filled up with tokens that nobody looks at
+        largest = largest.filled(arguments.pack_tokens)
     scaled = [int(value) * schedule.steps // max(1, len(chosen)) for value in total]
     return Work(
         examples=len(train), steps=schedule.steps, batch=schedule.batch, tokens=scaled[0],
-        padded=scaled[1], targets=scaled[2], attended=scaled[3], packs=scaled[4],
+        real=scaled[1], padded=scaled[2], targets=scaled[3], attended=scaled[4], packs=scaled[5],
         largest=largest, exact=exact and stride == 1,
     )  # fmt: skip
 

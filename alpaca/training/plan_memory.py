@@ -12,7 +12,7 @@ from alpaca.training.plan_data import Load
 from alpaca.training.shapes import Shape
 
 CHUNK = 512  # targets that meet the vocabulary at once, as in alpaca/training/loss.py
-LOGIT = 8  # bytes of a logit there: fp32, and the exponentials of their sum's logarithm
+LOGIT = 6  # bytes of a logit there: fp32, and a copy in bf16 where that is the compute type
 MASTER = 4  # fp32 weights
 GRADIENT = 4  # fp32 gradients
 ADAMW = 8.0  # two fp32 moments
@@ -182,11 +182,13 @@ def saved_by_layer(shape: Shape, load: Load, setting: Setting) -> int:
     c, tokens = setting.compute, load.tokens
     queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
     attention = c * (2 * tokens * queries + 2 * load.keys * keys) + 4 * shape.heads * tokens
-    if not setting.cuda:
+    if not setting.cuda or c == 4:  # the fused kernel knows no fp32
         # A call a segment: outputs are saved before and after they are joined, keys and values
         # before and after the shared prefix is put before them.
         attention += c * (tokens * queries + 2 * tokens * keys)
     mlp = 4 * c * tokens * shape.intermediate
+    if shape.qk_norm:  # each head's queries and keys are normed as a whole layer's input is
+        attention += (4 + 2 * c) * tokens * (queries + keys)
     return 2 * normed(shape, tokens, c) + attention + mlp
 
 

@@ -42,7 +42,7 @@ def remedies(
     """
     found = []
     works: dict[tuple[bool, int], Work] = {}
-    for changed in _changes(arguments):
+    for changed in _changes(arguments, machine):
         other = replace(arguments, **changed)
         key = (other.packing, other.pack_tokens)
         if key not in works:
@@ -54,7 +54,7 @@ def remedies(
     return _simplest([remedy for _, remedy in found])
 
 
-def _changes(arguments: Arguments) -> list[dict[str, Any]]:
+def _changes(arguments: Arguments, machine: Machine) -> list[dict[str, Any]]:
     """Every combination of the changes that save memory, each with what it changes alone."""
     combined: list[dict[str, Any]] = [{}] if arguments.packing else [{"packing": True}]
     smallest, size = arguments.model_max_length, arguments.pack_tokens
@@ -66,12 +66,15 @@ def _changes(arguments: Arguments) -> list[dict[str, Any]]:
         options.append([{}, {"gradient_checkpointing": True}])
     if arguments.sharding != "full_shard":
         options.append([{}, {"fsdp": "full_shard auto_wrap"}])
-    if getattr(arguments, "optim", "adamw_8bit") != "adamw_8bit":
+    if arguments.optim != "adamw_8bit":
         options.append([{}, {"optim": "adamw_8bit"}])
+    if arguments.bf16 is not True and machine.device.fast_bf16:
+        options.append([{}, {"bf16": True}])
     if "offload" not in arguments.fsdp:
         options.append([{}, {"fsdp": "full_shard auto_wrap offload"}])
     if arguments.save_strategy != "no":
-        options.append([{}, {"save_strategy": "no"}])
+        fewer = [{"save_total_limit": 1}] if arguments.save_total_limit > 1 else []
+        options.append([{}, *fewer, {"save_strategy": "no"}])
     for option in options:
         combined = [{**one, **other} for one in combined for other in option]
     unique = {tuple(sorted(one.items())): one for one in combined if one}
@@ -82,7 +85,7 @@ def _dearness(changed: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
     """What to compare remedies by: loss of safety, of precision, of time, then their number."""
     return (
         changed.get("save_strategy") == "no",
-        "optim" in changed,
+        ("optim" in changed) + ("bf16" in changed),
         round(plan.seconds or 0),
         len(changed),
     )
@@ -100,7 +103,10 @@ def _simplest(remedies: list[Remedy], most: int = 3) -> list[Remedy]:
 def enough_nodes(
     shape: Shape, arguments: Arguments, machine: Machine, count: Callable[[Arguments], Work]
 ) -> int | None:
-    """How many such nodes would hold the run with the smallest packs and checkpointing."""
+    """How many such nodes would hold the run with the smallest packs and checkpointing.
+
+    None: not even `MOST_NODES` would, or the disk is what is too small, which nodes do not mend.
+    """
     small = replace(
         arguments,
         packing=True,
@@ -109,8 +115,7 @@ def enough_nodes(
         fsdp="full_shard auto_wrap",
     )
     work = count(small)
-    nodes = machine.nodes
-    while (nodes := nodes * 2) <= MOST_NODES:
-        if make(shape, small, replace(machine, nodes=nodes), work).headroom >= 0:
+    for nodes in range(machine.nodes + 1, MOST_NODES + 1):
+        if make(shape, small, replace(machine, nodes=nodes), work).fits:
             return nodes
     return None

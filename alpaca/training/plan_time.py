@@ -1,8 +1,10 @@
 """How long a run takes and what it costs: arithmetic against the device's published peaks.
 
 Matrix products dominate; FSDP's traffic runs beside them, so a pack takes the longer of the two.
-The share of the peak that is reached is an assumption, stated wherever a time is shown.
+The share of the peak, or of the links, that is reached is an assumption, stated beside the time.
 """
+
+from dataclasses import dataclass
 
 from alpaca.training.gpus import Device
 from alpaca.training.plan_data import Work
@@ -19,6 +21,14 @@ HOST_BANDWIDTH = 100e9  # bytes/s of a node's memory that its ranks share in the
 NETWORK = 25e9  # bytes/s from node to node for each GPU: 200 Gb/s InfiniBand, as in a DGX A100
 
 
+@dataclass(frozen=True)
+class Time:
+    """Seconds of all steps, and what they wait for: "products", or "traffic" between devices."""
+
+    seconds: float
+    bound: str
+
+
 def flops(shape: Shape, work: Work, checkpointing: bool) -> float:
     """Floating-point operations of the whole run, those done twice counted twice.
 
@@ -33,35 +43,48 @@ def flops(shape: Shape, work: Work, checkpointing: bool) -> float:
     return float(layers + pairs + 6 * shape.table_parameters * work.targets)
 
 
-def traffic(shape: Shape, work: Work, setting: Setting) -> float:
-    """Bytes each rank receives for its parameters in the whole run.
+def traffic(
+    shape: Shape, work: Work, setting: Setting, link: float, ranks: int, nodes: int
+) -> float:
+    """Seconds in which a rank's parameters and gradients travel, in the whole run.
 
     Weights are gathered for the forward and again for the backward pass in the compute type,
     gradients scattered in fp32, with each pack or once a step (Zhao et al., "PyTorch FSDP", 2023,
-    section 3.2).
+    section 3.2); copies of a shard then add theirs up, which takes each byte twice round the ring
+    (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). A node's data leaves it
+    once, through the network of all its devices, and goes round inside at `link` bytes/s.
     """
-    gathers = (2 if setting.regather else 1) * work.packs
+    within = ranks // nodes
+    out = NETWORK * within
     scatters = work.steps if setting.once else work.packs
-    each = gathers * setting.compute + 4 * scatters
-    return each * shape.parameters * (1 - 1 / setting.shards)
+    gathers = (2 if setting.regather else 1) * work.packs
+    each = (gathers * setting.compute + 4 * scatters) * shape.parameters
+    inner = link if setting.shards <= within else min(link, out)
+    spent = each * (1 - 1 / setting.shards) / inner
+    copies = ranks // setting.shards
+    if copies > 1:
+        # where each device of a node holds another shard, they share the node's network
+        outer = link if nodes == 1 else min(link, out / min(setting.shards, within))
+        each = 2 * 4 * scatters * shape.parameters / setting.shards
+        spent += each * (1 - 1 / copies) / outer
+    return spent / LINK_EFFICIENCY
 
 
-def seconds(
+def expected(
     shape: Shape, work: Work, setting: Setting, device: Device, ranks: int, nodes: int
-) -> float | None:
+) -> Time | None:
     """Expected duration of all steps; None where the device's speed isn't known.
 
     `ranks`: of all nodes. fp32 devices are held to their fp32 peak.
     """
-    rate = device.bf16 if setting.compute == 2 else device.fp32
+    rate = device.bf16 if setting.compute == 2 and device.cuda else device.fp32
     if rate is None:
         return None
     reached = rate * (EFFICIENCY if device.cuda else CPU_EFFICIENCY)
     computing = flops(shape, work, setting.checkpointing) / (reached * ranks)
     moving = 0.0
     if device.link is not None and ranks > 1:
-        link = min(device.link, NETWORK) if nodes > 1 else device.link
-        moving = traffic(shape, work, setting) / (link * LINK_EFFICIENCY)
+        moving = traffic(shape, work, setting, device.link, ranks, nodes)
     updating = 0.0
     if device.bandwidth is not None:
         # AdamW reads weights, gradients and two moments, and writes all but the gradients.
@@ -71,4 +94,5 @@ def seconds(
         # Weights come down twice and gradients go up once a pack; the update runs on the CPU.
         moving += work.packs * 12 * shape.parameters / setting.shards / PCI
         updating *= (device.bandwidth or 0) * (ranks // nodes) / HOST_BANDWIDTH
-    return max(computing, moving) + updating
+    bound = "traffic" if moving > computing else "products"
+    return Time(max(computing, moving) + updating, bound)

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
-from alpaca import atomic
+from alpaca import atomic, ram
 from alpaca.errors import UserError
 from alpaca.passport import sha256
 from alpaca.prompt import template_hash
@@ -120,14 +118,22 @@ def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
 def this_machine(
     output: Path, devices: Sequence[Device], ranks: int = 0, nodes: int = 1
 ) -> Machine:
-    """The machine at hand: its first card, or its processor shared by `ranks` processes."""
-    ram = psutil.virtual_memory().total
-    disk = atomic.free_disk(output.resolve())
+    """The machine at hand: its smallest card, or its processor shared by `ranks` processes."""
+    host = ram.total()
+    disk = atomic.free_disk(output.resolve()) + replaced(output)
     if devices:
-        return Machine(devices[0], ranks or len(devices), nodes, ram, disk)
+        smallest = min(devices, key=lambda device: device.memory)
+        return Machine(smallest, ranks or len(devices), nodes, host, disk)
     ranks = ranks or 1
-    shared = replace(gpus.cpu(), memory=ram // ranks)
-    return Machine(shared, ranks, nodes, ram, disk)
+    shared = gpus.cpu(host // ranks)
+    return Machine(shared, ranks, nodes, host, disk)
+
+
+def replaced(output: Path) -> int:
+    """Bytes in `output` that the run deletes as it goes: earlier checkpoints, unfinished writes."""
+    kinds = ("checkpoint-*/**/*", ".checkpoint-*/**/*", ".model.partial/**/*")
+    paths = (path for kind in kinds for path in output.glob(kind))
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def launched(output: Path, devices: Sequence[Device]) -> Machine:
@@ -138,11 +144,12 @@ def launched(output: Path, devices: Sequence[Device]) -> Machine:
 
 
 def of_run(
-    arguments: Arguments, corpus: Corpus, train: Sequence[int], devices: Sequence[Device]
-) -> Case | None:
+    arguments: Arguments, corpus: Corpus, train: Sequence[int], devices: Sequence[Device],
+    *, half: bool,
+) -> Case | None:  # fmt: skip
     """The case of a run that torchrun has started; None, with a notice, where it can't be planned.
 
-    `devices`: the cards torch sees, in its order; empty on a CPU.
+    `devices`: the cards torch sees, in its order; empty on a CPU. `half`: it computes in bf16.
     """
     try:
         shape = shapes.find(arguments.model_name_or_path)
@@ -150,7 +157,8 @@ def of_run(
         print(f"train: not planned: {error.happened}", flush=True)
         return None
     machine = launched(arguments.output_dir, devices)
-    return Case(shape, arguments, machine, corpus, train, exact=True)
+    machine = replace(machine, device=replace(machine.device, fast_bf16=half))
+    return Case(shape, replace(arguments, bf16=half), machine, corpus, train, exact=True)
 
 
 def check(given: Case) -> Plan:
@@ -175,7 +183,7 @@ def more_devices(given: Case) -> str:
     """What hardware would do, in a sentence, where no flag does."""
     nodes = given.enough_nodes()
     if nodes is None:
-        return "It needs larger devices, or a smaller model."
+        return "It needs a larger machine, or a smaller model."
     one = given.machine
     return (
         f"{nodes} nodes of {one.ranks} such devices hold it with --gradient_checkpointing True "
@@ -187,11 +195,13 @@ def compare(made: Plan | None, done: Progress) -> list[str]:
     """Predicted beside measured, a line each; nothing where there was no plan."""
     if made is None:
         return []
-    work, gigabyte = made.work, 1e9
+    work, gigabyte, memory = made.work, 1e9, made.memory.total
+    if made.machine.device.cuda:  # torch counts tensors; what CUDA and the allocator add is not
+        memory -= made.memory.runtime + made.memory.allocator
     rows = [
         ("steps", work.steps, done.steps, ",.0f"),
         ("tokens", work.tokens, done.tokens, ",.0f"),
-        ("memory, GB a rank", made.memory.total / gigabyte, done.memory / gigabyte, ",.2f"),
+        ("memory, GB a rank", memory / gigabyte, done.memory / gigabyte, ",.2f"),
     ]
     if made.seconds is not None:
         rows.append(("seconds of steps", made.seconds, done.step_seconds, ",.0f"))

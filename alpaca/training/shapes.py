@@ -31,25 +31,23 @@ class Shape:
     qk_norm: bool = False
 
     def layer(self) -> dict[str, tuple[int, ...]]:
-        """Names, below `model.layers.N.`, and shapes of one decoder layer's tensors."""
+        """Names, below `model.layers.N.`, and shapes of one layer's tensors, in order."""
         queries, keys = self.heads * self.head, self.kv_heads * self.head
-        found: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj.weight": (queries, self.width),
-            "self_attn.k_proj.weight": (keys, self.width),
-            "self_attn.v_proj.weight": (keys, self.width),
-            "self_attn.o_proj.weight": (self.width, queries),
+        found: dict[str, tuple[int, ...]] = {}
+        for name, size in (("q", queries), ("k", keys), ("v", keys)):
+            found[f"self_attn.{name}_proj.weight"] = (size, self.width)
+            if self.qkv_bias:
+                found[f"self_attn.{name}_proj.bias"] = (size,)
+        found["self_attn.o_proj.weight"] = (self.width, queries)
+        if self.qk_norm:
+            found |= {f"self_attn.{name}_norm.weight": (self.head,) for name in ("q", "k")}
+        return found | {
             "mlp.gate_proj.weight": (self.intermediate, self.width),
             "mlp.up_proj.weight": (self.intermediate, self.width),
             "mlp.down_proj.weight": (self.width, self.intermediate),
             "input_layernorm.weight": (self.width,),
             "post_attention_layernorm.weight": (self.width,),
         }
-        if self.qkv_bias:
-            for name, size in (("q", queries), ("k", keys), ("v", keys)):
-                found[f"self_attn.{name}_proj.bias"] = (size,)
-        if self.qk_norm:
-            found |= {f"self_attn.{name}_norm.weight": (self.head,) for name in ("q", "k")}
-        return found
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors; a tied output matrix is the embedding, stored once."""
@@ -120,7 +118,11 @@ def find(model: Path) -> Shape:
     """
     config = model / "config.json"
     if config.is_file():
-        shape = from_config(json.loads(config.read_text(encoding="utf-8")), config)
+        try:
+            described = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{config} is damaged: {error}", "Write the folder again.") from None
+        shape = from_config(described, config)
         check_count(shape, model)
         return shape
     if model.name.lower() in KNOWN:
@@ -148,9 +150,10 @@ def from_config(config: dict[str, Any], where: Path) -> Shape:
             qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{where} describes no decoder that can be planned: {error} is missing.",
+            f"{where} describes no decoder that can be planned: {what}.",
             "LLaMA, SmolLM2, Mistral and Qwen models can; give --skip_plan to train anyway.",
         ) from None
 
@@ -171,15 +174,23 @@ def stored(folder: Path) -> dict[str, int]:
 
     The format: 8 bytes with the length of a JSON header, the header, the data
     (huggingface/safetensors, README, "Format").
+
+    Raises:
+        UserError: a file without such a header.
     """
     found: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        found |= {
-            name: math.prod(entry["shape"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        try:
+            with open(path, "rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, path.stat().st_size)))
+            found |= {
+                name: math.prod(entry["shape"])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (struct.error, ValueError, AttributeError, KeyError, TypeError):
+            raise UserError(
+                f"{path} is damaged: its header can't be read.", "Copy or convert the folder again."
+            ) from None
     return found
