@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from alpaca import __version__, atomic
@@ -90,9 +90,22 @@ def read(folder: Path) -> dict[str, Any] | None:
                 f"{path} has format {passport['format']}; this program knows {FORMAT}.",
                 "Use the version of the program that wrote it, or a newer one.",
             )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}", "Write the folder again.") from None
+        _check(passport)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        told = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged: {told}", "Write the folder again.") from None
     return passport
+
+
+def _check(passport: dict[str, Any]) -> None:
+    """Raise KeyError or ValueError where a part is missing, or names a file outside the folder."""
+    for name in ("made_by", "template_sha256", SEAL):
+        if not isinstance(passport[name], str):
+            raise ValueError(f"{name} is no text")
+    for name, value in [*passport["files"].items(), *passport.get("beside", {}).items()]:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not isinstance(value, str):
+            raise ValueError(f"{name!r} is no file of a model folder")
 
 
 def check_template(folder: Path, passport: dict[str, Any] | None) -> None:

@@ -10,7 +10,7 @@ LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
 def total(groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes of RAM that processes here may take together."""
-    found = psutil.virtual_memory().total
+    found: int = psutil.virtual_memory().total
     for name in LIMITS:
         try:
             found = min(found, int((groups / name).read_text()))

@@ -66,9 +66,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def sealed(folder: Path, held: dict[str, Any]) -> list[str]:
     """What is wrong with the passport itself."""
-    if passport.SEAL not in held:
-        print("note: this passport is of a time before they were sealed; only files are checked")
-        return []
     text = (folder / passport.NAME).read_text(encoding="utf-8")
     if held[passport.SEAL] == passport.seal(held) and text == passport.render(held):
         return []
@@ -123,8 +120,14 @@ def golden_logits(folder: Path, held: dict[str, Any]) -> list[str]:
     """What the model answers differently from when it was written, and which tensors are why."""
     from alpaca import golden  # imports torch, which hashing need not wait for
 
-    found = golden.differences(held["golden"], golden.answers(folder, golden.Weights(folder)))
+    weights = golden.Weights(folder)
+    try:
+        found = golden.differences(held["golden"], golden.answers(folder, weights))
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:  # weights of another model
+        found = [f"golden prompts can't be answered: {error}"]
     if found:
+        found += [f"  tensor {name} is missing" for name in held.get("tensors", {})
+                  if name not in weights]  # fmt: skip
         for path in sorted(folder.glob("*.safetensors")):
             found += tensors(path, held)
     return found
@@ -134,6 +137,8 @@ def add_golden(folder: Path, held: dict[str, Any]) -> list[dict[str, Any]] | Non
     """Compute golden logits, however long it takes, and write them into the passport."""
     from alpaca import atomic, golden
 
+    if not (folder / "config.json").is_file():
+        raise UserError(f"No golden logits can be added: {folder} holds no model.")
     weights = golden.Weights(folder)
     reason = golden.unsupported(weights.config)
     if reason is not None:

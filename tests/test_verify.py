@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,44 @@ def test_a_weight_changed_along_with_its_hash_is_told_by_the_golden_logits(folde
     assert "golden prompt 1: " in told
     assert f"tensor {name} differs" in told
     assert told.count("tensor ") == 1
+
+
+@pytest.mark.parametrize("renamed", ["", "model.layers.9.mlp.down_proj.weight"])
+def test_a_lost_tensor_is_named_though_its_hash_was_forged(folder: Path, renamed: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    lost = tensors.pop(name)
+    if renamed:
+        tensors[renamed] = lost
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    forge(folder)
+    told = check(folder)
+    assert f"tensor {name} is missing" in told
+    assert not renamed or f"tensor {renamed} differs" in told
+
+
+def test_a_changed_bit_of_the_passport_is_found_wherever_it_is(folder: Path) -> None:
+    """In its keys too: without one of them, nothing could be compared."""
+    path = folder / "passport.json"
+    content = path.read_bytes()
+    keys = [at for line in re.finditer(rb'^ "\w+"', content, re.MULTILINE)
+            for at in range(*line.span())]  # fmt: skip
+    assert len(keys) > 80
+    for at in [*keys, *range(0, len(content), 29)]:
+        flip(path, at)
+        told = check(folder, "--no-golden")
+        assert "passport.json" in told, f"byte {at}"
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname"])
+def test_a_passport_names_no_file_outside_its_folder(folder: Path, name: str) -> None:
+    held = passport.read(folder)
+    assert held is not None
+    held["files"][name] = "0" * 64
+    held["seal"] = passport.seal(held)
+    (folder / "passport.json").write_text(passport.render(held))
+    assert "is no file of a model folder" in check(folder)
 
 
 def test_missing_and_added_files_are_named(folder: Path) -> None:

@@ -65,8 +65,7 @@ def traffic(
     if copies > 1:
         # where each device of a node holds another shard, they share the node's network
         outer = link if nodes == 1 else min(link, out / min(setting.shards, within))
-        each = 2 * 4 * scatters * shape.parameters / setting.shards
-        spent += each * (1 - 1 / copies) / outer
+        spent += 8 * scatters * shape.parameters / setting.shards * (1 - 1 / copies) / outer
     return spent / LINK_EFFICIENCY
 
 
