@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alpaca.doctor import devices, host
-from alpaca.doctor.devices import Rank
+from alpaca.doctor.devices import Driver, Rank
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"torch": "2.13.0", "cuda": "13.0", "name": "A100", "memory": 42 * 10**9,
@@ -60,6 +60,7 @@ def test_a_small_a_full_and_a_read_only_file_system_are_red(tmp_path: Path) -> N
 
 def test_a_good_disk_is_green_and_its_speed_is_told(tmp_path: Path) -> None:
     found = host.disk(tmp_path, 1e6)
+    assert found.ok
     assert "MB/s" in found.told
     assert list(tmp_path.iterdir()) == []
 
@@ -78,9 +79,69 @@ def test_a_taken_port_is_red_until_it_is_free() -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         number = listener.getsockname()[1]
-        assert not host.port(number).ok
-        assert f"--port {number + 1}" in host.port(number).remedy
-    assert host.port(number).ok
+        found = host.port(number, "--port")
+        assert not found.ok
+        assert f"--port {number + 1}" in found.remedy
+    assert host.port(number, "").ok
+    assert not host.port(70000, "").ok
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can try what others may not")
+def test_a_port_for_root_alone_is_red_to_others() -> None:
+    code = "import os; from alpaca.doctor import host; os.setuid(65534); print(host.port(80, ''))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert "ok=False, told='is for root alone'" in done.stdout, done.stderr
+
+
+def test_an_old_python_and_missing_shared_memory_are_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert host.python().ok
+    monkeypatch.setattr(host.platform, "python_version_tuple", lambda: ("3", "10", "2"))
+    assert not host.python().ok
+    assert not host.shared_memory(tmp_path / "shm", 1, False).ok
+
+
+@pytest.mark.parametrize(
+    ("answer", "visible", "gpus", "fault"),
+    [
+        ("echo 580.1; echo 580.1; echo 580.1", None, 3, ""),
+        ("echo 580.1; echo 580.1; echo 580.1", "2,0", 2, ""),
+        ("echo 580.1; echo 580.1; echo 580.1", "1,7,0", 1, ""),
+        ("echo 580.1; echo 580.1; echo 580.1", "", 0, ""),
+        ("echo 580.1; echo 580.1; echo 580.1", "-1", 0, ""),
+        ("echo Failed to initialize NVML: Driver/library version mismatch; exit 18", None, 0,
+         "version mismatch"),
+    ],
+)  # fmt: skip
+def test_a_driver_is_asked_for_the_cards_a_program_may_use(
+    answer: str, visible: str | None, gpus: int, fault: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{answer}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = devices.driver()
+    assert (found.gpus, fault in found.fault, bool(fault)) == (gpus, True, bool(found.fault))
+    if fault:
+        assert not devices.cuda({"torch": "2.13.0", "cuda": "13.0"}, found).ok
+
+
+def test_devices_of_a_driver_without_its_program_are_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert devices.driver(tmp_path).fault == ""
+    (tmp_path / "nvidia0").touch()
+    found = devices.driver(tmp_path)
+    assert "nvidia0 there, but no nvidia-smi" in found.fault
+    assert not devices.cuda({"torch": "2.13.0", "cuda": "13.0"}, found).ok
 
 
 def test_programs_that_are_missing_are_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +199,7 @@ def test_too_little_memory_is_red() -> None:
 def test_ranks_that_die_or_add_wrong_are_named() -> None:
     died = devices.ask(2, ("-c", "import os, sys; sys.exit('no device ' + os.environ['RANK'])"))
     assert [rank.errors for rank in died] == ["no device 0", "no device 1"]
-    (torch,) = devices.findings(died, None, 0)
+    (torch,) = devices.findings(died, Driver())
     assert not torch.ok
     assert "no device 0" in torch.told
     wrong = [Rank(GOOD, ""), Rank(GOOD | {"sum": 2.0}, "RuntimeError: unreachable")]
@@ -149,14 +210,15 @@ def test_ranks_that_die_or_add_wrong_are_named() -> None:
 
 def test_cards_drivers_and_peers_are_judged() -> None:
     assert all(found.ok for found in devices.findings([Rank(GOOD, ""),
-               Rank(GOOD | {"peers": [0], "others": [0]}, "")], "580", 2))  # fmt: skip
+               Rank(GOOD | {"peers": [0], "others": [0]}, "")], Driver("580", 2)))  # fmt: skip
     old = devices.gpu(0, GOOD | {"name": "T4", "capability": [7, 5]})
     assert not old.ok
     assert "bf16 only emulated" in old.told
     assert not devices.gpu(0, GOOD | {"free": 10**9}).ok
     assert not devices.peers([GOOD | {"peers": []}]).ok
-    assert not devices.cuda({"torch": "2.13.0+cpu", "cuda": None}, "580", 1).ok
-    assert not devices.cuda({"torch": "2.13.0", "cuda": "13.0"}, "470", 1).ok
+    assert not devices.peers([GOOD, {}]).ok
+    assert not devices.cuda({"torch": "2.13.0+cpu", "cuda": None}, Driver("580", 1)).ok
+    assert not devices.cuda({"torch": "2.13.0", "cuda": "13.0"}, Driver("470", 1)).ok
 
 
 def test_the_doctor_tells_a_line_a_check_and_exits_2_on_red(tmp_path: Path) -> None:
@@ -184,9 +246,11 @@ def test_a_package_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rehearsal_goes_the_whole_way(tmp_path: Path) -> None:
-    code, shown = doctor("--rehearse", "--folder", tmp_path, "--disk", 0.2, "--port", 5999)
+    where = ["--folder", tmp_path, "--disk", 0.2, "--port", 5999]
+    code, shown = doctor("--rehearse", "--no-image", *where)
     stages = ("convert", "train, kill", "resume", "verify", "serve", "predict", "stream",
               "rehearsal")  # fmt: skip
     for stage in stages:
         assert f"ok   {stage}" in shown, shown
-    assert ("All " in shown) == (code == 0)
+    assert code == 0
+    assert "All " in shown

@@ -13,6 +13,7 @@ from alpaca.doctor.finding import Finding
 from alpaca.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+MEETING = 29500  # where torchrun's ranks meet, unless they are told otherwise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shm", type=Path, default=Path("/dev/shm"), metavar="FOLDER",
                       help="shared memory (%(default)s)")  # fmt: skip
     made.add_argument("--port", type=int, default=5000, help="of the server (%(default)s)")
+    made.add_argument(
+        "--no-image", action="store_true", help="without Docker and Cog: no image will be built"
+    )
     made.add_argument(
         "--rehearse", action="store_true",
         help="also convert, train, kill, resume, export, serve and ask, with a tiny model",
@@ -69,8 +73,8 @@ def rehearsed() -> Iterator[Finding]:
 
 def checks(arguments: argparse.Namespace) -> list[Finding]:
     """All findings but the rehearsal's."""
-    version, gpus = devices.driver()
-    ranks = gpus or devices.CPU_RANKS
+    driver = devices.driver()
+    ranks = driver.gpus or (1 if driver.fault else devices.CPU_RANKS)
     with ThreadPoolExecutor(max_workers=1) as pool:
         asked = pool.submit(devices.ask, ranks)
         found = [
@@ -78,11 +82,11 @@ def checks(arguments: argparse.Namespace) -> list[Finding]:
             host.pins(ROOT / "requirements.txt"),
             host.memory(arguments.ram * 1e9),
             host.disk(arguments.folder, arguments.disk * 1e9),
-            host.shared_memory(arguments.shm, ranks, gpus > 0),
-            host.port(arguments.port),
+            host.shared_memory(arguments.shm, ranks, driver.gpus > 0),
+            host.port(arguments.port, "--port"),
+            host.port(MEETING, "torchrun --master_port"),
             host.open_files(),
             host.curl(),
-            host.docker(),
-            host.cog(),
+            *([] if arguments.no_image else [host.docker(), host.cog()]),
         ]
-        return [*found, *devices.findings(asked.result(), version, gpus)]
+        return [*found, *devices.findings(asked.result(), driver)]

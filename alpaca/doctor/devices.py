@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,18 +32,39 @@ class Rank:
     errors: str
 
 
-def driver() -> tuple[str | None, int]:
-    """The NVIDIA driver's version and the number of its GPUs; None and 0 without a driver."""
+@dataclass(frozen=True)
+class Driver:
+    """NVIDIA's: its version, the GPUs a program may use, and what is wrong with it, if anything."""
+
+    version: str | None = None
+    gpus: int = 0
+    fault: str = ""
+
+
+def driver(devices: Path = Path("/dev")) -> Driver:
+    """Ask nvidia-smi; without one there is no driver, unless its devices are there.
+
+    CUDA_VISIBLE_DEVICES hides cards, all behind the first that does not exist too.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
-        return None, 0
+        there = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+        return Driver(fault=f"{', '.join(there)} there, but no nvidia-smi" if there else "")
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None, 0
-    lines = done.stdout.split() if done.returncode == 0 else []
-    return (lines[0] if lines else None), len(lines)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Driver(fault=f"nvidia-smi gives no answer: {error}")
+    if done.returncode:
+        return Driver(fault=f"nvidia-smi fails: {last_line(done.stdout + done.stderr)}")
+    lines = done.stdout.split()
+    gpus = len(lines)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        named = [word.strip() for word in visible.split(",")]
+        usable = [not word.isdecimal() or int(word) < gpus for word in named if word]
+        gpus = 0 if "-1" in named[:1] else [*usable, False].index(False)
+    return Driver(lines[0] if lines else None, gpus)
 
 
 def ask(world_size: int, program: Sequence[str] = ("-m", "alpaca.doctor.ranks")) -> list[Rank]:
@@ -58,12 +80,13 @@ def ask(world_size: int, program: Sequence[str] = ("-m", "alpaca.doctor.ranks"))
             )
             for rank in range(world_size)
         ]  # fmt: skip
-        return [_report(process) for process in started]
+        deadline = time.monotonic() + PATIENCE
+        return [_report(process, deadline) for process in started]
 
 
-def _report(process: "subprocess.Popen[str]") -> Rank:
+def _report(process: "subprocess.Popen[str]", deadline: float) -> Rank:
     try:
-        output, errors = process.communicate(timeout=PATIENCE)
+        output, errors = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
         output, errors = process.communicate()
@@ -72,25 +95,31 @@ def _report(process: "subprocess.Popen[str]") -> Rank:
     return Rank(json.loads(lines[-1]) if lines else {}, errors.strip())
 
 
-def findings(ranks: Sequence[Rank], version: str | None, gpus: int) -> list[Finding]:
+def findings(ranks: Sequence[Rank], found_driver: Driver) -> list[Finding]:
     """All findings about torch and the devices, from what the ranks reported."""
     facts = ranks[0].facts
     if not facts:
         told = "can't be used: " + last_line(ranks[0].errors)
         return [Finding("torch", False, told, "./script/setup installs it.")]
     found = [Finding("torch", True, f"{facts['torch']}, {len(ranks)} rank(s)")]
-    found.append(cuda(facts, version, gpus))
+    found.append(cuda(facts, found_driver))
     for number, rank in enumerate(ranks):
         if "name" in rank.facts:
             found.append(gpu(number, rank.facts))
-    if gpus > 1:
+    if found_driver.gpus > 1:
         found.append(peers([rank.facts for rank in ranks]))
     return [*found, all_reduce(ranks)]
 
 
-def cuda(facts: dict[str, Any], version: str | None, gpus: int) -> Finding:
+def cuda(facts: dict[str, Any], found: Driver) -> Finding:
     """Whether torch's CUDA and the driver go together."""
-    built = facts["cuda"]
+    built, gpus = facts["cuda"], found.gpus
+    if found.fault and "name" not in facts:
+        return Finding("CUDA", False, found.fault,
+                       "Restart, or install the driver anew; in Docker: docker run --gpus all"
+                       )  # fmt: skip
+    if "name" in facts and not gpus:
+        return Finding("CUDA", True, f"{built}; how many GPUs there are is not known")
     if not gpus:
         told = "no NVIDIA GPU here; training and serving run on the CPU"
         return Finding("CUDA", True, told)
@@ -98,7 +127,7 @@ def cuda(facts: dict[str, Any], version: str | None, gpus: int) -> Finding:
         return Finding("CUDA", False, f"{gpus} GPU(s), but torch is a build for CPUs",
                        "./script/setup on a machine whose pip finds the CUDA build.")  # fmt: skip
     ready = "name" in facts
-    return Finding("CUDA", ready, f"{built}, driver {version}, {gpus} GPU(s)",
+    return Finding("CUDA", ready, f"{built}, driver {found.version}, {gpus} GPU(s)",
                    f"torch can't use the GPUs: a driver for CUDA {built} is needed.")  # fmt: skip
 
 
@@ -117,7 +146,8 @@ def gpu(number: int, facts: dict[str, Any]) -> Finding:
 
 def peers(facts: Sequence[dict[str, Any]]) -> Finding:
     """Whether every card reaches every other without going through the CPU's memory."""
-    apart = [
+    silent = [f"rank {number}" for number, one in enumerate(facts) if "peers" not in one]
+    apart = silent + [
         f"{number}-{other}"
         for number, one in enumerate(facts)
         for other in one.get("others", [])

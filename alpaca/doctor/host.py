@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from alpaca import ram
 from alpaca.atomic import free_disk
 from alpaca.doctor.finding import Finding
 
@@ -99,22 +100,33 @@ def shared_memory(folder: Path, ranks: int, cuda: bool) -> Finding:
 
 
 def memory(needed: float) -> Finding:
-    """RAM that is available now."""
-    found = psutil.virtual_memory()
-    told = f"{found.available / 1e9:.1f} of {found.total / 1e9:.1f} GB available"
-    return Finding("RAM", found.available >= needed, told, f"Needs {needed / 1e9:.0f} GB.")
+    """RAM that is available now, to this container if it is one."""
+    total = ram.total()
+    available = min(psutil.virtual_memory().available, total)
+    told = f"{available / 1e9:.1f} of {total / 1e9:.1f} GB available"
+    return Finding("RAM", available >= needed, told, f"Needs {needed / 1e9:.0f} GB.")
 
 
-def port(number: int) -> Finding:
-    """Whether the server's port is free."""
+def port(number: int, flag: str) -> Finding:
+    """Whether a port can be listened at; `flag` names another one."""
+    name, remedy = f"port {number}", f"Take another: {flag} {max(1024, number % 65535) + 1}"
+    if not 0 < number < 65536:
+        return Finding(name, False, "is no port: they are 1 to 65535", remedy)
+    if os.geteuid() and number < _unprivileged():
+        return Finding(name, False, "is for root alone", remedy)
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == number:
             owner = f" by process {connection.pid}" if connection.pid else ""
-            return Finding(
-                f"port {number}", False, f"is taken{owner}",
-                f"Stop what listens there, or serve on another: --port {number + 1}",
-            )  # fmt: skip
-    return Finding(f"port {number}", True, "is free")
+            return Finding(name, False, f"is taken{owner}", remedy)
+    return Finding(name, True, "is free")
+
+
+def _unprivileged() -> int:
+    """The first port that is not for root alone."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+    except (OSError, ValueError):
+        return 1024
 
 
 def open_files() -> Finding:
