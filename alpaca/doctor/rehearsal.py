@@ -39,7 +39,7 @@ class Rehearsal:
         self.folder = folder
         self.base, self.out = folder / "weights/tiny", folder / "alpaca_out"
         self.log = folder / "server.log"
-        self.ranks = devices.driver()[1] or devices.CPU_RANKS
+        self.ranks = devices.driver().gpus or devices.CPU_RANKS
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.server: subprocess.Popen[bytes] | None = None
