@@ -142,7 +142,7 @@ def test_cut_gguf_is_named(cut: int, tmp_path: Path) -> None:
 
 def test_default_model_equals_transformers_reading_rounded_to_bf16(smollm: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
-        ROOT / "unconverted-weights" / "smollm2-135m",
+        ROOT / "demo" / "smollm2-135m",
         gguf_file=Path(download.MEMBER).name,
         dtype=torch.float32,
     )
