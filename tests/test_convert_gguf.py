@@ -36,7 +36,8 @@ def write_gguf(path: Path, shape: Shape, held: dict[str, torch.Tensor], kind: Ki
     writer.add_layer_norm_rms_eps(shape.norm_eps)
     writer.add_rope_freq_base(shape.theta or 10000.0)
     add_tokenizer(writer, shape)
-    to_hf = names.from_dialect(shape.layers, shape.tied, "meta")
+    to_meta = names.to_dialect(shape.layers, shape.tied, "meta")
+    to_hf = {meta: name for name, meta in to_meta.items()}
     to_gguf = names.to_dialect(shape.layers, shape.tied, "gguf")
     for name, tensor in held.items():
         values = tensor.float().numpy()
