@@ -2,7 +2,8 @@
 
 Fetches a real base model, converts it, fine-tunes it on this project's seed tasks, serves the
 result with Cog's server, and asks it three questions over HTTP with curl. Each stage is the
-command a person would type, and each is skipped when its result is already there.
+command a person would type, and each is skipped when its result is already there. What it makes
+lies in demo/ and weights/smollm2-135m/, so that the folders for one's own model stay as they are.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from alpaca.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = Path("weights/smollm2-135m")
-OUT = Path("alpaca_out")
+FOLDER = Path("demo")
+OUT = FOLDER / "alpaca_out"
 DATA = Path("data/seed_tasks.jsonl")
 # One pass over 85% of the seed tasks: enough to see the held-out loss fall, in minutes on 2 cores.
 RECIPE = {
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class Demo:
-    """The stages, and the facts they leave in `alpaca_out/demo.json`."""
+    """The stages, and the facts they leave in `demo/alpaca_out/demo.json`."""
 
     def __init__(self, port: int, *, keep: bool) -> None:
         """`keep`: leave the server running on `port`."""
@@ -90,15 +92,16 @@ class Demo:
         self.seconds[name] = round(time.monotonic() - started, 1)
 
     def fetch(self) -> None:
-        """Bring the default model into unconverted-weights/."""
-        command("fetch")
+        """Bring the default model into demo/."""
+        command("fetch", "--input_dir", str(FOLDER))
 
     def convert(self) -> None:
-        """Write weights/smollm2-135m/, unless it is complete."""
+        """Write weights/smollm2-135m/, unless it is complete; weights/tokenizer/ stays."""
         if passport.read(ROOT / BASE) is not None:
             print(f"{BASE} is there already")
             return
-        command("convert", "--model_size", BASE.name)
+        words = ["--input_dir", str(FOLDER), "--model_size", BASE.name, "--no-tokenizer"]
+        command("convert", *words)
 
     def train(self) -> None:
         """Fine-tune; train.py itself knows when exactly this run is already done."""
@@ -192,7 +195,7 @@ class Demo:
             body = json.dumps({"input": {"prompt": "Name a colour.", **LIMITS}})
             print(f"Ask it: {self.curl_line(body)}")
         else:
-            print("Serve it: ./script/serve")
+            print(f"Serve it: ./script/serve --weights {OUT}")
 
 
 def command(*words: str) -> None:

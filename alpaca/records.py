@@ -1,7 +1,8 @@
 """Alpaca-format examples: one `Record`, read from JSON or JSONL.
 
 A data set with mistakes is refused whole, with every mistake listed: training on the part that
-happens to parse is how empty answers and shifted fields end up in models unnoticed.
+happens to parse is how shifted fields end up in models unnoticed. An output of "" is no mistake:
+the published data set has some, and the recipe trains on them (on the EOS alone).
 """
 
 import json
@@ -16,7 +17,7 @@ MAX_LISTED = 50
 
 
 class Record(BaseModel):
-    """One example: what is asked, the text it is asked about (may be empty), the answer.
+    """One example: what is asked, the text it is asked about, the answer; the last two may be "".
 
     Other keys (`id`, `kind`, `text` ...) are common in such files and are not read.
     """
@@ -27,11 +28,18 @@ class Record(BaseModel):
     input: str = ""
     output: str
 
-    @field_validator("instruction", "output")
+    @field_validator("instruction")
     @classmethod
-    def _not_blank(cls, text: str) -> str:
+    def _asks(cls, text: str) -> str:
         if not text.strip():
             raise ValueError("is empty")
+        return text
+
+    @field_validator("output")
+    @classmethod
+    def _not_blank(cls, text: str) -> str:
+        if text and not text.strip():
+            raise ValueError("is empty but for white space")
         return text
 
     @field_validator("instruction", "input", "output")
@@ -65,7 +73,9 @@ def read_records(path: Path) -> list[Record]:
         raise UserError(
             f"{path}: {len(problems)} problem(s) in {len(raw)} records:\n    {listed}",
             'Each record is {"instruction": str, "input": str, "output": str}; '
-            "indices count from 0. Mend or remove the records named.",
+            "indices count from 0. Mend the records named, or write a copy without them:\n    "
+            f"python -m alpaca audit {path} --leave_out invalid,empty_instruction,empty_output "
+            f"--write-clean {path.with_stem('clean').name}",
         )
     if not records:
         raise UserError(f"{path} holds no records.", "Give it at least one example.")

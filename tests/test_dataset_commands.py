@@ -35,7 +35,7 @@ def test_a_missing_library_is_named_with_its_remedy(
     done = without(library, verb, *COMMANDS[verb], *output)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert "pip install '.[data]'" in done.stderr
+    assert "pip install -e '.[data]'" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -46,3 +46,19 @@ def test_help_needs_no_library(verb: str) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"usage: python -m alpaca {verb}")
         assert done.stdout.count("\n") < 80
+
+
+def test_a_seed_task_without_an_answer_is_refused(tmp_path: Path) -> None:
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text('{"instruction": "Count.", "output": ""}\n')
+    flags = [
+        *COMMANDS["generate"],
+        "--seed_tasks",
+        str(seeds),
+        "--output",
+        str(tmp_path / "x.json"),
+    ]
+    done = without("torch", "generate", *flags)
+    assert done.returncode == 2
+    assert f"{seeds}: seed task 0 has an empty output." in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [seeds.name]

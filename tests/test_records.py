@@ -1,12 +1,14 @@
 """Reading data sets: what is accepted, and that every mistake is named."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alpaca.cli import main
 from alpaca.errors import UserError
 from alpaca.records import Record, read_records
 
@@ -16,7 +18,7 @@ records = st.builds(
     Record,
     instruction=filled,
     input=st.text(st.characters(exclude_categories=["Cs"])),
-    output=filled,
+    output=st.just("") | filled,
 )
 
 
@@ -40,6 +42,22 @@ def test_json_and_jsonl_read_back_what_was_written(
 def test_byte_order_mark_and_missing_input_are_tolerated(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbf" + json.dumps([{"instruction": "Hi", "output": "ho"}]).encode()
     assert read_records(write(tmp_path, content)) == [Record(instruction="Hi", output="ho")]
+
+
+def test_the_command_that_an_error_shows_leaves_out_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad = [{**GOOD, "instruction": " "}, {**GOOD, "output": "\n"}, {**GOOD, "output": None}, GOOD]
+    write(tmp_path, json.dumps(bad), "mine.json")
+    with pytest.raises(UserError) as caught:
+        read_records(Path("mine.json"))
+    words = shlex.split(str(caught.value).splitlines()[-1])
+    assert words[:3] == ["python", "-m", "alpaca"]
+    with pytest.raises(SystemExit) as ended:
+        main(words[3:])
+    assert not ended.value.code
+    assert read_records(Path("clean.json")) == [Record(**GOOD)]
 
 
 def test_every_bad_record_is_named_with_index_field_and_reason(tmp_path: Path) -> None:

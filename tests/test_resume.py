@@ -217,14 +217,16 @@ def test_the_command_of_2023_trains_the_demo_model_is_killed_resumes_and_exports
     data, out = tmp_path / "alpaca_data.json", tmp_path / "alpaca_out"
     records = [
         {"instruction": f"How much is {a} plus 2?", "input": "", "output": f"It is {a + 2}."}
-        for a in range(16)
+        for a in range(15)
     ]
+    records.append({"instruction": "Wait.", "input": "", "output": ""})  # as in the published data
     data.write_text(json.dumps(records))
     words = command_of_2023(smollm, data, out, "--save_steps", "1")
     kill_after_a_checkpoint(words, out)
     done = len(losses(out))
     assert 1 <= done < 3
     output = finish(words)
+    assert "1 example(s) have an empty output and teach to answer with nothing" in output
     assert f"model              {out}" in output
     first, _, last = losses(out)
     assert last < first

@@ -1,4 +1,4 @@
-"""docs/serving.md: every block that is shown is run, against a real server."""
+"""README.md and docs/serving.md: every block that is shown is run, against a real server."""
 
 import json
 import os
@@ -19,7 +19,9 @@ from http_server import ROOT, Server, serving
 from alpaca.serving import schema
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = re.compile(r"^```(sh|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = FENCED.findall(README) + FENCED.findall(PAGE)
 
 
 @contextmanager
@@ -116,9 +118,11 @@ def test_each_block_runs(server: Server, replicate_api: str, kind: str, block: s
 
 
 def test_blocks_are_there() -> None:
-    text = " ".join(block for _, block in BLOCKS)
-    for door in ("curl -sN", "httpx.post", "httpx.stream", "replicate.run", "respond-async"):
-        assert door in text
+    doors = ("curl -s ", "curl -sN", "httpx.post", "replicate.run")
+    for page, more in ((README, ()), (PAGE, ("httpx.stream", "respond-async"))):
+        text = " ".join(block for _, block in FENCED.findall(page))
+        for door in (*doors, *more):
+            assert door in text
 
 
 def test_the_tables_name_every_input_and_nothing_else() -> None:

@@ -3,10 +3,12 @@
 import base64
 import io
 import json
+import re
 import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,6 +16,7 @@ from http_server import Server
 
 from alpaca import passport
 from alpaca.model import check_folder
+from alpaca.serving import schema
 from alpaca.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +101,21 @@ def test_bad_inputs_are_refused(
 ) -> None:
     answer = server.client.post("/trainings", json={"input": inputs(tiny_model, **changed)})
     assert answer.status_code == status
+
+
+def test_the_table_of_inputs_names_every_input_with_its_default_and_range() -> None:
+    page = (ROOT / "docs/training.md").read_text().partition("## Over HTTP")[2]
+    shown = re.findall(r"^\| `(\w+)` *\|([^|]*)\|([^|]*)\|", page, re.MULTILINE)
+    assert len(shown) == 8
+    fields = schema.find(ROOT, "train.py:train", "train").input_schema()["properties"]
+    assert {name: (default.strip(" `"), reach.strip()) for name, default, reach in shown} == {
+        name: (str(field.get("default", "")), reach(field)) for name, field in fields.items()
+    }
+
+
+def reach(field: dict[str, Any]) -> str:
+    low, high = field.get("minimum"), field.get("maximum")
+    return "" if low is None else f"{low}-{high or ''}"
 
 
 def test_a_training_that_fails_says_why(server: Server, tiny_model: Path) -> None:

@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="largest output file, for example 500MB (default: 5GB)",
     )
+    options.add_argument(
+        "--tokenizer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write OUTPUT_DIR/tokenizer, which the command of 2023 names (default: yes)",
+    )
     options.add_argument("--force", action="store_true", help="replace an existing folder")
     return options
 
@@ -57,7 +63,7 @@ def shard_size(text: str) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Find, say what was found, convert."""
     # Here, not above: they import torch and transformers, which --help need not wait for.
-    from alpaca.convert.conversion import Layout, convert
+    from alpaca.convert.conversion import Layout, convert, write_tokenizer
     from alpaca.convert.find import find, open_source
     from alpaca.convert.source import DTYPES
 
@@ -67,4 +73,6 @@ def run(arguments: argparse.Namespace) -> None:
     dtype = source.dtype if arguments.dtype == "keep" else DTYPES[arguments.dtype]
     layout = Layout(dtype, arguments.max_shard_size)
     final = convert(source, arguments.output_dir, layout, force=arguments.force)
+    if arguments.tokenizer:
+        write_tokenizer(source, arguments.output_dir / "tokenizer")
     print(f"{final} is ready.")

@@ -46,7 +46,7 @@ class Layout:
 
 
 def convert(source: Source, output: Path, layout: Layout, *, force: bool = False) -> Path:
-    """Write `source` to `output`/NAME and its tokenizer to `output`/tokenizer.
+    """Write `source` to `output`/NAME.
 
     Returns the model folder. Does nothing when it is there already, made from the same files.
 
@@ -61,7 +61,6 @@ def convert(source: Source, output: Path, layout: Layout, *, force: bool = False
         print(f"{final} is complete already, made from the same files.")
     else:
         _write_folder(source, final, layout, made_from)
-    write_tokenizer(source, output / "tokenizer")
     return final
 
 

@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Fetch, and say where it lies."""
-    print(f"{fetch(arguments.input_dir)} is ready: python -m alpaca convert")
+    fetched = fetch(arguments.input_dir)
+    print(f"{fetched} is ready: python -m alpaca convert --input_dir {fetched}")
 
 
 def fetch(input_dir: Path) -> Path:

@@ -58,7 +58,11 @@ def models_below(input_dir: Path) -> list[Path]:
 def _listing(input_dir: Path) -> str:
     found = [path.name for path in models_below(input_dir)]
     if found:
-        return f"Choose one with --model_size: {', '.join(found)}."
+        given = "" if input_dir == Path("unconverted-weights") else f" --input_dir {input_dir}"
+        return (
+            f"Choose one with --model_size: {', '.join(found)}. For example:\n    "
+            f"./convert_weights.sh{given} --model_size {found[0]}"
+        )
     return (
         "Put a model there (unconverted-weights/README.md shows how), "
         "or fetch a small one: python -m alpaca fetch"

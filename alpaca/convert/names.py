@@ -1,7 +1,6 @@
 """One table of tensor names in the three dialects, with how model-parallel shards split each.
 
-The Hugging Face names are what is written; the Meta and GGUF names are what is read. The inverse
-directions are computed, so a name cannot be right in one direction and wrong in the other.
+The Hugging Face names are what is written; the Meta and GGUF names are what is read.
 Sources: Meta's `llama` reference code (parallel layers), the GGUF specification.
 """
 
@@ -65,8 +64,3 @@ def to_dialect(layers: int, tied: bool, dialect: Dialect) -> dict[str, str]:
             prefix = _LAYER_PREFIX[dialect].format(name.split(".")[2])
         translated[name] = f"{prefix}{getattr(row, dialect)}.weight"
     return translated
-
-
-def from_dialect(layers: int, tied: bool, dialect: Dialect) -> dict[str, str]:
-    """The inverse of `to_dialect`: another dialect's name -> HF name."""
-    return {other: name for name, other in to_dialect(layers, tied, dialect).items()}

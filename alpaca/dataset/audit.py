@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         from alpaca.dataset.examine import examine
     except ImportError as error:
-        raise UserError(f"{error.name} is missing.", "pip install '.[data]'") from None
+        raise UserError(f"{error.name} is missing.", "pip install -e '.[data]'") from None
     audit = examine(items, arguments.tokenizer, arguments.max_length, arguments.near)
     if arguments.json:
         print(json.dumps(report.as_json(audit, name)))

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         from alpaca.dataset import figures, page, verbs
     except ImportError as error:
-        raise UserError(f"{error.name} is missing.", "pip install '.[data]'") from None
+        raise UserError(f"{error.name} is missing.", "pip install -e '.[data]'") from None
     model = _model(arguments.spacy_model)
     drawn = []
     for name, instructions in sets:
@@ -89,7 +89,7 @@ def _model(name: str | None) -> str:
 
         return verbs.find_model(name)
     except ImportError:
-        raise UserError("spaCy is missing.", "pip install '.[data]'") from None
+        raise UserError("spaCy is missing.", "pip install -e '.[data]'") from None
 
 
 def _instructions(path: Path) -> list[str]:

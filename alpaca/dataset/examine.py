@@ -109,7 +109,7 @@ def _token_counts(texts: Sequence[Text], folder: Path) -> list[int]:
     counts: list[int] = []
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]
-        # Not validated: the audit tells of empty answers, the trainer would refuse them.
+        # Not validated: the audit tells of what the trainer would refuse.
         records = [Record.model_construct(**text._asdict()) for text in chunk]
         counts += [len(example.ids) for example in codec.examples(records, 1 << 40)]
     return counts

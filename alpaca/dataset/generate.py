@@ -50,7 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         from alpaca.dataset import session  # brings the libraries in that --help does without
     except ImportError as error:
-        raise UserError(f"The package {error.name} is missing.", "pip install '.[data]'") from None
+        raise UserError(
+            f"The package {error.name} is missing.", "pip install -e '.[data]'"
+        ) from None
     session.run(arguments)
 
 

@@ -25,7 +25,7 @@ from alpaca.dataset.pool import LAG, Pool
 from alpaca.dataset.reply import Task
 from alpaca.dataset.teacher import NO_KEY, Teacher, base_url
 from alpaca.errors import UserError
-from alpaca.records import Record, read_records
+from alpaca.records import read_records
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         retries=arguments.retries,
         body=body,
     )
-    seeds = [_task(record) for record in read_records(arguments.seed_tasks)]
+    seeds = _seeds(arguments.seed_tasks)
     output = arguments.output
     with Journal(beside(output, "journal"), _settings(arguments, body, seeds)) as journal:
         pool = Pool(seeds, arguments.seed)
@@ -174,8 +174,13 @@ def _summary(run: Bootstrap, output: Path) -> str:
     return "\n".join(lines)
 
 
-def _task(record: Record) -> Task:
-    return Task(record.instruction, record.input, record.output)
+def _seeds(path: Path) -> list[Task]:
+    """The seed tasks; each is an example of how to answer, so none may answer with nothing."""
+    records = read_records(path)
+    empty = [index for index, record in enumerate(records) if not record.output]
+    if empty:
+        raise UserError(f"{path}: seed task {empty[0]} has an empty output.", "Write an answer.")
+    return [Task(record.instruction, record.input, record.output) for record in records]
 
 
 def _sha256(text: str) -> str:

@@ -255,3 +255,10 @@ def _tell(
         f"{corpus.without_targets} of them left without an answer token (not trained on)",
         flush=True,
     )
+    if corpus.empty_outputs:
+        print(
+            f"train: {corpus.empty_outputs} example(s) have an empty output and teach to answer "
+            "with nothing, as in 2023; a copy without them: python -m alpaca audit "
+            f"{arguments.data_path} --leave_out empty_output --write-clean clean.json",
+            flush=True,
+        )

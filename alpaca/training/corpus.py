@@ -35,7 +35,7 @@ class Corpus:
 
     ids: int32 (tokens,), offsets: int64 (examples + 1,), prompt_lengths: int32 (examples,),
     kinds: uint8 (examples,), 0 without and 1 with input; prefix_lengths: for each kind, how many
-    leading tokens all its examples share.
+    leading tokens all its examples share; empty_outputs: examples whose answer is the EOS alone.
     """
 
     ids: npt.NDArray[np.int32]
@@ -44,6 +44,7 @@ class Corpus:
     kinds: npt.NDArray[np.uint8]
     prefix_lengths: tuple[int, int]
     truncated: int
+    empty_outputs: int = 0
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -129,7 +130,11 @@ def _build(
         np.save(partial / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
         np.save(partial / "prompt_lengths.npy", np.asarray(prompts, dtype=np.int32))
         np.save(partial / "kinds.npy", kinds)
-        facts = {"prefix_lengths": _shared(ids, prompts, kinds), "truncated": truncated}
+        facts = {
+            "prefix_lengths": _shared(ids, prompts, kinds),
+            "truncated": truncated,
+            "empty_outputs": sum(not record.output for record in records),
+        }
         (partial / "facts.json").write_text(json.dumps(facts))
 
 
@@ -147,6 +152,7 @@ def load(folder: Path) -> Corpus:
         kinds=array("kinds"),
         prefix_lengths=tuple(facts["prefix_lengths"]),
         truncated=facts["truncated"],
+        empty_outputs=facts.get("empty_outputs", 0),  # older ones were refused with an empty one
     )
 
 
