@@ -5,6 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,8 @@ class Runner(cog.BaseRunner):
     def setup(self, weights: cog.Path | str | None = None) -> None:
         """Load the model that Cog hands over, else ALPACA_WEIGHTS, else alpaca_out/."""
         cancellation.install()
-        given = None if weights is None else fetched(weights)
-        found = serving_weights.locate(given, os.environ, ROOT)
-        if given is not None and str(given) != str(weights):
-            given.unlink()  # a download, unpacked by now
+        with fetched(weights) as given:
+            found = serving_weights.locate(given, os.environ, ROOT)
         self.engine, self.codec = loading.load(found)
 
     def healthcheck(self) -> bool:
@@ -122,7 +121,14 @@ def record(scope: Any, job: Job, answers: list[Answer]) -> None:
         scope.record_metric(name, value)
 
 
-def fetched(weights: cog.Path | str) -> Path:
-    """A local path to what Cog hands over; a URL is downloaded by Cog's own means."""
-    path: Any = cog.Path.validate(weights)
-    return Path(path.convert() if hasattr(path, "convert") else path)
+@contextmanager
+def fetched(weights: cog.Path | str | None) -> Iterator[Path | None]:
+    """A local path to what Cog hands over; a URL's download is there only inside."""
+    path: Any = None if weights is None else cog.Path.validate(weights)
+    if not hasattr(path, "convert"):  # Cog's mark of a URL; the rest is the user's own
+        yield path
+        return
+    try:
+        yield Path(path.convert())
+    finally:
+        path.unlink(missing_ok=True)  # the download

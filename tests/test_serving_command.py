@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import predict
 from alpaca.errors import UserError
 from alpaca.serving import weights
 
@@ -71,6 +72,25 @@ def test_a_tar_file_is_unpacked_once(tiny_model: Path, tmp_path: Path, arcname: 
     inode = (first / "config.json").stat().st_ino
     second = weights.locate(Path("weights.tar"), {}, tmp_path).folder
     assert (second / "config.json").stat().st_ino == inode
+
+
+@pytest.mark.parametrize("given", ["{}/./weights.tar", "{}//weights.tar", "{}/folder/"])
+def test_what_the_user_has_on_disk_stays_there(tmp_path: Path, given: str) -> None:
+    (tmp_path / "weights.tar").touch()
+    (tmp_path / "folder").mkdir()
+    with predict.fetched(given.format(tmp_path)) as path:
+        assert path is not None
+        assert path.exists()
+    assert path.exists()
+
+
+def test_a_download_is_gone_once_it_was_used() -> None:
+    with predict.fetched("data:application/x-tar;base64,YWJj") as path:
+        assert path is not None
+        assert path.read_bytes() == b"abc"
+    assert not path.exists()
+    with predict.fetched(None) as path:
+        assert path is None
 
 
 def test_half_a_tar_file_is_refused_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
