@@ -1,6 +1,7 @@
 """Slots: how many fit, what is attended to, and the fixed shapes that a GPU would replay."""
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 
 import psutil
@@ -16,7 +17,7 @@ from alpaca.serving import packed
 from alpaca.serving.attention import Piece, Step, spans
 from alpaca.serving.cache import Capacity, LayerShape, SlotCache, plan_capacity
 from alpaca.serving.forward import Batch, SlotModel
-from alpaca.serving.graphs import sizes
+from alpaca.serving.graphs import GraphModel, sizes
 
 SHAPES = [LayerShape(2, 16, torch.float32, torch.device("cpu"))] * 3
 TOKEN = 3 * 2 * 2 * 16 * 4  # bytes
@@ -115,6 +116,46 @@ def test_a_step_of_fixed_shape_gives_the_logits_of_an_exact_one(model: SlotModel
     tokens = torch.tensor([[5, 6, 0, 7]])
     fixed = model._pass(tokens, positions[None], step, torch.arange(rows))
     torch.testing.assert_close(fixed[[0, 1, 3]], exact)
+
+
+class Replaying(GraphModel):
+    """What a GPU replays, on a CPU: the recorded step computed again, into the same tensor."""
+
+    replays = 0
+
+    def _capture(
+        self, step: Callable[[], torch.Tensor]
+    ) -> tuple[Callable[[], object], torch.Tensor]:
+        logits = step().clone()
+
+        def replay() -> None:
+            self.replays += 1
+            logits.copy_(step())
+
+        return replay, logits
+
+
+def test_replayed_steps_give_the_logits_of_computed_ones(bpe: PreTrainedTokenizerBase) -> None:
+    """Alone and beside prompts, whole and in pieces; with slots between that do not decode."""
+    models = [kind(small_model(bpe)) for kind in (SlotModel, Replaying)]
+    for model in models:
+        model.allocate(model.probe(), Capacity(6, 64))
+        decoding = prefilled(model)
+    ids = [(11 * at) % 500 for at in range(20)]
+    whole, half = (Piece(2, 0, 20), ids), (Piece(4, 0, 9), ids[:9])
+    later = [(slot, position + 1, token + 3) for slot, position, token in decoding]
+    for batch in (
+        Batch(decoding, [], [0, 1, 2]),
+        Batch(later[1:], [whole, half], [0, 1, 21]),  # the whole prompt's last token answers
+        Batch([(1, 32, 9)], [(Piece(4, 9, 20), ids[9:])], [0, 11]),
+        Batch([(1, 33, 9), (2, 20, 8)], [half], [0, 1]),
+        Batch([], [half], [0]),
+        Batch([(0, 11, 2), (1, 34, 2), (2, 21, 2)], [], [0, 1, 2]),
+    ):
+        computed, replayed = (model.run(batch) for model in models)
+        torch.testing.assert_close(replayed, computed)
+    assert models[1].replays == 5
+    assert sorted(models[1]._recordings) == [(2, 64), (4, 64)]
 
 
 def test_recorded_sizes_are_few_and_within_the_cache() -> None:

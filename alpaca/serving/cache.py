@@ -144,6 +144,12 @@ class SlotCache:
             for part in layer:
                 part[target, :, :length] = part[source, :, :length]
 
+    def erase(self, slot: int, length: int) -> None:
+        """Forget the first `length` tokens of a slot: also masked, NaN would reach the sums."""
+        for layer in self.layers:
+            for part in layer:
+                part[slot, :, :length] = 0
+
 
 def _zeros(shape: LayerShape, size: tuple[int, ...]) -> torch.Tensor:
     """Zeros (*size, head_dim). On a CPU torch would write them, the system does so when needed."""

@@ -17,8 +17,9 @@ from alpaca.errors import UserError
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.generation import Generation
 from alpaca.serving.request import CanceledError, Job, Request
-from alpaca.serving.sampling import choose, penalize
+from alpaca.serving.sampling import NO_TOKEN, Draws, choose
 from alpaca.serving.schedule import Schedule
+from alpaca.serving.transfer import send
 
 
 class EngineStoppedError(RuntimeError):
@@ -34,12 +35,13 @@ class Limits:
     """How much is waited for and done at a time.
 
     `waiting` requests may queue for a slot. `piece_tokens` of prompts are computed in one step.
-    A step of more than `stuck_seconds` counts as illness.
+    A step of more than `stuck_seconds` counts as illness, and so do `failures` steps in a row.
     """
 
     waiting: int = 256
     piece_tokens: int = 128
     stuck_seconds: float = 60.0
+    failures: int = 5
 
 
 class Engine:
@@ -66,6 +68,7 @@ class Engine:
         self._wake = threading.Condition()
         self._stopping = False
         self._step_began: float | None = None
+        self._failures = 0  # passes in a row
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self, shared_prefixes: Sequence[Sequence[int]] = ()) -> None:
@@ -104,10 +107,12 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the thread lives, and is not stuck in a step."""
+        """Whether the thread lives, is not stuck in a step, and its passes do not all fail."""
         began = self._step_began
         stuck = began is not None and time.monotonic() - began > self.limits.stuck_seconds
-        return self._thread.is_alive() and not stuck
+        failing = self._failures >= self.limits.failures
+        alive = self._thread.is_alive() and not self._stopping
+        return alive and not stuck and not failing
 
     @property
     def idle_slots(self) -> int:
@@ -132,15 +137,20 @@ class Engine:
 
     def _loop(self) -> None:
         """The thread: steps while there is work, waits while there is none."""
-        while self._collect():
-            self._step_began = time.monotonic()
-            try:
-                self._step()
-            except Exception as error:  # whatever it is, it ends requests and not the server
-                self._schedule.blame(error)
-            self._step_began = None
-        for job in [*self._inbox, *self._schedule.clear()]:
-            job.finish(EngineStoppedError("The engine was stopped."))
+        try:
+            while self._collect():
+                self._step_began = time.monotonic()
+                try:
+                    self._step()
+                except Exception as error:  # whatever it is, it ends requests and not the server
+                    self._failures += 1
+                    self._schedule.blame(error)
+                self._step_began = None
+        finally:  # also when blaming failed: nobody may wait for a thread that has ended
+            with self._wake:
+                self._stopping = True
+            for job in [*self._inbox, *self._schedule.clear()]:
+                job.finish(EngineStoppedError("The engine was stopped."))
 
     def _collect(self) -> bool:
         """Take in new requests, waiting for one if there is nothing to do; False at the end."""
@@ -160,20 +170,24 @@ class Engine:
         batch, answering = self._schedule.batch()
         if batch is None:
             return
+        rows, sequences = [row for row, _ in answering], [one for _, one in answering]
+        draws = Draws(
+            [one.sampling for one in sequences],
+            [one.uniform for one in sequences],
+            self.model.vocabulary,
+            self.model.device,
+            [one.slot for one in sequences],
+        )
+        [where] = send(self.model.device, torch.int64, rows)
         logits = self.model.run(batch)
         self._schedule.advance()
-        if answering:
-            rows, sequences = [row for row, _ in answering], [one for _, one in answering]
-            if rows != list(range(len(logits))):  # completions that share a prompt share its row
-                logits = logits[torch.tensor(rows, device=logits.device)]
-            try:
-                tokens = self._sample(logits, sequences)
-            except Exception as error:
-                for one in sequences:
-                    one.fail(error)
-                    self._schedule.release(one)
-                return
-            self._accept(sequences, tokens)
+        if sequences:
+            if len(set(rows)) < len(rows):  # completions that share a prompt share its row
+                logits = logits[where]
+            tokens = choose(logits, draws, self._seen)
+            # The one point of a step where a GPU is waited for.
+            self._accept(sequences, tokens.tolist())
+        self._failures = 0
 
     def _begin(self, one: Generation) -> None:
         """Mark the prompt's tokens as seen, for the repetition penalty."""
@@ -181,26 +195,15 @@ class Engine:
             self._seen[one.slot] = False
             self._seen[one.slot, list(one.prompt)] = True
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Generation]) -> list[int]:
-        """A token for each sequence from its row of logits."""
-        penalties = [one.sampling.repetition_penalty for one in sequences]
-        penalized = any(penalty != 1 for penalty in penalties)
-        slots = torch.tensor([one.slot for one in sequences], device=logits.device)
-        if penalized:
-            penalty = torch.tensor(penalties, device=logits.device).unsqueeze(1)
-            # A slot whose penalty is 1 may hold an earlier request's marks; 1 changes nothing.
-            logits = penalize(logits, self._seen[slots], penalty)
-        uniforms = [one.uniform() for one in sequences]
-        tokens = choose(logits, [one.sampling for one in sequences], uniforms)
-        if penalized:
-            self._seen[slots, tokens] = True
-        # The one point of a step where a GPU is waited for.
-        return tokens.tolist()
-
     def _accept(self, sequences: list[Generation], tokens: list[int]) -> None:
         """Hand each sequence its token, and free the slots of those that end with it."""
         for one, token in zip(sequences, tokens, strict=True):
             try:
+                if token == NO_TOKEN:
+                    self.model.cache.erase(
+                        one.slot, one.length
+                    )  # or the next in it would have them
+                    raise ArithmeticError("The model's logits for this request are not numbers.")
                 one.accept(token, self.ends)
             except Exception as error:  # a request that fails here fails alone
                 one.fail(error)
