@@ -44,6 +44,15 @@ def test_it_says_what_was_loaded(tiny_model: Path, capsys: pytest.CaptureFixture
     engine.stop()
 
 
+def test_it_says_what_buys_slots_where_memory_holds_few(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, _ = loading.load(Weights(tiny_model, "a test"), {"ALPACA_SLOTS": "1000000"})
+    assert engine.capacity.slots < 1_000_000
+    assert "with a lower ALPACA_CONTEXT there are up to 1,000,000" in capsys.readouterr().out
+    engine.stop()
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("ALPACA_SLOTS", "0"), ("ALPACA_CONTEXT", "all"), ("ALPACA_DTYPE", "float16")],
