@@ -13,6 +13,7 @@ import torch
 from engines import KINDS, answer_of, engine_of, tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import predict
 from alpaca.errors import UserError
 from alpaca.serving.engine import BusyError, Engine
 from alpaca.serving.request import Answer, CanceledError, Request, Sampling
@@ -156,6 +157,24 @@ def test_what_cannot_be_served_is_refused(served: tuple[Engine, Codec]) -> None:
     for impossible in ((), (5, 1024), (-1,)):
         with pytest.raises(UserError, match="tokens from 0 to 1023"):
             engine.submit(Request(impossible))
+    for stop in (("a",) * 17, ("a" * 1001,)):
+        with pytest.raises(UserError, match="16 texts, each of at most 1000 characters"):
+            engine.submit(Request((5,), stop=stop))
+
+
+def test_text_too_long_for_any_tokens_is_not_tokenized(served: tuple[Engine, Codec]) -> None:
+    """And whatever has few enough tokens is never taken for such."""
+    engine, codec = served
+    longest = max(engine.table, key=len).decode()
+    fits = longest * (2000 - len(codec.prompt("")))
+    prompt = asyncio.run(predict.tokens_of(engine, codec, fits, ""))
+    assert prompt == tuple(codec.prompt(fits))
+    assert 1500 < len(prompt) < 2048
+    unused: Any = None  # a codec that cannot tokenize
+    huge = longest * (4 * 2048)
+    for prompt, given in ((huge + "a", ""), ("", huge + "a"), ("a", huge)):
+        with pytest.raises(UserError, match="cannot fit into 2048 tokens"):
+            asyncio.run(predict.tokens_of(engine, unused, prompt, given))
 
 
 def test_more_requests_than_slots_wait_and_too_many_are_refused(

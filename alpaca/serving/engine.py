@@ -21,6 +21,10 @@ from alpaca.serving.sampling import NO_TOKEN, Draws, choose
 from alpaca.serving.schedule import Schedule
 from alpaca.serving.transfer import send
 
+SHRINKING = 4  # normalizing a text (Unicode's NFC, NFKC) leaves at least a quarter of its bytes
+STOPS = 16  # each is looked for at every token, on the thread that serves everyone
+STOP_LENGTH = 1000  # characters
+
 
 class EngineStoppedError(RuntimeError):
     """The engine has been stopped, or its thread has died."""
@@ -60,6 +64,7 @@ class Engine:
         self.ends = ends
         self.limits = limits or Limits()
         self.capacity = model.cache.capacity
+        self._most_text = SHRINKING * self.capacity.length * max(map(len, self.table))
         self._schedule = Schedule(model.cache, self.limits.piece_tokens)
         self._seen = torch.zeros(
             self.capacity.slots, model.vocabulary, dtype=torch.bool, device=model.device
@@ -81,8 +86,8 @@ class Engine:
         """Queue a request.
 
         Raises:
-            UserError: the prompt is empty, too long, or of tokens that do not exist; or n is
-                larger than the slots.
+            UserError: the prompt is empty, too long, or of tokens that do not exist; n is larger
+                than the slots; or there are too many or too long stop strings.
             BusyError: too many requests wait already.
             EngineStoppedError: it no longer serves.
         """
@@ -96,6 +101,19 @@ class Engine:
             self._inbox.append(job)
             self._wake.notify()
         return job
+
+    def check_text(self, size: int) -> None:
+        """Raise UserError for a prompt of so many bytes that no tokens of it fit into a slot.
+
+        Each token stands for the longest one's bytes at most, so this refuses no prompt that
+        `submit` would take, and costs nothing.
+        """
+        if size > self._most_text:
+            raise UserError(
+                f"The prompt has {size:,} bytes; what has more than {self._most_text:,} cannot fit "
+                f"into {self.capacity.length} tokens.",
+                "Shorten it.",
+            )
 
     def stop(self) -> None:
         """End the thread; what is unfinished fails with EngineStoppedError."""
@@ -122,6 +140,11 @@ class Engine:
     def _check(self, request: Request) -> None:
         if request.n > self.capacity.slots:
             raise UserError(f"n={request.n}, but the engine has {self.capacity.slots} slots.")
+        if len(request.stop) > STOPS or any(len(text) > STOP_LENGTH for text in request.stop):
+            raise UserError(
+                f"stop may name {STOPS} texts, each of at most {STOP_LENGTH} characters.",
+                "Name fewer, or only how they begin.",
+            )
         if len(request.prompt) >= self.capacity.length:
             raise UserError(
                 f"The prompt has {len(request.prompt)} tokens; prompt and answer together may "
