@@ -11,7 +11,7 @@ import pytest
 
 import predict
 from alpaca.errors import UserError
-from alpaca.serving import weights
+from alpaca.serving import command, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +43,13 @@ def test_missing_weights_are_said(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "nowhere do not exist" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_flag_wins_over_weights_that_cog_would_hand_over() -> None:
+    exported = {"COG_WEIGHTS": "http://127.0.0.1:1/other.tar", "ALPACA_WEIGHTS": "older", "A": "1"}
+    kept = {"ALPACA_WEIGHTS": str(Path("mine").resolve()), "A": "1"}
+    assert command.named(exported, "mine") == kept
+    assert command.named(exported, None) == exported
 
 
 def test_without_any_weights_the_three_ways_are_named(tmp_path: Path) -> None:
