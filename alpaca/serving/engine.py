@@ -73,7 +73,7 @@ class Engine:
         self._wake = threading.Condition()
         self._stopping = False
         self._step_began: float | None = None
-        self._failures = 0  # passes in a row
+        self._failures = 0  # steps in a row
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self, shared_prefixes: Sequence[Sequence[int]] = ()) -> None:
@@ -194,23 +194,26 @@ class Engine:
         if batch is None:
             return
         rows, sequences = [row for row, _ in answering], [one for _, one in answering]
-        draws = Draws(
+        draws = self._draws(sequences)
+        shared = len(set(rows)) < len(rows)  # completions that share a prompt share its row
+        where = send(self.model.device, torch.int64, rows) if shared else ()
+        logits = self.model.run(batch)
+        self._schedule.advance()
+        if sequences:
+            tokens = choose(logits[where] if shared else logits, draws, self._seen)
+            # The one point of a step where a GPU is waited for.
+            self._accept(sequences, tokens.tolist())
+        self._failures = 0
+
+    def _draws(self, sequences: list[Generation]) -> Draws:
+        """How these sequences' logits become tokens."""
+        return Draws(
             [one.sampling for one in sequences],
             [one.uniform for one in sequences],
             self.model.vocabulary,
             self.model.device,
             [one.slot for one in sequences],
         )
-        [where] = send(self.model.device, torch.int64, rows)
-        logits = self.model.run(batch)
-        self._schedule.advance()
-        if sequences:
-            if len(set(rows)) < len(rows):  # completions that share a prompt share its row
-                logits = logits[where]
-            tokens = choose(logits, draws, self._seen)
-            # The one point of a step where a GPU is waited for.
-            self._accept(sequences, tokens.tolist())
-        self._failures = 0
 
     def _begin(self, one: Generation) -> None:
         """Mark the prompt's tokens as seen, for the repetition penalty."""
@@ -223,9 +226,7 @@ class Engine:
         for one, token in zip(sequences, tokens, strict=True):
             try:
                 if token == NO_TOKEN:
-                    self.model.cache.erase(
-                        one.slot, one.length
-                    )  # or the next in it would have them
+                    self.model.cache.erase(one.slot, one.length)  # for the next in it
                     raise ArithmeticError("The model's logits for this request are not numbers.")
                 one.accept(token, self.ends)
             except Exception as error:  # a request that fails here fails alone

@@ -16,4 +16,5 @@ def send(
     joined = torch.tensor([number for numbers in lists for number in numbers], dtype=dtype)
     if device.type == "cuda":
         joined = joined.pin_memory().to(device, non_blocking=True)
-    return joined.split([len(numbers) for numbers in lists])
+    parts: tuple[torch.Tensor, ...] = joined.split([len(numbers) for numbers in lists])
+    return parts
