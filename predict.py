@@ -5,6 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from cog import Input
 
 from alpaca.serving import cancellation, loading
 from alpaca.serving import weights as serving_weights
+from alpaca.serving.engine import Engine
 from alpaca.serving.request import Answer, CanceledError, Job, Request, Sampling
+from alpaca.tokens import Codec
 
 ROOT = Path(__file__).resolve().parent
+LONG_TEXT = 10_000  # bytes, tokenized in some milliseconds
 
 # What a web form shows beside each input. `cog build` reads one plain string, no longer expression.
 PROMPT = "What to do, in plain words. It is put into the template the model was trained with."
@@ -27,7 +31,7 @@ TEMPERATURE = "How freely to choose, 0 to 5. 0 always takes the likeliest token,
 TOP_P = "Choose only among the likeliest tokens that together reach this probability. 1: all."
 TOP_K = "Choose only among this many of the likeliest tokens. 0, the default, allows all."
 REPETITION_PENALTY = "Above 1, tokens of the prompt or answer so far get less likely. 1 is neutral."
-STOP = "Texts at which an answer ends; they are not part of it. By default there are none."
+STOP = "Up to 16 texts at which an answer ends, of at most 1,000 characters; not part of it."
 SEED = "Repeats an answer: the same seed and inputs give the same text. Left out, it is random."
 STREAM = "Send pieces of text while they are written, instead of whole answers. Needs n to be 1."
 
@@ -38,10 +42,8 @@ class Runner(cog.BaseRunner):
     def setup(self, weights: cog.Path | str | None = None) -> None:
         """Load the model that Cog hands over, else ALPACA_WEIGHTS, else alpaca_out/."""
         cancellation.install()
-        given = None if weights is None else fetched(weights)
-        found = serving_weights.locate(given, os.environ, ROOT)
-        if given is not None and str(given) != str(weights):
-            given.unlink()  # a download, unpacked by now
+        with fetched(weights) as given:
+            found = serving_weights.locate(given, os.environ, ROOT)
         self.engine, self.codec = loading.load(found)
 
     def healthcheck(self) -> bool:
@@ -76,7 +78,7 @@ class Runner(cog.BaseRunner):
             seed=secrets.randbits(32) if seed is None else int(seed),
         )
         request = Request(
-            prompt=tuple(self.codec.prompt(prompt, input)),
+            prompt=await tokens_of(self.engine, self.codec, prompt, input),
             n=int(n),  # JSON's 2.0 is an integer to Cog, and a float to Python
             total_tokens=int(total_tokens),
             max_new_tokens=None if max_new_tokens is None else int(max_new_tokens),
@@ -91,6 +93,19 @@ class Runner(cog.BaseRunner):
         answers = await job.answers()
         record(self.scope, job, answers)
         return (answer.text for answer in answers)
+
+
+async def tokens_of(engine: Engine, codec: Codec, prompt: str, given: str) -> tuple[int, ...]:
+    """A prompt's token ids; a long text's are made beside Cog's event loop, which serves all.
+
+    Raises:
+        UserError: it is so long that it is not even tokenized.
+    """
+    size = len(prompt.encode()) + len(given.encode())
+    engine.check_text(size)
+    if size <= LONG_TEXT:
+        return tuple(codec.prompt(prompt, given))
+    return tuple(await asyncio.to_thread(codec.prompt, prompt, given))
 
 
 def pieces(job: Job, scope: Any) -> Iterator[str]:
@@ -122,7 +137,14 @@ def record(scope: Any, job: Job, answers: list[Answer]) -> None:
         scope.record_metric(name, value)
 
 
-def fetched(weights: cog.Path | str) -> Path:
-    """A local path to what Cog hands over; a URL is downloaded by Cog's own means."""
-    path: Any = cog.Path.validate(weights)
-    return Path(path.convert() if hasattr(path, "convert") else path)
+@contextmanager
+def fetched(weights: cog.Path | str | None) -> Iterator[Path | None]:
+    """A local path to what Cog hands over; a URL's download is there only inside."""
+    path: Any = None if weights is None else cog.Path.validate(weights)
+    if not hasattr(path, "convert"):  # Cog's mark of a URL; the rest is the user's own
+        yield path
+        return
+    try:
+        yield Path(path.convert())
+    finally:
+        path.unlink(missing_ok=True)  # the download

@@ -1,11 +1,13 @@
 """Decoding speed on one GPU against what its memory bandwidth allows.
 
-    python bench/gpu_serve.py
+    PYTHONPATH=. python bench/gpu_serve.py
 
 A model of LLaMA 7B's shape with random bf16 weights decodes under CUDA graphs at batch 1, 8, 32
 and 64. A step cannot take less time than reading every weight and every key and value once; that
-bound uses the bandwidth measured here, by copying. Needs a GPU with 20 GB, no network, a minute.
-The last line is JSON.
+bound uses the bandwidth measured here, by copying. Timed are the model's pass and the sampler,
+each step from its numbers in Python to its tokens in Python; not the engine's scheduling, nor text.
+Needs a GPU with 40 GB (computed: weights 13.5, keys and values of 64 slots 15.5, copying 4.3), no
+network, a minute. The last line is JSON.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from alpaca.serving.cache import Capacity
 from alpaca.serving.forward import Batch
 from alpaca.serving.graphs import GraphModel
 from alpaca.serving.request import Sampling
-from alpaca.serving.sampling import choose
+from alpaca.serving.sampling import Draws, choose
 
 PROMPT = 128
 STEPS = 100
@@ -103,8 +105,9 @@ def step_seconds(model: GraphModel, batch: int) -> float:
             began = time.perf_counter()
         position = PROMPT + max(step, 0)
         decoding = [(slot, position, token) for slot, token in enumerate(tokens)]
+        draws = Draws(settings, [0.5] * batch, model.vocabulary, model.device)
         logits = model.run(Batch(decoding, [], list(range(batch))))
-        tokens = choose(logits, settings, [0.5] * batch).tolist()
+        tokens = choose(logits, draws).tolist()
     return (time.perf_counter() - began) / STEPS
 
 

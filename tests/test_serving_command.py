@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import predict
 from alpaca.errors import UserError
-from alpaca.serving import weights
+from alpaca.serving import command, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +45,13 @@ def test_missing_weights_are_said(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_the_flag_wins_over_weights_that_cog_would_hand_over() -> None:
+    exported = {"COG_WEIGHTS": "http://127.0.0.1:1/other.tar", "ALPACA_WEIGHTS": "older", "A": "1"}
+    kept = {"ALPACA_WEIGHTS": str(Path("mine").resolve()), "A": "1"}
+    assert command.named(exported, "mine") == kept
+    assert command.named(exported, None) == exported
+
+
 def test_without_any_weights_the_three_ways_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refusal:
         weights.locate(None, {}, tmp_path)
@@ -71,6 +79,25 @@ def test_a_tar_file_is_unpacked_once(tiny_model: Path, tmp_path: Path, arcname: 
     inode = (first / "config.json").stat().st_ino
     second = weights.locate(Path("weights.tar"), {}, tmp_path).folder
     assert (second / "config.json").stat().st_ino == inode
+
+
+@pytest.mark.parametrize("given", ["{}/./weights.tar", "{}//weights.tar", "{}/folder/"])
+def test_what_the_user_has_on_disk_stays_there(tmp_path: Path, given: str) -> None:
+    (tmp_path / "weights.tar").touch()
+    (tmp_path / "folder").mkdir()
+    with predict.fetched(given.format(tmp_path)) as path:
+        assert path is not None
+        assert path.exists()
+    assert path.exists()
+
+
+def test_a_download_is_gone_once_it_was_used() -> None:
+    with predict.fetched("data:application/x-tar;base64,YWJj") as path:
+        assert path is not None
+        assert path.read_bytes() == b"abc"
+    assert not path.exists()
+    with predict.fetched(None) as path:
+        assert path is None
 
 
 def test_half_a_tar_file_is_refused_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from engines import KINDS, answer_of, engine_of, tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import predict
 from alpaca.errors import UserError
 from alpaca.serving.engine import BusyError, Engine
 from alpaca.serving.request import Answer, CanceledError, Request, Sampling
@@ -156,6 +157,24 @@ def test_what_cannot_be_served_is_refused(served: tuple[Engine, Codec]) -> None:
     for impossible in ((), (5, 1024), (-1,)):
         with pytest.raises(UserError, match="tokens from 0 to 1023"):
             engine.submit(Request(impossible))
+    for stop in (("a",) * 17, ("a" * 1001,)):
+        with pytest.raises(UserError, match="16 texts, each of at most 1000 characters"):
+            engine.submit(Request((5,), stop=stop))
+
+
+def test_text_too_long_for_any_tokens_is_not_tokenized(served: tuple[Engine, Codec]) -> None:
+    """And whatever has few enough tokens is never taken for such."""
+    engine, codec = served
+    longest = max(engine.table, key=len).decode()
+    fits = longest * (2000 - len(codec.prompt("")))
+    prompt = asyncio.run(predict.tokens_of(engine, codec, fits, ""))
+    assert prompt == tuple(codec.prompt(fits))
+    assert 1500 < len(prompt) < 2048
+    unused: Any = None  # a codec that cannot tokenize
+    huge = longest * (4 * 2048)
+    for prompt, given in ((huge + "a", ""), ("", huge + "a"), ("a", huge)):
+        with pytest.raises(UserError, match="cannot fit into 2048 tokens"):
+            asyncio.run(predict.tokens_of(engine, unused, prompt, given))
 
 
 def test_more_requests_than_slots_wait_and_too_many_are_refused(
@@ -195,22 +214,18 @@ def test_cancelling_while_waiting_prefilling_and_decoding_frees_everything(
     assert engine.healthy
 
 
-def test_streams_are_read_by_asyncio_too(served: tuple[Engine, Codec]) -> None:
+def test_answers_are_awaited_by_asyncio_too(served: tuple[Engine, Codec]) -> None:
     engine, codec = served
 
-    async def one(seed: int) -> tuple[str, str]:
+    async def one(seed: int) -> str:
         request = Request(tuple(codec.prompt("a")), max_new_tokens=20, sampling=Sampling(seed=seed))
-        job = engine.submit(request)
-        pieces = [piece async for piece in job.completions[0]]
-        [answer] = await job.answers()
-        return "".join(pieces), answer.text
+        [answer] = await engine.submit(request).answers()
+        return answer.text
 
-    async def all_of_them() -> list[tuple[str, str]]:
+    async def all_of_them() -> list[str]:
         return await asyncio.gather(*map(one, range(8)))
 
-    results = asyncio.run(all_of_them())
-    assert all(joined == whole for joined, whole in results)
-    assert len(set(results)) == 8
+    assert len(set(asyncio.run(all_of_them()))) == 8
 
 
 def test_streams_equal_results_from_many_threads(served: tuple[Engine, Codec]) -> None:

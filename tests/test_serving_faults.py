@@ -1,5 +1,6 @@
 """What goes wrong in the engine ends what it concerns, and nothing else."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -10,21 +11,25 @@ from engines import answer_of, engine_of, tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import predict
-from alpaca.serving.cache import Capacity
+from alpaca.serving.cache import Capacity, SlotCache
 from alpaca.serving.engine import Engine, EngineStoppedError, Limits
 from alpaca.serving.forward import Batch, SlotModel
-from alpaca.serving.request import Request, Sampling
+from alpaca.serving.request import Answer, Job, Request, Sampling
 from alpaca.serving.stream import token_bytes
 from alpaca.tokens import Codec
 
 
 class Failing(SlotModel):
-    """A model whose passes wait for `gate`, and fail with a poisonous token in them."""
+    """A model whose passes wait for `gate`, and fail with a poisonous token in them.
 
-    poison = 999
+    A `deadly` token ends the thread, one that is `nothing` makes keys and logits NaN.
+    """
+
+    poison, deadly, nothing = 999, 998, 997
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
+        model.get_input_embeddings().weight.data[self.nothing] = torch.nan
         self.allocate(self.probe(), Capacity(8, 512))
         self.gate = threading.Event()
         self.gate.set()
@@ -33,6 +38,8 @@ class Failing(SlotModel):
         self.gate.wait()
         if any(self.poison in ids for _, ids in batch.pieces):
             raise RuntimeError("poison")
+        if any(self.deadly in ids for _, ids in batch.pieces):
+            raise SystemExit
         return super().run(batch)
 
 
@@ -42,14 +49,17 @@ def failing(bpe: PreTrainedTokenizerBase) -> Iterator[tuple[Failing, Engine, Req
     codec, model = Codec(bpe), Failing(tiny("llama", bpe))
     engine = Engine(model, token_bytes(bpe), frozenset([codec.eos]), Limits(stuck_seconds=0.01))
     engine.start()
-    greedy = Sampling(temperature=0)
-    yield model, engine, Request(tuple(codec.prompt("fine")), max_new_tokens=60, sampling=greedy)
+    drawn = Sampling(temperature=0.7, seed=4)
+    yield model, engine, Request(tuple(codec.prompt("fine")), max_new_tokens=60, sampling=drawn)
     model.gate.set()
     engine.stop()
 
 
 def test_a_failing_request_fails_alone(failing: tuple[Failing, Engine, Request]) -> None:
-    """Beside one that decodes, and beside others whose prompts are in the same pass."""
+    """Beside one that decodes, and beside others whose prompts are in the same pass.
+
+    A pass that is repeated without the failing one draws the same tokens.
+    """
     model, engine, good = failing
     alone = engine.submit(good).completions[0].result.result(60)
     running = engine.submit(good)
@@ -83,6 +93,98 @@ def test_a_stuck_engine_is_ill_and_a_recovered_one_is_not(
         time.sleep(0.01)
     engine.stop()
     assert not runner.healthcheck()
+
+
+def test_an_engine_whose_passes_all_fail_is_ill_until_one_does_not(
+    failing: tuple[Failing, Engine, Request],
+) -> None:
+    _, engine, good = failing
+    bad = Request((5, Failing.poison))
+    for failures in range(1, engine.limits.failures + 1):
+        with pytest.raises(RuntimeError, match="poison"):
+            engine.submit(bad).completions[0].result.result(60)
+        assert engine.healthy is (failures < engine.limits.failures)
+    engine.submit(good).completions[0].result.result(60)
+    while not engine.healthy:  # a test must not be quicker than the step's last line
+        time.sleep(0.01)
+
+
+def test_logits_that_are_not_numbers_fail_one_request_and_leave_a_clean_slot(
+    failing: tuple[Failing, Engine, Request],
+) -> None:
+    model, engine, good = failing
+    short, long = (
+        Request(tuple(range(5, 5 + length)), max_new_tokens=5, sampling=good.sampling)
+        for length in (100, 200)
+    )
+    alone = [engine.submit(one).completions[0].result.result(60) for one in (short, long)]
+    broken = engine.submit(Request((Failing.nothing, *range(300)), n=8))
+    for completion in broken.completions:
+        with pytest.raises(ArithmeticError, match="not numbers"):
+            completion.result.result(60)
+    # Together, so that the short one's slot is read to the long one's length.
+    model.gate.clear()
+    jobs = [engine.submit(one) for one in (short, long)]
+    model.gate.set()
+    assert [job.completions[0].result.result(60) for job in jobs] == alone
+    assert engine.idle_slots == 8
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_the_thread_nobody_waits_for_it(
+    failing: tuple[Failing, Engine, Request],
+) -> None:
+    model, engine, good = failing
+    model.gate.clear()
+    jobs = [engine.submit(one) for one in (good, Request((5, Failing.deadly)), good)]
+    model.gate.set()
+    for job in jobs:
+        with pytest.raises(EngineStoppedError):
+            job.completions[0].result.result(60)
+    with pytest.raises(EngineStoppedError):
+        engine.submit(good)
+    assert not engine.healthy
+
+
+def test_a_prompt_whose_beginning_cannot_be_restored_fails_alone(
+    bpe: PreTrainedTokenizerBase,
+) -> None:
+    class Forgetful(SlotCache):
+        broken = True
+
+        def restore(self, slot: int, saved: list[torch.Tensor]) -> None:
+            if self.broken:
+                raise RuntimeError("forgotten")
+            super().restore(slot, saved)
+
+    codec, model = Codec(bpe), SlotModel(tiny("llama", bpe))
+    cache = model.cache = Forgetful(model.probe(), Capacity(4, 512))
+    engine = Engine(model, token_bytes(bpe), frozenset([codec.eos]))
+    engine.start([codec.prompt("")[:20]])
+    asked = Request(tuple(codec.prompt("Hello.")), n=4, max_new_tokens=3)
+    with pytest.raises(RuntimeError, match="forgotten"):
+        engine.submit(asked).completions[0].result.result(60)
+    assert engine.idle_slots == 4
+    cache.broken = False
+    assert engine.submit(asked).completions[3].result.result(60).tokens <= 3
+    engine.stop()
+
+
+def test_who_waits_for_a_completion_cannot_cancel_it_under_the_engine() -> None:
+    job = Job(Request((5,)))
+    [completion] = job.completions
+    assert not completion.result.cancel()
+    completion.finish(Answer("a", 1, "length"))
+    assert asyncio.run(job.answers()) == [Answer("a", 1, "length")]
+    assert not job.canceled
+
+
+def test_when_one_of_n_completions_fails_the_others_are_cancelled() -> None:
+    job = Job(Request((5,), n=3))
+    job.completions[1].finish(RuntimeError("one of three"))
+    with pytest.raises(RuntimeError, match="one of three"):
+        asyncio.run(job.answers())
+    assert job.canceled
 
 
 def test_a_stopped_engine_tells_everyone(bpe: PreTrainedTokenizerBase) -> None:

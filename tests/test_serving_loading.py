@@ -1,6 +1,7 @@
 """From a folder to an engine: what is refused, what is tuned, what is said."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,21 @@ import torch
 import yaml
 from engines import answer_of
 from http_server import ROOT
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from alpaca import passport
 from alpaca.errors import UserError
 from alpaca.model import load_model, load_tokenizer
 from alpaca.prompt import PREFIXES
 from alpaca.serving import command, loading, schema
+from alpaca.serving.forward import SlotModel
 from alpaca.serving.request import Request, Sampling
 from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
@@ -32,6 +41,15 @@ def test_it_says_what_was_loaded(tiny_model: Path, capsys: pytest.CaptureFixture
     job = engine.submit(Request(prompt, total_tokens=900, sampling=Sampling(seed=1)))
     answer = job.completions[0].result.result(60)
     assert answer.reason == "eos" or len(prompt) + answer.tokens == 100
+    engine.stop()
+
+
+def test_it_says_what_buys_slots_where_memory_holds_few(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, _ = loading.load(Weights(tiny_model, "a test"), {"ALPACA_SLOTS": "1000000"})
+    assert engine.capacity.slots < 1_000_000
+    assert "with a lower ALPACA_CONTEXT there are up to 1,000,000" in capsys.readouterr().out
     engine.stop()
 
 
@@ -99,6 +117,30 @@ def test_a_model_spread_by_accelerate_is_served_with_its_own_weights(
     assert answers[0] == answers[1]
 
 
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+STRETCHED = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (Gemma2Config(**TINY), "caps its attention scores"),
+        (GptOssConfig(**TINY, num_local_experts=2), "has attention sinks"),
+        (LlamaConfig(**TINY, rope_parameters=STRETCHED), "rotary embedding .dynamic. changes"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_attention_that_slots_do_not_compute_is_refused(
+    config: PreTrainedConfig, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        SlotModel(AutoModelForCausalLM.from_config(config)).probe()
+
+
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
 def test_prefixes_begin_every_prompt_and_are_nearly_all_of_the_template(
     request: pytest.FixtureRequest, kind: str
@@ -122,7 +164,9 @@ def test_cog_yaml_names_what_is_there() -> None:
     build = cog["build"]
     assert build["gpu"] is True
     assert build["python_version"] == "3.11"
-    pins = (ROOT / build["python_requirements"]).read_text().split()
+    lines = (ROOT / build["python_requirements"]).read_text().splitlines()
+    pins = [line for line in lines if line.strip() and not line.startswith("#")]
     assert f"cog=={build['sdk_version']}" in pins
-    assert all("==" in pin for pin in pins if pin[0].isalpha() and "=" in pin)
-    assert torch.__version__.split("+")[0] in (ROOT / "requirements.txt").read_text()
+    assert len(pins) > 10
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+-]+", pin) for pin in pins), pins
+    assert f"torch=={torch.__version__.split('+')[0]}" in pins

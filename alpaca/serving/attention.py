@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from alpaca.errors import UserError
 from alpaca.serving.cache import LayerShape, SlotCache
+from alpaca.serving.transfer import send
 
 NAME = "alpaca_slots"
+SERVED = "LLaMA, SmolLM, Mistral and Qwen models can be."
 CALL_COST = 128  # an attention call more costs about as much as reading this many tokens
 
 
@@ -46,11 +49,22 @@ class Step:
     pieces: list[Piece] = field(default_factory=list)
     recorded: bool = False
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+    _indices: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """Runs of decoding slots that are attended together; the same in every layer."""
         return spans(self.rows, self.lengths)
+
+    def index(self, first: int, last: int, device: torch.device) -> torch.Tensor:
+        """Where rows [first, last) are, counted from the first; sent once a step."""
+        name = (first, last, device)
+        if name not in self._indices:
+            low = self.rows[first]
+            [self._indices[name]] = send(
+                device, torch.int64, [row - low for row in self.rows[first:last]]
+            )
+        return self._indices[name]
 
     @property
     def decoding(self) -> int:
@@ -75,14 +89,19 @@ def slot_attention(
     step: Step | Probe,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query (1, heads, tokens, head_dim), key and value alike.
 
-    Returns (1, tokens, heads, head_dim).
+    Returns (1, tokens, heads, head_dim). Raises UserError in a probe of attention of other kinds.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(step, Probe):
+        if softcap is not None or s_aux is not None:
+            kind = "caps its attention scores" if s_aux is None else "has attention sinks"
+            raise UserError(f"The model {kind}, so it cannot be served here.", SERVED)
         step.shapes[layer] = LayerShape(key.shape[1], key.shape[3], key.dtype, key.device)
         return torch.zeros_like(query.transpose(1, 2)), None
     step.cache.write(layer, step.slots, step.positions, key[0], value[0])
@@ -117,7 +136,7 @@ def _decode(
         asked = grouped[first:last]
         holes = high - low > last - first
         if holes:  # slots in between that do not decode now: computed, and not used
-            index = _index(step.rows[first:last], low, query)
+            index = step.index(first, last, query.device)
             asked = grouped.new_zeros(high - low, *grouped.shape[1:])
             asked[index] = grouped[first:last]
         mask = _decode_mask(step, low, high, first, last, length, window, query)
@@ -127,13 +146,6 @@ def _decode(
         parts.append(answer[index] if holes else answer)
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined.reshape(count, heads, size)
-
-
-def _index(rows: list[int], low: int, like: torch.Tensor) -> torch.Tensor | slice:
-    """Where `rows` are, counted from `low`; a slice where they are neighbours."""
-    if rows[-1] - rows[0] == len(rows) - 1:
-        return slice(rows[0] - low, rows[-1] + 1 - low)
-    return torch.tensor(rows, device=like.device) - low
 
 
 def spans(rows: list[int], lengths: list[int]) -> list[tuple[int, int, int]]:
@@ -165,13 +177,14 @@ def _decode_mask(
     The same for every layer of a kind, so it is made once a step.
     """
     windowed = window is not None and length > window
-    even = high - low == last - first and min(step.lengths[first:last]) == length
+    even_rows = high - low == last - first
+    even = even_rows and min(step.lengths[first:last]) == length
     if even and not windowed and not step.recorded:
         return None
     name = (low, high, window if windowed else None, like.device)
     if name not in step.masks:
         ends = torch.full((high - low,), length, device=like.device)
-        index = _index(step.rows[first:last], low, like)
+        index = slice(None) if even_rows else step.index(first, last, like.device)
         ends[index] = step.positions[first:last].to(like.device) + 1
         at = torch.arange(length, device=like.device)
         seen = at < ends[:, None]

@@ -8,6 +8,8 @@ somewhere but never read.
 
 import math
 import mmap
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,9 @@ import torch
 
 from alpaca.errors import UserError
 
-CPU_SHARE = 0.5  # of free memory: the rest is for activations, and for others on the machine
-CUDA_SHARE = 0.9
+# of free memory: the rest is for activations, and on a CPU for others on the machine
+SHARE = {"cpu": 0.5, "cuda": 0.9}
+GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,15 @@ class Capacity:
         return self.slots * self.length
 
 
-def plan_capacity(
-    shapes: list[LayerShape], context: int, slots: int, at_least: int, budget: int
-) -> Capacity:
-    """Fit slots of the model's whole context into `budget` bytes; see `free_bytes`.
+def plan_capacity(tokens: int, context: int, slots: int, at_least: int) -> Capacity:
+    """Fit slots of the model's whole context into `tokens`; see `fitting_tokens`.
 
-    When memory is short there are fewer slots, down to `at_least`; then they get shorter.
+    When memory is short there are fewer slots, down to `at_least`; then they get shorter. A long
+    prompt that is served slowly is better than one that is refused.
 
     Raises:
         UserError: not even 256 tokens a slot fit.
     """
-    tokens = budget // sum(shape.token_bytes for shape in shapes)
     fitting = max(at_least, min(slots, tokens // context - 1))
     length = min(context, tokens // (fitting + 1))
     if length < min(256, context):
@@ -70,29 +71,50 @@ def plan_capacity(
     return Capacity(fitting, length)
 
 
-def free_bytes(devices: set[torch.device]) -> int:
-    """Bytes that the cache may take on all `devices` together."""
-    if all(device.type == "cpu" for device in devices):
-        return int(CPU_SHARE * unused_bytes(torch.device("cpu")))
-    # A cache spread over GPUs is limited by the fullest, as every layer's part is about equal.
-    smallest = min(unused_bytes(device) for device in devices)
-    return int(CUDA_SHARE * smallest * len(devices))
+def fitting_tokens(
+    shapes: Sequence[LayerShape], unused: Callable[[torch.device], int] | None = None
+) -> int:
+    """Tokens that the cache may hold: on each device the keys of its own layers have to fit."""
+    unused = unused or unused_bytes
+    token_bytes: Counter[torch.device] = Counter()
+    for shape in shapes:
+        token_bytes[shape.device] += shape.token_bytes
+    return min(
+        int(SHARE[device.type] * unused(device)) // size for device, size in token_bytes.items()
+    )
 
 
 def unused_bytes(device: torch.device) -> int:
     """Memory that nobody has taken, of the machine or container, or of a GPU."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(int(psutil.virtual_memory().available), _container_limit())
+    available = int(psutil.virtual_memory().available)  # of the machine, also in a container
+    room = container_room(GROUPS)
+    return available if room is None else min(available, room)
 
 
-def _container_limit() -> int:
-    """What the container may still take; psutil sees the whole machine."""
-    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
-    try:
-        return int(limit.read_text()) - int(used.read_text())
-    except (OSError, ValueError):  # no control group, or one without a limit ("max")
-        return int(psutil.virtual_memory().total)
+def container_room(groups: Path) -> int | None:
+    """Bytes that the container may still take, or None; `groups` is where control groups are.
+
+    Files that were read count as used until someone wants the room: such pages are not counted
+    here (kernel documentation, control groups, version 2: memory.stat; then version 1).
+    """
+    for limit, used, stat, files in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        try:
+            counts = dict(line.split() for line in (groups / stat).read_text().splitlines())
+            taken = int((groups / used).read_text()) - int(counts[files])
+            return int((groups / limit).read_text()) - taken
+        except (OSError, ValueError, KeyError):  # no such group, or one without a limit ("max")
+            continue
+    return None
 
 
 class SlotCache:
@@ -143,6 +165,12 @@ class SlotCache:
         for layer in self.layers:
             for part in layer:
                 part[target, :, :length] = part[source, :, :length]
+
+    def erase(self, slot: int, length: int) -> None:
+        """Forget the first `length` tokens of a slot: also masked, NaN would reach the sums."""
+        for layer in self.layers:
+            for part in layer:
+                part[slot, :, :length] = 0
 
 
 def _zeros(shape: LayerShape, size: tuple[int, ...]) -> torch.Tensor:

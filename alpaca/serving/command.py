@@ -46,9 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check what can be checked at once, then become the server; does not return."""
-    environment = {**IMAGE, **os.environ}
-    if arguments.weights:
-        environment[weights.VARIABLE] = str(Path(arguments.weights).resolve())
+    environment = named({**IMAGE, **os.environ}, arguments.weights)
     if not environment.get("COG_WEIGHTS") and not arguments.train:
         from alpaca import model  # imports torch, which --help need not wait for
 
@@ -68,6 +66,14 @@ def run(arguments: argparse.Namespace) -> None:
     server = [sys.executable, "-m", "cog.server.http", "--host", arguments.host]
     mode = ["--x-mode", "train"] if arguments.train else []
     os.execve(sys.executable, [*server, *mode], environment)
+
+
+def named(environment: dict[str, str], folder: str | None) -> dict[str, str]:
+    """The server's environment where `--weights` is given: nothing else names weights in it."""
+    if not folder:
+        return environment
+    others = {name: value for name, value in environment.items() if name != "COG_WEIGHTS"}
+    return {**others, weights.VARIABLE: str(Path(folder).resolve())}
 
 
 def check_port(port: int) -> None:

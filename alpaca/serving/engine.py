@@ -17,8 +17,13 @@ from alpaca.errors import UserError
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.generation import Generation
 from alpaca.serving.request import CanceledError, Job, Request
-from alpaca.serving.sampling import choose, penalize
+from alpaca.serving.sampling import NO_TOKEN, Draws, choose
 from alpaca.serving.schedule import Schedule
+from alpaca.serving.transfer import send
+
+SHRINKING = 4  # normalizing a text (Unicode's NFC, NFKC) leaves at least a quarter of its bytes
+STOPS = 16  # each is looked for at every token, on the thread that serves everyone
+STOP_LENGTH = 1000  # characters
 
 
 class EngineStoppedError(RuntimeError):
@@ -34,12 +39,13 @@ class Limits:
     """How much is waited for and done at a time.
 
     `waiting` requests may queue for a slot. `piece_tokens` of prompts are computed in one step.
-    A step of more than `stuck_seconds` counts as illness.
+    A step of more than `stuck_seconds` counts as illness, and so do `failures` steps in a row.
     """
 
     waiting: int = 256
     piece_tokens: int = 128
     stuck_seconds: float = 60.0
+    failures: int = 5
 
 
 class Engine:
@@ -58,6 +64,7 @@ class Engine:
         self.ends = ends
         self.limits = limits or Limits()
         self.capacity = model.cache.capacity
+        self._most_text = SHRINKING * self.capacity.length * max(map(len, self.table))
         self._schedule = Schedule(model.cache, self.limits.piece_tokens)
         self._seen = torch.zeros(
             self.capacity.slots, model.vocabulary, dtype=torch.bool, device=model.device
@@ -66,6 +73,7 @@ class Engine:
         self._wake = threading.Condition()
         self._stopping = False
         self._step_began: float | None = None
+        self._failures = 0  # steps in a row
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self, shared_prefixes: Sequence[Sequence[int]] = ()) -> None:
@@ -78,8 +86,8 @@ class Engine:
         """Queue a request.
 
         Raises:
-            UserError: the prompt is empty, too long, or of tokens that do not exist; or n is
-                larger than the slots.
+            UserError: the prompt is empty, too long, or of tokens that do not exist; n is larger
+                than the slots; or there are too many or too long stop strings.
             BusyError: too many requests wait already.
             EngineStoppedError: it no longer serves.
         """
@@ -94,6 +102,19 @@ class Engine:
             self._wake.notify()
         return job
 
+    def check_text(self, size: int) -> None:
+        """Raise UserError for a prompt of so many bytes that no tokens of it fit into a slot.
+
+        Each token stands for the longest one's bytes at most, so this refuses no prompt that
+        `submit` would take, and costs nothing.
+        """
+        if size > self._most_text:
+            raise UserError(
+                f"The prompt has {size:,} bytes; what has more than {self._most_text:,} cannot fit "
+                f"into {self.capacity.length} tokens.",
+                "Shorten it.",
+            )
+
     def stop(self) -> None:
         """End the thread; what is unfinished fails with EngineStoppedError."""
         with self._wake:
@@ -104,10 +125,12 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the thread lives, and is not stuck in a step."""
+        """Whether the thread lives, is not stuck in a step, and its passes do not all fail."""
         began = self._step_began
         stuck = began is not None and time.monotonic() - began > self.limits.stuck_seconds
-        return self._thread.is_alive() and not stuck
+        failing = self._failures >= self.limits.failures
+        alive = self._thread.is_alive() and not self._stopping
+        return alive and not stuck and not failing
 
     @property
     def idle_slots(self) -> int:
@@ -117,6 +140,11 @@ class Engine:
     def _check(self, request: Request) -> None:
         if request.n > self.capacity.slots:
             raise UserError(f"n={request.n}, but the engine has {self.capacity.slots} slots.")
+        if len(request.stop) > STOPS or any(len(text) > STOP_LENGTH for text in request.stop):
+            raise UserError(
+                f"stop may name {STOPS} texts, each of at most {STOP_LENGTH} characters.",
+                "Name fewer, or only how they begin.",
+            )
         if len(request.prompt) >= self.capacity.length:
             raise UserError(
                 f"The prompt has {len(request.prompt)} tokens; prompt and answer together may "
@@ -132,15 +160,20 @@ class Engine:
 
     def _loop(self) -> None:
         """The thread: steps while there is work, waits while there is none."""
-        while self._collect():
-            self._step_began = time.monotonic()
-            try:
-                self._step()
-            except Exception as error:  # whatever it is, it ends requests and not the server
-                self._schedule.blame(error)
-            self._step_began = None
-        for job in [*self._inbox, *self._schedule.clear()]:
-            job.finish(EngineStoppedError("The engine was stopped."))
+        try:
+            while self._collect():
+                self._step_began = time.monotonic()
+                try:
+                    self._step()
+                except Exception as error:  # whatever it is, it ends requests and not the server
+                    self._failures += 1
+                    self._schedule.blame(error)
+                self._step_began = None
+        finally:  # also when blaming failed: nobody may wait for a thread that has ended
+            with self._wake:
+                self._stopping = True
+            for job in [*self._inbox, *self._schedule.clear()]:
+                job.finish(EngineStoppedError("The engine was stopped."))
 
     def _collect(self) -> bool:
         """Take in new requests, waiting for one if there is nothing to do; False at the end."""
@@ -160,20 +193,27 @@ class Engine:
         batch, answering = self._schedule.batch()
         if batch is None:
             return
+        rows, sequences = [row for row, _ in answering], [one for _, one in answering]
+        draws = self._draws(sequences)
+        shared = len(set(rows)) < len(rows)  # completions that share a prompt share its row
+        where = send(self.model.device, torch.int64, rows) if shared else ()
         logits = self.model.run(batch)
         self._schedule.advance()
-        if answering:
-            rows, sequences = [row for row, _ in answering], [one for _, one in answering]
-            if rows != list(range(len(logits))):  # completions that share a prompt share its row
-                logits = logits[torch.tensor(rows, device=logits.device)]
-            try:
-                tokens = self._sample(logits, sequences)
-            except Exception as error:
-                for one in sequences:
-                    one.fail(error)
-                    self._schedule.release(one)
-                return
-            self._accept(sequences, tokens)
+        if sequences:
+            tokens = choose(logits[where] if shared else logits, draws, self._seen)
+            # The one point of a step where a GPU is waited for.
+            self._accept(sequences, tokens.tolist())
+        self._failures = 0
+
+    def _draws(self, sequences: list[Generation]) -> Draws:
+        """How these sequences' logits become tokens."""
+        return Draws(
+            [one.sampling for one in sequences],
+            [one.uniform for one in sequences],
+            self.model.vocabulary,
+            self.model.device,
+            [one.slot for one in sequences],
+        )
 
     def _begin(self, one: Generation) -> None:
         """Mark the prompt's tokens as seen, for the repetition penalty."""
@@ -181,26 +221,13 @@ class Engine:
             self._seen[one.slot] = False
             self._seen[one.slot, list(one.prompt)] = True
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Generation]) -> list[int]:
-        """A token for each sequence from its row of logits."""
-        penalties = [one.sampling.repetition_penalty for one in sequences]
-        penalized = any(penalty != 1 for penalty in penalties)
-        slots = torch.tensor([one.slot for one in sequences], device=logits.device)
-        if penalized:
-            penalty = torch.tensor(penalties, device=logits.device).unsqueeze(1)
-            # A slot whose penalty is 1 may hold an earlier request's marks; 1 changes nothing.
-            logits = penalize(logits, self._seen[slots], penalty)
-        uniforms = [one.uniform() for one in sequences]
-        tokens = choose(logits, [one.sampling for one in sequences], uniforms)
-        if penalized:
-            self._seen[slots, tokens] = True
-        # The one point of a step where a GPU is waited for.
-        return tokens.tolist()
-
     def _accept(self, sequences: list[Generation], tokens: list[int]) -> None:
         """Hand each sequence its token, and free the slots of those that end with it."""
         for one, token in zip(sequences, tokens, strict=True):
             try:
+                if token == NO_TOKEN:
+                    self.model.cache.erase(one.slot, one.length)  # for the next in it
+                    raise ArithmeticError("The model's logits for this request are not numbers.")
                 one.accept(token, self.ends)
             except Exception as error:  # a request that fails here fails alone
                 one.fail(error)

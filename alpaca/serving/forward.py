@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from alpaca.errors import UserError
 from alpaca.serving import attention, packed
 from alpaca.serving.attention import Piece, Probe, Step
 from alpaca.serving.cache import Capacity, LayerShape, SlotCache
+from alpaca.serving.transfer import send
 
 
 @dataclass
@@ -59,17 +60,24 @@ class SlotModel:
         """What one token's keys look like in every layer, seen in a pass over one token.
 
         Raises:
-            UserError: the model does not attend through transformers' attention interface.
+            UserError: the model does not attend through transformers' attention interface, or what
+                a token's key is depends on how long the other sequences are.
         """
+        if stretched := _rope_types(self.model.config.get_text_config()) & {"dynamic", "longrope"}:
+            raise UserError(
+                f"The model's rotary embedding ({stretched.pop()}) changes with the longest "
+                "sequence of a pass, so it cannot be served here.",
+                attention.SERVED,
+            )
         seen = Probe()
-        zero = torch.zeros(1, 1, dtype=torch.long)
+        zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self._pass(zero, zero, seen, zero[0])
         layers = self.model.config.get_text_config().num_hidden_layers
         if sorted(seen.shapes) != list(range(layers)):
             raise UserError(
                 f"{type(self.model).__name__} does not use transformers' attention interface "
                 f"in all {layers} layers, so it cannot be served here.",
-                "LLaMA, SmolLM, Mistral and Qwen models can.",
+                attention.SERVED,
             )
         return [seen.shapes[layer] for layer in range(layers)]
 
@@ -89,16 +97,18 @@ class SlotModel:
             slots += [piece.slot] * len(ids)
             positions += range(piece.first, piece.last)
             tokens += ids
+        slot, position, token, where = send(
+            self.device, torch.int64, slots, positions, tokens, batch.wanted
+        )
         step = Step(
             cache=self.cache,
-            slots=torch.tensor(slots, device=self.device),
-            positions=torch.tensor(positions, device=self.device),
+            slots=slot,
+            positions=position,
             rows=rows,
             lengths=lengths,
             pieces=[piece for piece, _ in batch.pieces],
         )
-        where = torch.tensor(batch.wanted, device=self.device)
-        return self._pass(torch.tensor([tokens]), step.positions[None], step, where)
+        return self._pass(token[None], position[None], step, where)
 
     def _pass(
         self,
@@ -109,14 +119,21 @@ class SlotModel:
     ) -> torch.Tensor:
         self._wanted = where
         logits: torch.Tensor = self.model(
-            input_ids=tokens.to(self.device),
-            position_ids=positions.to(self.device),
+            input_ids=tokens,
+            position_ids=positions,
             use_cache=False,
             step=step,
         ).logits
-        return logits[0].float()
+        return logits[0].float().to(self.device)  # a model may span devices
 
     def _select(self, _: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         """Before the output layer: (1, tokens, hidden) -> (1, wanted, hidden)."""
         [hidden] = inputs
         return (hidden[:, self._wanted.to(hidden.device)],)
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """The kinds of rotary embedding in a model; some have one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return {str(kind.get("rope_type")) for kind in kinds}

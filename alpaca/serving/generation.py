@@ -24,9 +24,12 @@ class Generation:
         self.length = 0
         self.token = -1
         self.reason = ""
+        self._outcome: Answer | BaseException
         self._completion: Completion = job.completions[index]
         self._text = TextStream(table, request.stop)
         self._random = generator(request.sampling.seed, index)
+        # for the next token, and the same if its pass has to be repeated
+        self.uniform = self._random.random()
         self._said: list[str] = []
         self._made = 0
         allowed = request.total_tokens - len(request.prompt)
@@ -35,20 +38,17 @@ class Generation:
         fits = room - len(request.prompt)
         self._limit, self._limited_by = (fits, "context") if fits < allowed else (allowed, "length")
 
-    def uniform(self) -> float:
-        """The random number for the next token; greedy decoding needs none."""
-        return self._random.random() if self.sampling.temperature > 0 else 0.0
-
     @property
     def wants_tokens(self) -> bool:
         """False for a request that leaves no room for an answer."""
         return self._limit > 0
 
     def accept(self, token: int, ends: frozenset[int]) -> None:
-        """Take a sampled token; ends the completion when it is the last."""
+        """Take a sampled token; ends the text when it is the last."""
         if self._completion.first_token is None:
             self._completion.first_token = time.monotonic()
         self.token = token
+        self.uniform = self._random.random()
         self._made += 1
         if token in ends:
             self.end("eos")
@@ -60,15 +60,19 @@ class Generation:
             self.end(self._limited_by)
 
     def end(self, reason: str = "") -> None:
-        """Finish the completion; without a reason it is the limit that left no room at all."""
+        """End the text; without a reason it is the limit that left no room at all."""
         self.reason = reason or self._limited_by
         self._say(self._text.finish())
-        self._completion.finish(Answer("".join(self._said), self._made, self.reason))
+        self._outcome = Answer("".join(self._said), self._made, self.reason)
 
     def fail(self, error: BaseException) -> None:
-        """Finish the completion with an error."""
+        """End with an error."""
         self.reason = "failed"
-        self._completion.finish(error)
+        self._outcome = error
+
+    def finish(self) -> None:
+        """Hand out the answer or error, once the slot is free again."""
+        self._completion.finish(self._outcome)
 
     def _say(self, piece: str) -> None:
         self._said.append(piece)

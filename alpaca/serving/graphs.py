@@ -6,6 +6,7 @@ a few lengths), so there are few recordings; rows without a sequence write to th
 slot. Prompts are computed outside of the graphs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,20 +15,19 @@ from transformers import PreTrainedModel
 from alpaca.serving.attention import Step
 from alpaca.serving.cache import SlotCache
 from alpaca.serving.forward import Batch, SlotModel
+from alpaca.serving.transfer import send
 
 SHORTEST = 256  # tokens: the shortest length recorded; others are doubles of it
 
 
 @dataclass
 class Recording:
-    """A graph, and the tensors it reads and writes, which must live as long as it."""
+    """A step that can be repeated, and the tensors it reads and writes; they live as long as it."""
 
-    graph: torch.cuda.CUDAGraph
-    tokens: torch.Tensor  # (1, rows)
-    positions: torch.Tensor  # (rows,)
-    slots: torch.Tensor  # (rows,)
-    wanted: torch.Tensor  # (rows,)
+    replay: Callable[[], object]
     logits: torch.Tensor  # (rows, vocabulary)
+    inputs: torch.Tensor  # (3, rows): tokens, positions, slots
+    wanted: torch.Tensor  # (rows,)
 
 
 class GraphModel(SlotModel):
@@ -53,32 +53,39 @@ class GraphModel(SlotModel):
 
     def _replay(self, batch: Batch) -> torch.Tensor:
         """Logits of the decoding rows, (decoding, vocabulary)."""
-        slots, positions, tokens = (list(column) for column in zip(*batch.decoding, strict=True))
-        rows, length = sizes(max(slots) + 1, max(positions) + 1, self.cache)
+        own = [slot for slot, _, _ in batch.decoding]
+        longest = max(position for _, position, _ in batch.decoding) + 1
+        rows, length = sizes(max(own) + 1, longest, self.cache)
         recording = self._recordings.get((rows, length)) or self._record(rows, length)
-        inputs = torch.zeros(3, rows, dtype=torch.long)
-        inputs[2] = self.cache.spare
-        inputs[:, slots] = torch.tensor([tokens, positions, slots])
-        on_device = inputs.to(self.device, non_blocking=True)
-        recording.tokens.copy_(on_device[:1])
-        recording.positions.copy_(on_device[1])
-        recording.slots.copy_(on_device[2])
-        recording.graph.replay()
-        return recording.logits[slots]
+        tokens, positions, slots = [0] * rows, [0] * rows, [self.cache.spare] * rows
+        for slot, position, token in batch.decoding:
+            tokens[slot], positions[slot], slots[slot] = token, position, slot
+        inputs, where = send(self.device, torch.int64, [*tokens, *positions, *slots], own)
+        recording.inputs.copy_(inputs.view(3, rows))
+        recording.replay()
+        return recording.logits[where]
 
     def _record(self, rows: int, length: int) -> Recording:
-        """Run a step of this size a few times on the side, as graphs demand, and record it."""
-        tokens = torch.zeros(1, rows, dtype=torch.long, device=self.device)
-        positions = torch.zeros(rows, dtype=torch.long, device=self.device)
-        slots = torch.full((rows,), self.cache.spare, device=self.device)
+        """Record a step of this size; until it is given inputs it writes to the spare slot."""
+        inputs = torch.zeros(3, rows, dtype=torch.int64, device=self.device)
+        inputs[2] = self.cache.spare
+        tokens, positions, slots = inputs
         wanted = torch.arange(rows, device=self.device)
 
         def step() -> torch.Tensor:
             fixed = Step(
                 self.cache, slots, positions, list(range(rows)), [length] * rows, recorded=True
             )
-            return self._pass(tokens, positions[None], fixed, wanted)
+            return self._pass(tokens[None], positions[None], fixed, wanted)
 
+        made = Recording(*self._capture(step), inputs, wanted)
+        self._recordings[rows, length] = made
+        return made
+
+    def _capture(
+        self, step: Callable[[], torch.Tensor]
+    ) -> tuple[Callable[[], object], torch.Tensor]:
+        """How to repeat `step`, and where its result is then; warmed up as graphs demand."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -88,9 +95,7 @@ class GraphModel(SlotModel):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = step()
-        made = Recording(graph, tokens, positions, slots, wanted, logits)
-        self._recordings[rows, length] = made
-        return made
+        return graph.replay, logits
 
 
 def sizes(rows: int, length: int, cache: SlotCache) -> tuple[int, int]:

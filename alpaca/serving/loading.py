@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from alpaca import model as model_folder
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.serving.cache import free_bytes, plan_capacity, unused_bytes
+from alpaca.serving.cache import fitting_tokens, plan_capacity, unused_bytes
 from alpaca.serving.engine import Engine, Limits
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.graphs import GraphModel
@@ -60,7 +60,8 @@ def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[Engine, Cod
     parameters = loaded.num_parameters()  # packed layers have none
     engine = make_engine(loaded, codec, environment, dtype)
     what = f"{type(loaded).__name__}, {parameters / 1e6:,.1f}M parameters"
-    print(_summary(weights, what, engine, time.monotonic() - began), flush=True)
+    wanted = _slots(environment, engine.model.device.type)
+    print(_summary(weights, what, engine, time.monotonic() - began, wanted), flush=True)
     return engine, codec
 
 
@@ -80,10 +81,10 @@ def make_engine(
     model = (GraphModel if one_gpu else SlotModel)(loaded, dtype)
     kind = model.device.type
     shapes = model.probe()
-    slots = _number(environment, "ALPACA_SLOTS", SLOTS[kind])
+    slots = _slots(environment, kind)
     context = min(model.context, _number(environment, "ALPACA_CONTEXT", CONTEXT))
-    budget = free_bytes({shape.device for shape in shapes})
-    model.allocate(shapes, plan_capacity(shapes, context, slots, min(slots, MIN_SLOTS), budget))
+    tokens = fitting_tokens(shapes)
+    model.allocate(shapes, plan_capacity(tokens, context, slots, min(slots, MIN_SLOTS)))
     limits = Limits(piece_tokens=PIECE_TOKENS[kind])
     engine = Engine(model, token_bytes(codec.tokenizer), ends, limits)
     engine.start(shared_prefixes(codec))
@@ -143,14 +144,21 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(value)
 
 
-def _summary(weights: Weights, what: str, engine: Engine, seconds: float) -> str:
+def _slots(environment: Mapping[str, str], kind: str) -> int:
+    """How many slots are wanted on a kind of device; memory may not hold them."""
+    return _number(environment, "ALPACA_SLOTS", SLOTS[kind])
+
+
+def _summary(weights: Weights, what: str, engine: Engine, seconds: float, wanted: int) -> str:
     model, capacity = engine.model, engine.capacity
+    short = capacity.slots < wanted
+    more = f"; with a lower ALPACA_CONTEXT there are up to {wanted:,}" if short else ""
     kind = str(model.model.dtype).removeprefix("torch.")
     held = " (weights held in 16 bits)" if model.halved else ""
     left = (unused_bytes(model.device) - model.cache.cpu_bytes) / 2**30
     return (
         f"serving {weights.folder}, taken from {weights.origin}: {what}, {kind}{held} on "
         f"{model.device}, ready in {seconds:.1f} s; {capacity.slots} slots of "
-        f"{capacity.length:,} tokens ({capacity.tokens:,} in all), {left:.1f} GiB of memory "
+        f"{capacity.length:,} tokens ({capacity.tokens:,} in all{more}), {left:.1f} GiB of memory "
         "to spare"
     )

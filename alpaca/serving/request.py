@@ -7,7 +7,7 @@ is the only one that calls `push` and `finish`.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -66,6 +66,8 @@ class Completion:
     def __init__(self) -> None:
         """Start empty."""
         self.result: Future[Answer] = Future()
+        # From now on it cannot be cancelled by who waits for it, which `finish` would stumble over.
+        self.result.set_running_or_notify_cancel()
         self.first_token: float | None = None  # time.monotonic()
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
 
@@ -90,12 +92,6 @@ class Completion:
             yield piece
         self.result.result()
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """The same for asyncio."""
-        while (piece := await asyncio.to_thread(self._pieces.get)) is not None:
-            yield piece
-        self.result.result()
-
 
 class Job:
     """One request and its completions."""
@@ -117,10 +113,11 @@ class Job:
         return self._canceled.is_set()
 
     async def answers(self) -> list[Answer]:
-        """All n answers; cancelling the waiting task cancels the job."""
+        """All n answers; when one fails, or the waiting task is cancelled, the job is cancelled."""
         try:
-            return [await asyncio.wrap_future(one.result) for one in self.completions]
-        except asyncio.CancelledError:
+            results = (asyncio.wrap_future(one.result) for one in self.completions)
+            return list(await asyncio.gather(*results))
+        except BaseException:
             self.cancel()
             raise
 

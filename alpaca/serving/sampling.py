@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from alpaca.serving.request import Sampling
+from alpaca.serving.transfer import send
 
 COLDEST = 1e-30
 BLOCK = 256  # tokens
+NO_TOKEN = -1
 CANDIDATES = 256  # enough for nearly every nucleus, and 20 times cheaper than a full sort
 
 
@@ -34,25 +36,58 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) ->
     return torch.where(seen, lowered, logits)
 
 
-def probabilities(logits: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tensor:
-    """The distributions to draw from, float32 (rows, vocabulary); every temperature is above 0.
+class Draws:
+    """How each row of a step's logits becomes a token; sent ahead of the pass that computes them.
+
+    `sampled` are the rows that are not greedy; `limited` and `nucleus` those among them, counted
+    from 0, which have a top_k and a top_p. `slots` are the rows of `seen` (see `choose`).
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[Sampling],
+        uniforms: Sequence[float],
+        vocabulary: int,
+        device: torch.device,
+        slots: Sequence[int] = (),
+    ) -> None:
+        """One of `settings` and a number in [0, 1) for each row."""
+        rows = [row for row, one in enumerate(settings) if one.temperature > 0]
+        drawn = [settings[row] for row in rows]
+        limited = [at for at, one in enumerate(drawn) if 0 < one.top_k < vocabulary]
+        nucleus = [at for at, one in enumerate(drawn) if one.top_p < 1]
+        self.penalized = any(one.repetition_penalty != 1 for one in settings)
+        self.most = max((drawn[at].top_k for at in limited), default=0)
+        self.sampled, self.limited, self.nucleus, top_k, self.slots = send(
+            device, torch.int64, rows, limited, nucleus, [drawn[at].top_k for at in limited], slots
+        )
+        uniform, temperature, top_p, penalty = send(
+            device, torch.float64,
+            [uniforms[row] for row in rows],
+            [max(one.temperature, COLDEST) for one in drawn],
+            [drawn[at].top_p for at in nucleus],
+            [one.repetition_penalty for one in settings] if self.penalized else [],
+        )  # fmt: skip
+        self.top_k, self.uniform = top_k.unsqueeze(1), uniform.unsqueeze(1)
+        self.temperature = temperature.float().unsqueeze(1)
+        self.top_p, self.penalty = top_p.float().unsqueeze(1), penalty.float().unsqueeze(1)
+
+
+def probabilities(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """The distributions to draw from, float32 (sampled rows, vocabulary), as `logits` are.
 
     Kept tokens hold their probability, filtered ones 0; rows need not sum to 1.
     """
     # Subtracting the largest first changes nothing, and a tiny temperature cannot overflow; one
     # that float32 cannot hold is as good as COLDEST.
-    temperature = _column([max(one.temperature, COLDEST) for one in settings], logits)
-    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
-    rows = [row for row, one in enumerate(settings) if 0 < one.top_k < scaled.shape[1]]
-    if rows:
-        counts = torch.tensor([[settings[row].top_k] for row in rows], device=logits.device)
-        picked = scaled[rows]
-        largest = picked.topk(max(settings[row].top_k for row in rows)).values
-        scaled[rows] = picked.masked_fill(picked < largest.gather(1, counts - 1), -torch.inf)
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(draws.temperature)
+    if len(draws.limited):
+        picked = scaled[draws.limited]
+        lowest = picked.topk(draws.most).values.gather(1, draws.top_k - 1)
+        scaled[draws.limited] = picked.masked_fill(picked < lowest, -torch.inf)
     chances = scaled.softmax(-1)
-    rows = [row for row, one in enumerate(settings) if one.top_p < 1]
-    if rows:
-        chances[rows] = _nucleus(chances[rows], _column([settings[r].top_p for r in rows], logits))
+    if len(draws.nucleus):
+        chances[draws.nucleus] = _nucleus(chances[draws.nucleus], draws.top_p)
     return chances
 
 
@@ -69,21 +104,22 @@ def _nucleus(chances: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(chances).scatter_(1, order, kept)
 
 
-def draw(chances: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Invert each row's cumulative distribution at a uniform number in [0, 1); returns (rows,).
+def draw(chances: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Invert each row's cumulative distribution at its number in [0, 1), float64 (rows, 1).
 
-    First the block of tokens that the point falls into, then the token: on a CPU, running sums
-    over a whole vocabulary take many times longer than its sums.
+    Returns (rows,); NO_TOKEN for a row that is no distribution. First the block of tokens that the
+    point falls into, then the token: on a CPU, running sums over a whole vocabulary take many times
+    longer than its sums.
     """
     rows, vocabulary = chances.shape
-    if rest := vocabulary % BLOCK:
-        chances = F.pad(chances, (0, BLOCK - rest))
-    blocks = chances.view(rows, -1, BLOCK)
+    padded = F.pad(chances, (0, -vocabulary % BLOCK)) if vocabulary % BLOCK else chances
+    blocks = padded.view(rows, -1, BLOCK)
     totals = blocks.sum(-1, dtype=torch.float64)
-    block, inside = _invert(totals, _column(uniforms, totals) * totals.sum(-1, keepdim=True))
+    block, inside = _invert(totals, uniform * totals.sum(-1, keepdim=True))
     tokens = blocks[torch.arange(rows, device=chances.device), block.squeeze(1)]
     token, _ = _invert(tokens, inside)
-    return (block * BLOCK + token).squeeze(1)
+    possible = tokens.gather(1, token) > 0
+    return (block * BLOCK + token).masked_fill_(~possible, NO_TOKEN).squeeze(1)
 
 
 def _invert(weights: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,24 +130,29 @@ def _invert(weights: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, 
     sums = weights.cumsum(-1, dtype=torch.float64)
     end = sums[:, -1:]
     points = torch.minimum(points, torch.nextafter(end, torch.zeros_like(end)))  # rounding
-    index = torch.searchsorted(sums, points, right=True)
+    index = torch.searchsorted(sums, points, right=True).clamp_(max=sums.shape[1] - 1)  # of NaN
     before = sums.gather(1, (index - 1).clamp_(min=0)).masked_fill_(index == 0, 0)
     return index, points - before
 
 
-def choose(
-    logits: torch.Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]
-) -> torch.Tensor:
-    """One token a row; greedy rows (temperature 0) take the likeliest. Returns (rows,) int64."""
-    rows = [row for row, one in enumerate(settings) if one.temperature > 0]
-    if len(rows) == len(settings):
-        return draw(probabilities(logits, settings), uniforms)
-    likeliest = logits.argmax(-1)
-    if rows:
-        chances = probabilities(logits[rows], [settings[row] for row in rows])
-        likeliest[rows] = draw(chances, [uniforms[row] for row in rows])
-    return likeliest
+def choose(logits: torch.Tensor, draws: Draws, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """One token a row; greedy rows (temperature 0) take the likeliest. Returns (rows,) int64.
 
-
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+    `seen` (slots, vocabulary) are the tokens that a repetition penalty concerns; those that are
+    chosen join them. A row whose logits are not numbers gets NO_TOKEN.
+    """
+    if draws.penalized and seen is not None:
+        # A slot whose penalty is 1 may hold an earlier request's marks; 1 changes nothing.
+        logits = penalize(logits, seen[draws.slots], draws.penalty)
+    if len(draws.sampled) == len(logits):
+        tokens = draw(probabilities(logits, draws), draws.uniform)
+    else:
+        likeliest = logits.argmax(-1, keepdim=True)
+        possible = logits.gather(1, likeliest).isfinite()
+        tokens = likeliest.masked_fill(~possible, NO_TOKEN).squeeze(1)
+        if len(draws.sampled):
+            chances = probabilities(logits[draws.sampled], draws)
+            tokens[draws.sampled] = draw(chances, draws.uniform)
+    if draws.penalized and seen is not None:
+        seen[draws.slots, tokens] = True
+    return tokens

@@ -91,15 +91,18 @@ class Schedule:
             slots = sorted(self._free)[: job.request.n]
             try:
                 sequences = [Generation(job, *at, table, room) for at in enumerate(slots)]
+                fits = sequences[0].wants_tokens
+                prompt = Prompt(sequences, self._reuse(sequences[0]) if fits else 0)
             except Exception as error:  # a request that cannot even begin fails alone
                 job.finish(error)
                 continue
-            if not sequences[0].wants_tokens:
+            if not fits:
                 for one in sequences:
                     one.end()
+                    one.finish()
                 continue
             self._free = [s for s in self._free if s not in {one.slot for one in sequences}]
-            self._prompts.append(Prompt(sequences, self._reuse(sequences[0])))
+            self._prompts.append(prompt)
             admitted += sequences
         return admitted
 
@@ -171,9 +174,10 @@ class Schedule:
         self._passing = []
 
     def release(self, one: Generation) -> None:
-        """Free the slot of a finished sequence."""
+        """Free the slot of a sequence that ended, then tell who waits for it."""
         self._decoding.remove(one)
         self._free.append(one.slot)
+        one.finish()
 
     def drop_canceled(self) -> list[Job]:
         """Remove cancelled jobs wherever they are; their slots are free at once."""
@@ -203,9 +207,10 @@ class Schedule:
             self._decoding = []
         self._prompts = [p for p in self._prompts if p not in new]
         self._suspects = [p for p in self._suspects if p not in new]
+        self._free += [one.slot for one in culprits]
         for one in culprits:
             one.fail(error)
-            self._free.append(one.slot)
+            one.finish()
 
     def clear(self) -> list[Job]:
         """Take everything out; returns the jobs that were unfinished."""
