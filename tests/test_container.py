@@ -18,6 +18,7 @@ import pytest
 import yaml
 from http_server import ROOT, SETTINGS, Door, varied
 
+from alpaca import verify
 from alpaca.serving import schema
 
 CACHE = ROOT / ".cache" / "test-container"
@@ -126,12 +127,11 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Container(Door):
-    def __init__(self, image: str, model: Path) -> None:
+    def __init__(self, image: str, *command: str, volume: str, **environment: str) -> None:
         self.id = docker(
-            "run", "--detach", "--publish", "127.0.0.1::5000", "--volume", f"{model}:/weights:ro",
-            "--env", "ALPACA_WEIGHTS=/weights",
-            *(word for name, value in SETTINGS.items() for word in ("--env", f"{name}={value}")),
-            image,
+            "run", "--detach", "--publish", "127.0.0.1::5000", "--volume", volume,
+            *(word for name, value in environment.items() for word in ("--env", f"{name}={value}")),
+            image, *command,
         )  # fmt: skip
         super().__init__(self.published())
 
@@ -150,9 +150,13 @@ class Container(Door):
             time.sleep(0.2)
 
 
+def serving(image: str, model: Path) -> Container:
+    return Container(image, volume=f"{model}:/weights:ro", ALPACA_WEIGHTS="/weights", **SETTINGS)
+
+
 @pytest.fixture(scope="module")
 def container(image: str, endless_model: Path) -> Iterator[Container]:
-    running = Container(image, endless_model)
+    running = serving(image, endless_model)
     try:
         running.wait_until_ready()
         yield running
@@ -207,7 +211,7 @@ def test_sixteen_at_once(container: Container) -> None:
 def test_sigterm_lets_a_running_prediction_finish_and_a_second_start_works(
     image: str, endless_model: Path
 ) -> None:
-    first = Container(image, endless_model)
+    first = serving(image, endless_model)
     first.wait_until_ready()
     with ThreadPoolExecutor(1) as pool:
         inputs = {"prompt": "Tell a story.", "max_new_tokens": 1500, "temperature": 0}
@@ -223,3 +227,29 @@ def test_sigterm_lets_a_running_prediction_finish_and_a_second_start_works(
     assert again.post(prompt="a", max_new_tokens=1).json()["status"] == "succeeded"
     again.client.close()
     first.remove()
+
+
+def test_training_in_the_image_over_http_and_by_the_torchrun_line(
+    image: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "weights" / "tiny")
+    shutil.copy(ROOT / "data" / "seed_tasks.jsonl", tmp_path)
+    volume = f"{tmp_path}:/data"
+    words = ("python", "-m", "cog.server.http", "--x-mode", "train")
+    trainer = Container(image, *words, volume=volume, ALPACA_OUT="/data/alpaca_out")
+    try:
+        trainer.wait_until_ready()
+        inputs = {"data": "/data/seed_tasks.jsonl", "base": "/data/weights/tiny", "epochs": 0.2}
+        answer = trainer.client.put("/trainings/mine", json={"input": inputs}).json()
+        assert answer["status"] == "succeeded", answer
+    finally:
+        trainer.remove()
+    verify.run(verify.parser().parse_args([str(tmp_path / "alpaca_out")]))
+    flags = {
+        "model_name_or_path": "/data/weights/tiny", "data_path": "/data/seed_tasks.jsonl",
+        "output_dir": "/data/second", "max_steps": 1, "fsdp": "full_shard auto_wrap",
+    }  # fmt: skip
+    line = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    docker("run", "--rm", "--volume", volume, image, "torchrun", "--nproc_per_node=2", "train.py",
+           *line)  # fmt: skip
+    verify.run(verify.parser().parse_args([str(tmp_path / "second")]))
