@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ROOT, losses, master_weights, train
+from training_runs import ROOT, lines, losses, master_weights, train
 
 from alpaca.model import load_tokenizer
 from alpaca.tokens import Codec
@@ -67,6 +67,7 @@ def test_twenty_steps_end_at_the_parameters_of_the_padded_recipe(
 ) -> None:  # fmt: skip
     out = run(tiny_model, data, tmp_path / "packed", batch, accumulation, ranks)
     assert losses(out) == pytest.approx(losses(padded), rel=1e-5)
+    assert lines(out)[0]["grad_norm"] == pytest.approx(lines(padded)[0]["grad_norm"], rel=1e-6)
     ours, theirs = (master_weights(folder, tmp_path) for folder in (out, padded))
     assert ours.keys() == theirs.keys()
     moved = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours]).norm()
