@@ -74,3 +74,11 @@ def master_weights(out: Path, scratch: Path) -> dict[str, torch.Tensor]:
     dcp_to_torch_save(checkpoint.found(out)[-1], file)
     held: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["model"]
     return held
+
+
+def distance(out: Path, other: Path, scratch: Path) -> float:
+    """How far the weights of two runs' newest checkpoints are apart, relative to their norm."""
+    ours, theirs = (master_weights(folder, scratch) for folder in (out, other))
+    assert ours.keys() == theirs.keys()
+    moved = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).norm()
+    return float(moved / torch.cat([weight.flatten() for weight in theirs.values()]).norm())
