@@ -223,7 +223,7 @@ def varlen_differences(data: Corpus, device: torch.device) -> dict[str, float]:
             leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
             out = run(*leaves, 0.125, index)
             gradients = torch.autograd.grad(out.float().square().sum(), leaves)
-            results.append([out, *gradients])
+            results.append([out.detach(), *gradients])
         pairs = [(a.float(), b.float()) for a, b in zip(*results, strict=True)]
         worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
         found[f"varlen_rel_diff_{kv_heads}_of_8"] = round(worst, 6)

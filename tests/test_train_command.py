@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import passport
 from alpaca.model import load_tokenizer
-from alpaca.prompt import render
+from alpaca.prompt import render, template_hash
 from alpaca.records import read_records
 from alpaca.tokens import Codec
 from alpaca.training import attention, packing
@@ -97,6 +97,8 @@ def test_exported_folder_gives_transformers_the_trainers_logits_and_the_logged_l
     found = passport.read(out)
     assert found is not None
     assert found["result"]["steps"] == 25
+    assert found["run"]["template_sha256"] == template_hash()
+    assert found["run"]["moments"] == "fp32"
     codec = Codec(load_tokenizer(out))
     total, targets = 0.0, 0
     trained = trainers_model(out, tmp_path)
