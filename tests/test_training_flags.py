@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
 from alpaca.model import load_tokenizer
-from alpaca.training import compatibility
+from alpaca.training import command, compatibility
 from alpaca.training.arguments import Arguments, check_packages, parse
 
 
@@ -37,6 +38,23 @@ def test_whether_bf16_was_asked_for_or_refused_is_known(
     words: list[str], value: bool | None
 ) -> None:
     assert parse(words)[0].bf16 is value
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fast", "gpu", "expected"),
+    [
+        (None, torch.bfloat16, True, torch.bfloat16),
+        (None, torch.float32, True, torch.float32),  # a GPU before Ampere
+        (None, torch.bfloat16, False, torch.float32),
+        (True, torch.bfloat16, False, torch.bfloat16),
+        (True, torch.float32, True, torch.float32),
+        (False, torch.bfloat16, True, torch.float32),
+    ],
+)
+def test_gpus_compute_in_bf16_unless_told_otherwise_and_cpus_when_told(
+    wanted: bool | None, fast: torch.dtype, gpu: bool, expected: torch.dtype
+) -> None:
+    assert command.computing(wanted, fast, gpu=gpu) == expected
 
 
 def test_a_missing_package_stops_training_and_no_plan() -> None:
