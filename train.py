@@ -55,6 +55,7 @@ async def train(
 def train_from_command_line() -> None:
     """Read the flags, and train."""
     parsed, notices = arguments.parse(sys.argv[1:])
+    arguments.check_packages(parsed)
     parsed, more = fsdp_config.apply(parsed)
     if os.environ.get("RANK", "0") == "0":
         for notice in [*notices, *more]:

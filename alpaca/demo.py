@@ -37,6 +37,7 @@ RECIPE = {
     "--gradient_accumulation_steps": 2,
     "--learning_rate": 1e-4,
     "--bf16": True,
+    "--save_strategy": "no",  # a checkpoint is 1.6 GB, and the whole run takes minutes
 }
 PROMPTS = (
     "tell me something about รามาเกียรติ์",

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,30 @@ def record(folder: Path) -> list[dict[str, Any]] | None:
     """
     weights = Weights(folder)
     reason = unsupported(weights.config)
-    seconds = 2 * TOKENS * weights.parameters / (RATE * (os.cpu_count() or 1))
+    seconds = 2 * TOKENS * weights.parameters / (RATE * cores())
     if reason is None and seconds > PATIENCE:
         reason = f"they would take {seconds / 60:.0f} minutes here"
     if reason is not None:
         print(f"note: no golden logits are kept: {reason}")
         return None
-    return answers(folder, weights)
+    with all_cores():
+        return answers(folder, weights)
+
+
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Compute on all of them meanwhile: torchrun gives each rank one, and the others wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def answers(folder: Path, weights: "Weights") -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@
 The trainer's own steps (`--fsdp shard_grad_op`, 32 examples, AdamW, fp32 master weights, bf16
 compute) on random weights and random examples with Alpaca's lengths, as many layers as fit, with
 torch.compile and gradient checkpointing on and off. The FLOPs of MFU are those of real tokens, each
-template counted once a pack. Needs no network; under 9 minutes. Last line: JSON.
+template counted once a pack. First the fused attention is held against one call a segment
+(`varlen_rel_diff_*`). Needs no network; under 9 minutes. Last line: JSON.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from alpaca.training import attention, flops, sharding, steps
+from alpaca.training import attention, flops, packing, sharding, steps
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus
 from alpaca.training.loop import Data, Trainer
@@ -29,6 +30,7 @@ from alpaca.training.loss import TargetLoss
 
 EXAMPLES = 32  # of a step: the published 4 x 8 of a device
 PREFIXES = (38, 50)  # LLaMA tokens of the two templates before the instruction
+ROUNDING = 0.02  # of bf16 attention and its gradients, against fp32
 STEPS = 4  # different ones; all of them are done once before any is measured, and compile then
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
@@ -55,6 +57,10 @@ def main() -> None:
         raise SystemExit("gpu_train: there is no GPU here")
     os.environ.pop("RANK", None)  # one process, whoever started it
     bench = Bench(options, device)
+    differences = varlen_differences(bench.data.corpus, device)
+    print(f"varlen_attn against a call a segment: {differences}", flush=True)
+    if max(differences.values(), default=0.0) > ROUNDING:
+        raise SystemExit("gpu_train: the fused attention is wrong; nothing else is measured")
     cases = {}
     for compiled in (False,) if options.eager else (False, True):
         for checkpointing in (False, True):
@@ -62,7 +68,7 @@ def main() -> None:
             cases[name] = bench.case(torch_compile=compiled, gradient_checkpointing=checkpointing)
             print(f"{name}: {cases[name]}", flush=True)
     best = max(case.get("mfu", 0.0) for case in cases.values())
-    print(json.dumps({**bench.facts(), "best_mfu": best, "cases": cases}))
+    print(json.dumps({**bench.facts(), **differences, "best_mfu": best, "cases": cases}))
 
 
 class Bench:
@@ -190,6 +196,38 @@ def corpus(examples: int, vocabulary: int) -> Corpus:
         ids=ids, offsets=offsets, prompt_lengths=prompts.astype(np.int32), kinds=kinds,
         prefix_lengths=PREFIXES, truncated=0,
     )  # fmt: skip
+
+
+def varlen_differences(data: Corpus, device: torch.device) -> dict[str, float]:
+    """How far the fused attention and its gradients are from one fp32 call a segment, relatively.
+
+    A pack of eight examples, as many key heads as query heads, and a quarter. Empty without a GPU
+    that has the kernel.
+    """
+    if device.type != "cuda" or not attention.has_kernel(
+        torch.bfloat16, torch.cuda.get_device_capability(device)
+    ):
+        return {}
+    pack = packing.build(data, range(8))
+    index = attention.index(pack.segments, device)
+    found = {}
+    for kv_heads in (8, 2):
+        torch.manual_seed(kv_heads)
+        inputs = [torch.randn(pack.tokens, heads, 64, device=device).bfloat16()
+                  for heads in (8, kv_heads, kv_heads)]  # fmt: skip
+        results = []
+        for run, dtype in (
+            (attention.varlen, torch.bfloat16),
+            (attention.segmentwise, torch.float),
+        ):
+            leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+            out = run(*leaves, 0.125, index)
+            gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+            results.append([out.detach(), *gradients])
+        pairs = [(a.float(), b.float()) for a, b in zip(*results, strict=True)]
+        worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+        found[f"varlen_rel_diff_{kv_heads}_of_8"] = round(worst, 6)
+    return found
 
 
 NOTHING = corpus(0, 4)

@@ -68,6 +68,17 @@ def test_logits_are_those_of_transformers(
         assert torch.allclose(mine.double(), logits.topk(8).values.double(), atol=1e-4)
 
 
+def test_logits_are_computed_on_all_cores_and_the_threads_put_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun gives each rank
+    try:
+        with golden.all_cores():
+            assert torch.get_num_threads() == golden.cores()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def answers(folder: Path) -> list[dict[str, Any]]:
     return golden.answers(folder, golden.Weights(folder))
 

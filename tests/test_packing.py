@@ -196,6 +196,62 @@ def test_segmentwise_attention_equals_dense_attention_over_the_index_tensors(
     assert torch.allclose(out[0], dense(q, k, v, index, 0.3), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "capability", "fused"),
+    [
+        (torch.bfloat16, (9, 0), True),
+        (torch.float16, (8, 0), True),
+        (torch.float32, (9, 0), False),  # FlashAttention takes half precision only
+        (torch.float16, (7, 5), False),  # and no GPU before Ampere
+        (torch.bfloat16, None, False),
+    ],
+)
+def test_the_fused_kernel_is_used_where_it_runs(
+    dtype: torch.dtype, capability: tuple[int, int] | None, fused: bool
+) -> None:
+    assert attention.has_kernel(dtype, capability) is fused
+
+
+def test_segmentwise_attention_stays_on_the_device_of_the_queries(corpus: Corpus) -> None:
+    meta = torch.device("meta")
+    pack = packing.build(corpus, range(3))
+    q, k = (torch.empty(pack.tokens, heads, 8, device=meta) for heads in (4, 2))
+    out = attention.segmentwise(q, k, k, 0.3, attention.index(pack.segments, meta))
+    assert (out.device, out.shape) == (meta, q.shape)
+
+
+@given(corpora)
+def test_the_index_names_each_segments_keys_and_the_longest(corpus: Corpus) -> None:
+    pack = packing.build(corpus, range(len(corpus)))
+    index = attention.index(pack.segments, CPU)
+    queries, keys = (torch.diff(ends).tolist() for ends in (index.cu_q, index.cu_k))
+    assert queries == [s.end - s.start for s in pack.segments]
+    assert keys == [s.prefix_end - s.prefix_start + s.end - s.start for s in pack.segments]
+    assert (index.max_q, index.max_k) == (max(queries), max(keys))
+    assert (index.cu_q[-1], index.cu_k[-1]) == (pack.tokens, len(index.gather))
+    assert index.cu_q.dtype == index.cu_k.dtype == torch.int32
+    for s, seen in zip(pack.segments, index.gather.split(keys), strict=True):
+        assert seen.tolist() == [*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]
+
+
+@given(corpora, st.integers(62, 200))
+def test_filled_packs_have_one_of_eight_lengths_and_stay_within_capacity(
+    corpus: Corpus, capacity: int
+) -> None:
+    allowed = packing.lengths(capacity)
+    assert len(allowed) == 8
+    assert allowed[-1] == capacity
+    [shares] = packing.distribute(corpus, range(len(corpus)), capacity, 1)
+    for share in shares:
+        pack = packing.build(corpus, share)
+        filled = packing.fill(pack, allowed)
+        assert pack.tokens <= filled.tokens
+        assert filled.tokens == len(filled.positions) == filled.segments[-1].end
+        assert filled.tokens in allowed
+        assert filled.ids[: pack.tokens].tolist() == pack.ids.tolist()
+        assert filled.labels is pack.labels
+
+
 def dense(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: attention.PackIndex, scaling: float
 ) -> torch.Tensor:

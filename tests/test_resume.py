@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import ROOT, losses
+from training_runs import ROOT, distance, finish, losses, start, wait_until
 from transformers import AutoModelForCausalLM
 
 from alpaca.training import checkpoint
@@ -39,26 +38,6 @@ def command(tiny_model: Path, out: Path, *changed: object, ranks: int = 0) -> li
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
     return [*launcher, "train.py", *words, *map(str, changed)]
-
-
-def start(words: list[str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(words: list[str]) -> str:
-    job = start(words)
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, output
-    return output
-
-
-def wait_until(reached: Callable[[], bool], job: "subprocess.Popen[str]") -> None:
-    while not reached():
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.02)
 
 
 def logged(out: Path) -> int:
@@ -140,6 +119,52 @@ def test_killed_at_any_moment_goes_on_bit_for_bit(
     assert_same_model(tmp_path / "out", undisturbed)
 
 
+def pause_within_a_save(job: "subprocess.Popen[str]", out: Path) -> None:
+    """Bring the job to a stand while a checkpoint is being written."""
+
+    def writing() -> bool:
+        return bool(list(out.glob(".checkpoint-*.partial")))
+
+    process = psutil.Process(job.pid)
+    while True:
+        assert job.poll() is None, job.communicate()[0]
+        if writing():
+            job.send_signal(signal.SIGSTOP)
+            while process.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.001)
+            if writing():
+                return
+            job.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+
+
+def test_a_run_killed_within_a_save_goes_on_bit_for_bit(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = command(tiny_model, out)
+    job = start(words)
+    pause_within_a_save(job, out)
+    job.kill()
+    job.communicate()
+    assert list(out.glob(".checkpoint-*.partial"))
+    finish(words)
+    assert not list(out.glob(".checkpoint-*"))
+    assert losses(out) == losses(undisturbed)
+    assert_same_model(out, undisturbed)
+
+
+def test_a_signal_to_stop_within_a_save_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = start(command(tiny_model, out, "--save_steps=1"))
+    pause_within_a_save(job, out)
+    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGCONT)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 143, output
+    assert len(losses(out)) < STEPS
+
+
 def test_usr1_saves_and_the_run_goes_on(
     tiny_model: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +175,23 @@ def test_usr1_saves_and_the_run_goes_on(
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 0, output
     assert len(checkpoint.found(out)) == 1
+    assert_same_model(out, undisturbed)
+
+
+def test_the_last_step_is_saved_whatever_the_period(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """So a run that fails in its export goes on from there, without a step more."""
+    out = tmp_path / "out"
+    words = command(tiny_model, out, "--save_steps=100")
+    output = finish(words)
+    assert f"no checkpoint is due before the last of {STEPS} steps" in output
+    assert [path.name for path in checkpoint.found(out)] == [f"checkpoint-{STEPS}"]
+    for path in [out / "passport.json", *out.glob("model*.safetensors"), out / "config.json"]:
+        path.unlink()  # as if the export had failed
+    assert losses(out) == losses(undisturbed)
+    finish(words)
+    assert losses(out) == losses(undisturbed)
     assert_same_model(out, undisturbed)
 
 
@@ -206,7 +248,8 @@ def test_the_command_of_2023_resumes_on_another_number_of_ranks(
     kill_after_a_checkpoint(command_of_2023(tiny_model, data, out, *changed), out)
     output = finish(command(tiny_model, out, "--save_total_limit=1"))  # one rank, twice the batches
     assert f"model              {out}" in output
-    assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-4)
+    assert distance(out, undisturbed, tmp_path) < 1e-5
+    assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-5)
     assert losses(out)[:3] == pytest.approx(losses(undisturbed)[:3], rel=1e-6)
 
 

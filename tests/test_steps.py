@@ -64,6 +64,18 @@ def test_cosine_schedule_equals_that_of_transformers() -> None:
         reference.step()
 
 
+@pytest.mark.parametrize(("limit", "scale"), [(0.0, 1.0), (1.0, 0.2), (10.0, 1.0)])
+def test_gradients_are_clipped_to_the_norm_and_not_at_all_to_0(limit: float, scale: float) -> None:
+    import torch
+
+    from alpaca.training.loop import clip
+
+    module = torch.nn.Linear(2, 1, bias=False)
+    module.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clip(module, limit) == 5.0
+    assert torch.allclose(module.weight.grad, scale * torch.tensor([[3.0, 4.0]]))
+
+
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
 def test_every_schedule_warms_up_to_the_peak_and_stays_within_it(shape: str) -> None:
     made = Schedule(100, 10, 50, 5, 0, 1e-3, shape)

@@ -1,19 +1,22 @@
 """`train.py` from its flags to the folder it leaves, run as people run it."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ROOT, lines, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from training_runs import ROOT, lines, master_weights, train
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import passport
 from alpaca.model import load_tokenizer
-from alpaca.prompt import render
+from alpaca.prompt import render, template_hash
 from alpaca.records import read_records
 from alpaca.tokens import Codec
+from alpaca.training import attention, packing
+from alpaca.training.loss import TargetLoss
 
 SEEDS = ROOT / "data/seed_tasks.jsonl"
 Run = tuple[Path, list[str], subprocess.CompletedProcess[str]]
@@ -54,11 +57,37 @@ def test_both_kinds_of_example_are_shown_with_what_is_masked_and_trained(run: Ru
     shown = run[2].stdout
     assert "an example without input, as it is trained on" in shown
     assert "an example with input, as it is trained on" in shown
-    assert shown.count("### Response:\ntrained (") == 2
+    words = shown.split()
+    assert "Ġinstruction" in words  # by the tokenizer's own names, which show spaces
+    assert words.count("masked") == shown.count("\ntrained (") == words.count("[<|end|>]") == 2
+    assert "(cut off here)" not in shown
 
 
-def test_exported_folder_loads_in_transformers_and_gives_the_logged_loss(
-    run: Run,
+def trainers_model(out: Path, scratch: Path) -> TargetLoss:
+    """The model as it was trained, packed attention and all, its weights rounded as exported."""
+    config = AutoConfig.from_pretrained(out)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention.NAME
+    )
+    module = TargetLoss(model.eval())
+    held = master_weights(out, scratch)
+    assert any(not weight.bfloat16().float().equal(weight) for weight in held.values())
+    module.load_state_dict({name: w.bfloat16().float() for name, w in held.items()})
+    return module
+
+
+def logits_of_trainer(module: TargetLoss, ids: list[int]) -> torch.Tensor:
+    pack = packing.plain(ids)
+    hidden = module.model.base_model(
+        input_ids=torch.tensor(pack.ids)[None], position_ids=torch.tensor(pack.positions)[None],
+        pack=attention.index(pack.segments, torch.device("cpu")),
+    ).last_hidden_state[0]  # fmt: skip
+    logits: torch.Tensor = module.model.get_output_embeddings()(hidden)
+    return logits
+
+
+def test_exported_folder_gives_transformers_the_trainers_logits_and_the_logged_loss(
+    run: Run, tmp_path: Path
 ) -> None:
     out, _, _ = run
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -68,13 +97,17 @@ def test_exported_folder_loads_in_transformers_and_gives_the_logged_loss(
     found = passport.read(out)
     assert found is not None
     assert found["result"]["steps"] == 25
+    assert found["run"]["template_sha256"] == template_hash()
+    assert found["run"]["moments"] == "fp32"
     codec = Codec(load_tokenizer(out))
     total, targets = 0.0, 0
-    held_out = held_out_records()
-    for example in codec.examples(held_out, 512):
+    trained = trainers_model(out, tmp_path)
+    for example in codec.examples(held_out_records(), 512):
         ids = torch.tensor(example.ids)
         with torch.no_grad():
             logits = model(ids[None]).logits[0, :-1]
+            expected = logits_of_trainer(trained, example.ids)[:-1]
+        assert (logits - expected).norm() / expected.norm() < 1e-5
         losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
         total += losses[example.prompt_length - 1 :].sum().item()
         targets += example.targets
@@ -107,6 +140,21 @@ def test_the_same_run_again_is_recognised_and_another_is_not(
     assert again.returncode == 0
     assert "already holds the model of exactly this run" in again.stdout
     assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_killed_before_its_drawing_gets_it_from_the_next(run: Run, tmp_path: Path) -> None:
+    out, flags, _ = run
+    killed = tmp_path / "out"
+    shutil.copytree(out, killed)
+    (killed / "loss.png").unlink()
+    (killed / "loss.svg").unlink()
+    found = json.loads((killed / "passport.json").read_text())
+    del found["beside"]
+    (killed / "passport.json").write_text(json.dumps(found))
+    again = train(*flags, "--output_dir", killed)
+    assert "already holds the model of exactly this run" in again.stdout
+    assert "<svg" in (killed / "loss.svg").read_text()
+    assert set(passport.read(killed)["beside"]) == {"log.jsonl", "loss.png", "loss.svg"}
 
 
 def test_without_packing_the_losses_are_the_same_and_the_tokens_are_not(
@@ -142,6 +190,7 @@ def test_two_ranks_log_the_losses_of_one(run: Run, tmp_path: Path) -> None:
     two = [line["loss"] for line in lines(other) if "loss" in line]
     assert two == pytest.approx(one, rel=1e-3)
     assert two[:3] == pytest.approx(one[:3], rel=1e-5)
+    assert lines(other)[1]["grad_norm"] == pytest.approx(lines(out)[1]["grad_norm"], rel=1e-6)
 
 
 def test_more_ranks_than_examples_still_train(run: Run, tmp_path: Path) -> None:
@@ -157,8 +206,6 @@ def test_more_ranks_than_examples_still_train(run: Run, tmp_path: Path) -> None:
 
 
 def test_an_export_that_was_cut_short_is_finished_by_the_next_run(run: Run, tmp_path: Path) -> None:
-    import shutil
-
     out, flags, _ = run
     broken = tmp_path / "out"
     inner = broken / ".model.partial"

@@ -1,6 +1,7 @@
 """The benchmarks of training run, small, and say what their documents quote."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,16 @@ def bench(name: str, *flags: object) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def test_gpu_train_needs_neither_pydantic_nor_cog() -> None:
+    """The images that have GPUs need not have them."""
+    blocked = "import sys; sys.modules |= dict.fromkeys(('pydantic', 'cog')); import gpu_train"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,29 @@ def train(*flags: object, ranks: int = 0, **environment: str) -> subprocess.Comp
     )
 
 
+def start(words: list[str]) -> "subprocess.Popen[str]":
+    """Begin a command in a session of its own; its errors are part of its output."""
+    return subprocess.Popen(
+        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(words: list[str]) -> str:
+    """Run a command that ends well; returns its output."""
+    job = start(words)
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    return output
+
+
+def wait_until(reached: Callable[[], bool], job: "subprocess.Popen[str]") -> None:
+    """Wait while the job runs; a job that ends first is a failure."""
+    while not reached():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     """What log.jsonl holds."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -49,3 +74,11 @@ def master_weights(out: Path, scratch: Path) -> dict[str, torch.Tensor]:
     dcp_to_torch_save(checkpoint.found(out)[-1], file)
     held: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["model"]
     return held
+
+
+def distance(out: Path, other: Path, scratch: Path) -> float:
+    """How far the weights of two runs' newest checkpoints are apart, relative to their norm."""
+    ours, theirs = (master_weights(folder, scratch) for folder in (out, other))
+    assert ours.keys() == theirs.keys()
+    moved = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).norm()
+    return float(moved / torch.cat([weight.flatten() for weight in theirs.values()]).norm())

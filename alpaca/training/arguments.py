@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -46,7 +47,7 @@ class Arguments:
     warmup_ratio: float = flag(0.03, "share of all steps in which the learning rate rises")
     warmup_steps: float = flag(0.0, "the same as a number of steps, or a share below 1; wins")
     weight_decay: float = flag(0.0, "AdamW's weight decay (not on norms and biases)")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: they are not")
     seed: int = flag(42, "decides the order of the data")
 
     eval_data_path: Path | None = flag(None, "held-out examples")
@@ -56,7 +57,9 @@ class Arguments:
     logging_steps: int = flag(1, "steps between lines of log.jsonl")
     report_to: str = flag("none", "log elsewhere too", "none", "tensorboard", "wandb", "trackio")
 
-    bf16: bool = flag(False, "compute in bf16 where the hardware is fast at it (weights stay fp32)")
+    bf16: bool | None = flag(
+        None, "compute in bf16 where the hardware is fast at it; not given: on a GPU that is"
+    )
     tf32: bool = flag(False, "allow TF32 matrix products (Ampere and newer GPUs)")
     fsdp: str = flag("full_shard auto_wrap", "how to shard; see below")
     fsdp_transformer_layer_cls_to_wrap: str = flag(
@@ -89,11 +92,13 @@ class Arguments:
         return self.max_tokens_per_pack or batch
 
 
-# Values that need a package the image does not hold.
+# Values that need a package the image does not hold; the extra of pyproject.toml that pins it.
 OPTIONAL = {
-    "optim": {"adamw_8bit": "torchao"},
-    "report_to": {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
-}
+    "optim": ("optim", {"adamw_8bit": "torchao"}),
+    "report_to": (
+        "report", {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
+    ),
+}  # fmt: skip
 
 # 2023 name: today's field
 RENAMED = {"evaluation_strategy": "eval_strategy"}
@@ -151,10 +156,10 @@ def _flags() -> list[tuple[str, Any, dataclasses.Field[Any]]]:
 
 def _reader(kind: Any) -> dict[str, Any]:
     """How argparse reads a field of this type; `--flag` alone means True, as in 2023."""
-    if kind is bool:
+    inner = [part for part in get_args(kind) if part is not type(None)] or [kind]
+    if inner[0] is bool:
         return {"type": _truth, "nargs": "?", "const": True}
-    inner = [part for part in get_args(kind) if part is not type(None)]
-    return {"type": inner[0] if inner else kind}
+    return {"type": inner[0]}
 
 
 def _truth(text: str) -> bool:
@@ -209,13 +214,7 @@ def check(arguments: Arguments) -> None:
     ):  # fmt: skip
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
-    for name, packages in OPTIONAL.items():
-        package = packages.get(getattr(arguments, name))
-        if package and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"--{name} {getattr(arguments, name)} needs the package {package}.",
-                f"pip install {package}",
-            )
+    _check_numbers(arguments)
     words = arguments.fsdp.split()
     unknown = set(words) - {*SHARDINGS, "auto_wrap", "offload"}
     if unknown or len(set(words) & set(SHARDINGS)) > 1:
@@ -227,6 +226,12 @@ def check(arguments: Arguments) -> None:
         raise UserError(f"--eval_fraction must be in [0, 1), not {arguments.eval_fraction}.")
     if arguments.eval_fraction and arguments.eval_data_path:
         raise UserError("--eval_fraction and --eval_data_path exclude each other.", "Give one.")
+    held_out = arguments.eval_fraction or arguments.eval_data_path
+    if arguments.eval_strategy != "no" and not held_out:
+        raise UserError(
+            f"--eval_strategy {arguments.eval_strategy}: there is nothing to evaluate on.",
+            "Give --eval_data_path or --eval_fraction.",
+        )
     if arguments.pack_tokens < arguments.model_max_length:
         raise UserError(
             f"--max_tokens_per_pack {arguments.max_tokens_per_pack} cannot hold one example of "
@@ -235,3 +240,29 @@ def check(arguments: Arguments) -> None:
         )
     if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
         raise UserError("Nothing to train: --num_train_epochs and --max_steps leave no step.")
+
+
+def _check_numbers(arguments: Arguments) -> None:
+    """Refuse what is no number, or a negative one where none makes sense."""
+    for name, kind, _ in _flags():
+        if kind is float and not math.isfinite(getattr(arguments, name)):
+            raise UserError(f"--{name} must be a finite number, not {getattr(arguments, name)}.")
+    for name in (
+        "learning_rate", "weight_decay", "max_grad_norm", "seed", "warmup_steps",
+        "max_tokens_per_pack",
+    ):  # fmt: skip
+        if getattr(arguments, name) < 0:
+            raise UserError(f"--{name} must not be negative: {getattr(arguments, name)}.")
+    if not 0 <= arguments.warmup_ratio <= 1:
+        raise UserError(f"--warmup_ratio must be in [0, 1], not {arguments.warmup_ratio}.")
+
+
+def check_packages(arguments: Arguments) -> None:
+    """Raise UserError where a flag needs a package that is not installed here."""
+    for name, (extra, packages) in OPTIONAL.items():
+        package = packages.get(getattr(arguments, name))
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--{name} {getattr(arguments, name)} needs the package {package}.",
+                f"pip install -e '.[{extra}]'",
+            )

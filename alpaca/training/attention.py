@@ -2,8 +2,8 @@
 
 Each segment of a pack attends, causally and aligned at the end, to its shared prefix and to
 itself. With a gather of the prefix's keys and values that is ordinary variable-length attention:
-`varlen_attn` on CUDA, one `scaled_dot_product_attention` a segment on CPU. No model code is
-touched: the pack's index travels through the model's keyword arguments.
+`varlen_attn` where its kernel runs, else one `scaled_dot_product_attention` a segment. No model
+code is touched: the pack's index travels through the model's keyword arguments.
 """
 
 import inspect
@@ -64,17 +64,32 @@ def packed_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (1, heads, tokens, head_dim) to (1, tokens, ...)."""
-    run = _varlen if query.is_cuda else _segmentwise
+    capability = _capability(query.device) if query.is_cuda else None
+    run = varlen if has_kernel(query.dtype, capability) else segmentwise
     out = run(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling, pack
     )
     return out.unsqueeze(0), None
 
 
-def _varlen(
+def has_kernel(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    """Whether `varlen_attn` takes such numbers on a GPU of this compute capability; None: a CPU.
+
+    Its kernel is FlashAttention: fp16 and bf16 on Ampere and newer (Dao, "FlashAttention-2", 2023).
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and capability is not None and capability >= (8, 0)
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, pack: PackIndex
 ) -> torch.Tensor:
-    """CUDA: one fused kernel over all segments; (tokens, heads, head_dim) in and out."""
+    """One fused kernel over all segments; (tokens, heads, head_dim) in and out."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -92,10 +107,10 @@ def _varlen(
     return cast(torch.Tensor, out)
 
 
-def _segmentwise(
+def segmentwise(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, pack: PackIndex
 ) -> torch.Tensor:
-    """CPU: one call a segment; (tokens, heads, head_dim) in and out.
+    """Any device and type: one call a segment; (tokens, heads, head_dim) in and out.
 
     The pack is split once and joined once: a slice a segment would make the backward pass
     write a gradient as large as the whole pack for each of them.
@@ -110,7 +125,7 @@ def _segmentwise(
             prefix = starts[s.prefix_start]
             k = torch.cat([pieces[1][prefix], k], dim=1)
             v = torch.cat([pieces[2][prefix], v], dim=1)
-        mask = _lower(shared, q.shape[1], query.dtype)
+        mask = _lower(shared, q.shape[1], query.dtype, query.device)
         results.append(
             F.scaled_dot_product_attention(
                 q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None,
@@ -120,17 +135,18 @@ def _segmentwise(
     return torch.cat(results, dim=1).transpose(0, 1)
 
 
-def _lower(shared: int, own: int, dtype: torch.dtype) -> torch.Tensor | None:
+def _lower(shared: int, own: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     """Additive mask (own, shared + own), causal, aligned at the end; None: plain causal."""
     if not shared:
         return None
-    return _triangle(shared, 1 << (own - 1).bit_length(), dtype)[:own, : shared + own]
+    return _triangle(shared, 1 << (own - 1).bit_length(), dtype, device)[:own, : shared + own]
 
 
 @lru_cache(maxsize=64)
-def _triangle(shared: int, own: int, dtype: torch.dtype) -> torch.Tensor:
-    blocked = torch.ones(own, shared + own, dtype=torch.bool).triu(diagonal=shared + 1)
-    return torch.zeros(own, shared + own, dtype=dtype).masked_fill(blocked, -torch.inf)
+def _triangle(shared: int, own: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    size = own, shared + own
+    blocked = torch.ones(size, dtype=torch.bool, device=device).triu(diagonal=shared + 1)
+    return torch.zeros(size, dtype=dtype, device=device).masked_fill(blocked, -torch.inf)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -52,7 +52,7 @@ def save(
         atomic.sync_tree(partial)
         atomic.replace_folder(partial, final)
         for old in found(folder)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
 
     try:
         on_first_rank(begin)
@@ -72,9 +72,16 @@ def save(
         ) from None
 
 
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; renamed first, so that what a kill leaves of it is cleared later."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
+
+
 def _clear_partial(folder: Path) -> None:
-    """Delete what interrupted writers left, whichever step it was of."""
-    for path in folder.glob(f".{PREFIX}*.partial"):
+    """Delete what was not written, or not deleted, to its end, whichever step it was of."""
+    for path in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,18 @@ from alpaca.model import (
     load_tokenizer,
 )
 from alpaca.passport import sha256
+from alpaca.prompt import template_hash
 from alpaca.tokens import Codec
-from alpaca.training import checkpoint, gpus, plan_command, planning, sharding, steps, telling
+from alpaca.training import (
+    checkpoint,
+    compatibility,
+    gpus,
+    plan_command,
+    planning,
+    sharding,
+    steps,
+    telling,
+)  # fmt: skip
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus, open_corpus, split
 from alpaca.training.export import export, rehearse
@@ -31,7 +41,6 @@ from alpaca.training.signals import StoppedError
 from alpaca.training.steps import Schedule
 
 CACHE = Path(".cache/alpaca")
-T = TypeVar("T")
 AGAIN = "Free some space and run the same command again: it goes on from the last checkpoint."
 
 
@@ -45,6 +54,7 @@ def run(arguments: Arguments) -> None:
     device = _device()
     dtype = _dtype(arguments, device, main)
     codec = Codec(load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path))
+    compatibility.check(arguments, codec.tokenizer)
     data = _split(arguments, codec)
     # Counted from the environment: everything a user can mend is found before ranks meet.
     schedule = steps.schedule(arguments, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
@@ -53,6 +63,7 @@ def run(arguments: Arguments) -> None:
     try:
         if on_first_rank(lambda: _already_done(arguments, identity)):
             if main:
+                _illustrate(arguments.output_dir)  # where a run was killed just before it
                 print(f"train: {arguments.output_dir} already holds the model of exactly this run")
             return
         plan = on_first_rank(lambda: _plan(arguments, data, dtype))
@@ -63,7 +74,7 @@ def run(arguments: Arguments) -> None:
         trainer = Trainer(
             arguments, module, data, schedule, device, dtype, identity, reduces_once=once
         )
-        newest = checkpoint.newest(arguments.output_dir, identity)
+        newest = on_first_rank(lambda: checkpoint.newest(arguments.output_dir, identity))
         if newest is None:
             _rehearse(arguments, module, codec)
         with explained_disk_errors(arguments.output_dir, AGAIN):
@@ -74,8 +85,7 @@ def run(arguments: Arguments) -> None:
             export(module.model, codec, arguments.output_dir, facts)
         sample = _sample(trainer, codec)
         if main:
-            telling.draw(arguments.output_dir)
-            passport.add_beside(arguments.output_dir, ["log.jsonl", "loss.png", "loss.svg"])
+            _illustrate(arguments.output_dir)
             print(sample)
             print(telling.summary(result, dist.get_world_size(), arguments.output_dir))
             print("\n".join(planning.compare(plan, result)))
@@ -114,7 +124,12 @@ def _dtype(arguments: Arguments, device: torch.device, main: bool) -> torch.dtyp
     if arguments.bf16 and fast is not torch.bfloat16:
         lacks = "compute capability 8.0" if gpu else "AMX or AVX512-BF16"
         notice(f"--bf16 has no effect: {name} lacks {lacks} and only emulates bf16; fp32 is faster")
-    return fast if arguments.bf16 else torch.float32
+    return computing(arguments.bf16, fast, gpu=gpu)
+
+
+def computing(wanted: bool | None, fast: torch.dtype, *, gpu: bool) -> torch.dtype:
+    """The compute type; where none is `wanted`, what is `fast` on GPUs, and fp32 on CPUs."""
+    return fast if (gpu if wanted is None else wanted) else torch.float32
 
 
 def _open(arguments: Arguments, data: Path, codec: Codec) -> Corpus:
@@ -151,6 +166,7 @@ def _identity(
         "eval_data_sha256": sha256(held_out) if held_out else None,
         "base_sha256": passport.fingerprint(arguments.model_name_or_path),
         "tokenizer_sha256": passport.text_sha256(tokenizer),
+        "template_sha256": template_hash(),
         "compute": str(dtype).removeprefix("torch."),
         **dataclasses.asdict(schedule),
         "eval_fraction": arguments.eval_fraction,
@@ -158,6 +174,7 @@ def _identity(
         "joint_tokenization": arguments.joint_tokenization,
         "weight_decay": arguments.weight_decay,
         "max_grad_norm": arguments.max_grad_norm,
+        "moments": "8bit" if arguments.optim == "adamw_8bit" else "fp32",
     }
 
 
@@ -188,12 +205,12 @@ def _already_done(arguments: Arguments, identity: dict[str, Any]) -> bool:
         if not _resumable(folder, identity):
             checkpoint.clear(folder)
         return False
-    checkpoint.newest(folder, identity)  # refuses one of another run
     if (folder / "config.json").exists():
         raise UserError(
             f"{folder} already holds another model.",
             "Choose another --output_dir, or give --overwrite_output_dir to replace it.",
         )
+    checkpoint.newest(folder, identity)  # refuses one of another run
     return False
 
 
@@ -202,6 +219,14 @@ def _resumable(folder: Path, identity: dict[str, Any]) -> bool:
         return checkpoint.newest(folder, identity) is not None
     except UserError:
         return False
+
+
+def _illustrate(folder: Path) -> None:
+    """Draw the losses beside a finished model, and take log and drawing into its passport, once."""
+    found = passport.read(folder)
+    if found is not None and "beside" not in found and (folder / "log.jsonl").is_file():
+        telling.draw(folder)
+        passport.add_beside(folder, ["log.jsonl", "loss.png", "loss.svg"])
 
 
 def _base(arguments: Arguments) -> dict[str, Any]:
@@ -246,7 +271,7 @@ def _tell(
     for kind, name in enumerate(("without input", "with input")):
         shown = next((i for i in data.train if corpus.kinds[i] == kind), None)
         if shown is not None:
-            text = telling.show_example(corpus, shown, codec.decode, arguments.model_max_length)
+            text = telling.show_example(corpus, shown, codec)
             print(f"--- an example {name}, as it is trained on\n{text}\n")
     print(
         f"train: {len(data.train)} examples, {schedule.steps} steps of {schedule.batch}, "
@@ -260,5 +285,11 @@ def _tell(
             f"train: {corpus.empty_outputs} example(s) have an empty output and teach to answer "
             "with nothing, as in 2023; a copy without them: python -m alpaca audit "
             f"{arguments.data_path} --leave_out empty_output --write-clean clean.json",
+            flush=True,
+        )
+    if arguments.save_strategy == "steps" and arguments.save_steps >= schedule.steps:
+        print(
+            f"train: no checkpoint is due before the last of {schedule.steps} steps: a lost "
+            "machine loses the run; --save_steps 100 saves it every 100 steps",
             flush=True,
         )

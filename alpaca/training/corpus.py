@@ -20,9 +20,9 @@ from tqdm import tqdm
 from alpaca import atomic
 from alpaca.passport import sha256
 from alpaca.prompt import template_hash
-from alpaca.records import Record, read_records
 
 if TYPE_CHECKING:  # a plan reads these arrays without waiting for transformers
+    from alpaca.records import Record
     from alpaca.tokens import Codec
 
 CHUNK = 2000
@@ -84,6 +84,8 @@ def open_corpus(
     Raises:
         UserError: as `read_records`.
     """
+    from alpaca.records import read_records  # here: what packs arrays needs no pydantic
+
     folder = tokens_folder(data, codec, cache, max_length, joint=joint)
     if not folder.exists():
         with _lock(folder.with_suffix(".lock")):
@@ -97,6 +99,8 @@ def tokens_folder(
 ) -> Path:
     """Where in `cache` a data set's tokens are, or will be; raises UserError as `read_records`."""
     if not data.is_file():
+        from alpaca.records import read_records
+
         read_records(data)  # explains what is wrong
     backend = codec.tokenizer.backend_tokenizer.to_str()
     parts = [
@@ -114,7 +118,7 @@ def tokens_folder(
 
 
 def _build(
-    folder: Path, records: Sequence[Record], codec: "Codec", max_length: int, joint: bool
+    folder: Path, records: "Sequence[Record]", codec: "Codec", max_length: int, joint: bool
 ) -> None:
     ids: list[npt.NDArray[np.int32]] = []
     lengths, prompts, truncated = [0], [], 0

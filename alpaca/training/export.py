@@ -39,11 +39,15 @@ class Weight:
         """Shape of the whole parameter."""
         return tuple(self.parameter.shape)
 
-    def value(self, dtype: torch.dtype) -> torch.Tensor:
-        """The parameter whole, in `dtype`, on the CPU."""
+    def gather(self) -> torch.Tensor:
+        """The parameter whole, as it is."""
         parameter = self.parameter
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        return whole.detach().to("cpu", dtype).contiguous()
+        return whole.detach()
+
+    def value(self, dtype: torch.dtype) -> torch.Tensor:
+        """The parameter whole, in `dtype`, on the CPU."""
+        return self.gather().to("cpu", dtype).contiguous()
 
 
 def export(model: PreTrainedModel, codec: Codec, folder: Path, facts: dict[str, Any]) -> None:
@@ -110,7 +114,7 @@ def _write(
             shutil.rmtree(folder, ignore_errors=True)  # or it would keep the disk full
             failure = error
     for weight in remaining:  # every rank gathers each, whatever became of rank 0's disk
-        weight.value(DTYPE)
+        weight.gather()
     on_first_rank(lambda: _raise(failure))
     return planned, meant
 

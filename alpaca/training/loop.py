@@ -71,8 +71,7 @@ class Trainer:
         self.progress = Progress()
         self.work = flops.Work.of(module.model)
         self.peak = flops.peak(device, compute)
-        # Compiled layers meet one of eight lengths.
-        self.multiple = max(1, arguments.pack_tokens // 8) if arguments.torch_compile else 1
+        self.lengths = packing.lengths(arguments.pack_tokens) if arguments.torch_compile else ()
 
     def train(self, newest: Path | None) -> Progress:
         """Train to the last step, from the checkpoint `newest` where there is one.
@@ -96,9 +95,11 @@ class Trainer:
                 journal.step(line, write=(step + 1) % self.arguments.logging_steps == 0)
                 if self.due(self.arguments.eval_strategy, self.arguments.eval_steps, last=True):
                     self.evaluate(journal)
-                if wanted or self.due(self.arguments.save_strategy, self.arguments.save_steps):
+                saves = self.arguments.save_strategy
+                # Whatever the period, the last step is saved: the export may yet fail.
+                if wanted or self.due(saves, self.arguments.save_steps, last=saves != "no"):
+                    self.requests.saving()
                     self.save()
-                    self.requests.clear()
                 if wanted == STOP and self.progress.steps < self.schedule.steps:
                     raise StoppedError(self.requests.number, self.progress.steps)
         return self.progress
@@ -116,7 +117,7 @@ class Trainer:
             pack = self.pack(corpus, share, members)
             if self.reduces_once:
                 cast(FSDPModule, self.module).set_requires_gradient_sync(number == len(shares))
-            value = loss.run(self.module, pack, self.device, self.multiple) / max(1, targets)
+            value = loss.run(self.module, pack, self.device, self.lengths) / max(1, targets)
             # FSDP averages gradients over ranks; the loss is a sum over them.
             (value * dist.get_world_size()).backward()
             total += value.detach()
@@ -182,7 +183,7 @@ class Trainer:
         total = 0.0
         for share in self.shares(corpus, members):
             pack = self.pack(corpus, share, members)
-            total += float(loss.run(self.module, pack, self.device, self.multiple))
+            total += float(loss.run(self.module, pack, self.device, self.lengths))
         self.module.train()
         targets = max(1, sum(corpus.targets(i) for i in members))
         mean = float(self.gather(total).sum()) / targets
@@ -242,8 +243,8 @@ class Trainer:
 
 
 def clip(module: torch.nn.Module, limit: float) -> float:
-    """Scale gradients down to a global norm of `limit`; returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+    """Scale gradients down to a global norm of `limit`, 0: of any; returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit or math.inf)
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return float(whole.item())
 

@@ -5,6 +5,7 @@ matrix of the model is never multiplied for prompts. The sum over a pack is retu
 the targets of the whole global step makes the mean independent of packs and ranks.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,15 +102,15 @@ class CrossEntropySum(torch.autograd.Function):
 
 
 def run(
-    module: torch.nn.Module, pack: Pack, device: torch.device, multiple: int = 1
+    module: torch.nn.Module, pack: Pack, device: torch.device, lengths: Sequence[int] = ()
 ) -> torch.Tensor:
     """Move a pack to `device` and return its loss sum.
 
-    `multiple`: tokens that nobody looks at are added up to one, so that compiled layers meet few
-    lengths.
+    `lengths`: tokens that nobody looks at are added up to the next of them, so that compiled
+    layers meet few shapes.
     """
     labels = torch.as_tensor(pack.labels, device=device)
-    loss: torch.Tensor = module(*_tensors(packing.fill(pack, multiple), device), labels)
+    loss: torch.Tensor = module(*_tensors(packing.fill(pack, lengths), device), labels)
     return loss
 
 

@@ -155,12 +155,17 @@ def padded_tokens(corpus: Corpus, members: Sequence[int], batch: int) -> int:
     return sum(max(lengths) * len(lengths) for lengths in batches)
 
 
-def fill(pack: Pack, multiple: int) -> Pack:
-    """The pack with a segment that nobody looks at, so that its length is a multiple."""
-    missing = -pack.tokens % multiple
+def lengths(capacity: int) -> tuple[int, ...]:
+    """The eight lengths that packs of at most `capacity` tokens are filled up to."""
+    return tuple(-(-capacity * eighth // 8) for eighth in range(1, 9))
+
+
+def fill(pack: Pack, lengths: Sequence[int]) -> Pack:
+    """The pack with a segment that nobody looks at, up to the next of the ascending `lengths`."""
+    end = next((length for length in lengths if length >= pack.tokens), pack.tokens)
+    missing = end - pack.tokens
     if not missing:
         return pack
-    end = pack.tokens + missing
     nothing = np.zeros(missing, dtype=np.int64)
     return replace(
         pack,

@@ -5,6 +5,7 @@ One process is a group of one, so there is a single code path from a laptop to m
 """
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,25 @@ from alpaca.training.arguments import Arguments
 from alpaca.training.loss import TargetLoss
 from alpaca.training.meeting import meet
 
+# How long a rank waits for the others. The longest that rank 0 works alone is the end of an export:
+# 140 GB are hashed, twice and at 100 MB/s in 47 minutes. Ranks and hosts that die are found by
+# torchrun within seconds, so this bounds only a rank that lives and stands still.
+TIMEOUT = timedelta(hours=1)
+
 
 def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
     """Join the process group torchrun describes, or make one of this process alone.
 
     The mesh says how to shard: one dimension shards over all ranks; of two, the first keeps
     copies and the second shards, within a node for `hybrid_shard`, not at all for `no_shard`.
+
+    Beside NCCL stands gloo, for what lies in host memory: offloaded weights, and Python objects.
     """
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         store, rank, world = next(rendezvous("env://"))
         store = meet(store, rank, world)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -74,8 +82,9 @@ def build(
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     shard(module, mesh, dtype, arguments)
     module.to_empty(device=torch.device("cpu") if "offload" in arguments.fsdp else device)
-    for name, buffer in module.named_buffers():
-        buffer.copy_(buffers[name])  # rotary frequencies are computed, not stored in the files
+    for name, buffer in buffers.items():  # rotary frequencies: computed, not stored in the files
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, buffer.to(device))  # computing is done there
     load(model, folder)
     return module
 
@@ -95,13 +104,15 @@ def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, arguments: A
     torch._dynamo.config.recompile_limit = 64  # eight lengths, training and evaluating
     for layer in decoder_layers(module.model, arguments.fsdp_transformer_layer_cls_to_wrap):
         if arguments.torch_compile:
-            layer.compile()
+            layer.compile(dynamic=False)  # else two lengths make one slower, general shape
         fully_shard(layer, **options)
     fully_shard(module, **options)
 
 
 def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> bool:
     """Whether every rank has memory for whole fp32 gradients, so that a step reduces them once.
+
+    A collective call: where one rank has too little, all of them go the other way.
 
     Else each pack's gradients are reduced at once. Decided from the memory the device has, not
     from what is free now: a resumed run must decide alike. Sharded weights, gradients and moments
@@ -114,7 +125,10 @@ def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> 
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
         memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return parameters * (16 / mesh.size(mesh.ndim - 1) + 4) <= 0.6 * memory
+    fits = parameters * (16 / mesh.size(mesh.ndim - 1) + 4) <= 0.6 * memory
+    agreed = torch.tensor(int(fits), device=mesh.device_type)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return bool(agreed.item())
 
 
 def decoder_layers(model: PreTrainedModel, named: str = "") -> list[torch.nn.Module]:

@@ -4,9 +4,10 @@ Only rank 0 speaks.
 """
 
 import json
+import textwrap
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -15,6 +16,9 @@ from alpaca import atomic
 from alpaca.training.corpus import Corpus
 from alpaca.training.progress import Progress
 from alpaca.training.reporting import Reporter
+
+if TYPE_CHECKING:
+    from alpaca.tokens import Codec
 
 
 class Journal:
@@ -132,14 +136,23 @@ def draw(folder: Path) -> None:
         figure.savefig(folder / name, dpi=120)
 
 
-def show_example(corpus: Corpus, index: int, decode: Any, limit: int) -> str:
-    """One example as the model sees it: the masked prompt, then each trained token in brackets."""
+def show_example(corpus: Corpus, index: int, codec: "Codec") -> str:
+    """One example as the model sees it, each token by the tokenizer's name for it.
+
+    First the masked prompt, then, in brackets, what is trained on; EOS ends it unless it was cut.
+    """
     ids = [int(i) for i in corpus.example(index)]
+    names = codec.tokenizer.convert_ids_to_tokens(ids)
     prompt = int(corpus.prompt_lengths[index])
-    trained = "".join(f"[{decode([i])}]" for i in ids[prompt:])
-    cut = " (cut off here)" if len(ids) == limit else ""
+    trained = [f"[{name}]" for name in names[prompt:]]
+    if ids[-1] != codec.eos:
+        trained.append("(cut off here)")
     shared = corpus.prefix_lengths[int(corpus.kinds[index])]
     return (
         f"masked ({prompt} tokens, the first {shared} shared within a pack):\n"
-        f"{decode(ids[:prompt])}\ntrained ({len(ids) - prompt} tokens):\n{trained}{cut}"
+        f"{_wrapped(names[:prompt])}\ntrained ({len(ids) - prompt} tokens):\n{_wrapped(trained)}"
     )
+
+
+def _wrapped(words: list[str]) -> str:
+    return textwrap.fill(" ".join(words), 100, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,40 @@
+"""Model, tokenizer and flags that can't go together are refused before ranks meet.
+
+Each mistake here would train, and give a model that is wrong or can't be served.
+"""
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from alpaca.errors import UserError
+from alpaca.model import check_folder, load_tokenizer
+from alpaca.training.arguments import Arguments
+
+
+def check(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError unless the model takes this tokenizer's ids and sees whole examples."""
+    folder = arguments.model_name_or_path
+    check_folder(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    vocabulary = tokenizer.get_vocab()
+    if max(vocabulary.values()) >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer has ids up to {max(vocabulary.values())}, the model of {folder} has "
+            f"{config.vocab_size} of them.",
+            "They are not of the same model; without --tokenizer_name_or_path its own is used.",
+        )
+    given = arguments.tokenizer_name_or_path
+    own = folder / "tokenizer.json"
+    other = given and own.is_file() and not own.samefile(given / own.name)
+    if other and load_tokenizer(folder).get_vocab() != vocabulary:
+        raise UserError(
+            f"The tokenizer of {given} is not the one in {folder}: their vocabularies differ.",
+            "Leave --tokenizer_name_or_path out: the model's own is used.",
+        )
+    window = getattr(config, "sliding_window", None)
+    if window and arguments.model_max_length > window:
+        raise UserError(
+            f"The model of {folder} sees {window} tokens back (sliding_window in its config.json), "
+            f"which is not trained here beyond that; --model_max_length is "
+            f"{arguments.model_max_length}.",
+            f"Give --model_max_length {window}, or less.",
+        )

@@ -1,0 +1,105 @@
+"""Flags that cannot work, alone or with the model, are refused before anything starts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from alpaca.errors import UserError
+from alpaca.model import load_tokenizer
+from alpaca.training import command, compatibility
+from alpaca.training.arguments import Arguments, check_packages, parse
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seed=-1"], "--seed must not be negative"),
+        (["--learning_rate=-1e-5"], "--learning_rate must not be negative"),
+        (["--max_grad_norm=-1"], "--max_grad_norm must not be negative"),
+        (["--warmup_ratio=1.5"], "--warmup_ratio must be in"),
+        (["--num_train_epochs=nan"], "--num_train_epochs must be a finite number"),
+        (["--learning_rate=inf"], "--learning_rate must be a finite number"),
+        (["--eval_strategy=epoch"], "there is nothing to evaluate on"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(words: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [([], None), (["--bf16"], True), (["--bf16", "False"], False)]
+)
+def test_whether_bf16_was_asked_for_or_refused_is_known(
+    words: list[str], value: bool | None
+) -> None:
+    assert parse(words)[0].bf16 is value
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fast", "gpu", "expected"),
+    [
+        (None, torch.bfloat16, True, torch.bfloat16),
+        (None, torch.float32, True, torch.float32),  # a GPU before Ampere
+        (None, torch.bfloat16, False, torch.float32),
+        (True, torch.bfloat16, False, torch.bfloat16),
+        (True, torch.float32, True, torch.float32),
+        (False, torch.bfloat16, True, torch.float32),
+    ],
+)
+def test_gpus_compute_in_bf16_unless_told_otherwise_and_cpus_when_told(
+    wanted: bool | None, fast: torch.dtype, gpu: bool, expected: torch.dtype
+) -> None:
+    assert command.computing(wanted, fast, gpu=gpu) == expected
+
+
+def test_a_missing_package_stops_training_and_no_plan() -> None:
+    arguments, _ = parse(["--report_to", "wandb"])  # as `python -m alpaca plan` reads it
+    with pytest.raises(UserError, match=r"wandb.\n  pip install -e '.\[report\]'"):
+        check_packages(arguments)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
+    tiny_model: Path, bpe: PreTrainedTokenizerBase
+) -> None:
+    larger = load_tokenizer(tiny_model)
+    arguments = Arguments(model_name_or_path=tiny_model)
+    compatibility.check(arguments, larger)
+    larger.add_tokens(["a token that the model has no row for"])
+    with pytest.raises(UserError, match="1024 of them"):
+        compatibility.check(arguments, larger)
+
+
+def test_another_models_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, tmp_path)
+    same = Arguments(model_name_or_path=tiny_model, tokenizer_name_or_path=tmp_path)
+    compatibility.check(same, load_tokenizer(tmp_path))
+    definition = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = definition["model"]["vocab"]
+    ids["Ġthe"], ids["Ġis"] = ids["Ġis"], ids["Ġthe"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    with pytest.raises(UserError, match="their vocabularies differ"):
+        compatibility.check(same, load_tokenizer(tmp_path))
+
+
+def test_examples_longer_than_the_models_window_are_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "windowed"
+    shutil.copytree(tiny_model, folder)
+    config = AutoConfig.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    for window, length, refused in ((400, 512, True), (512, 512, False), (None, 512, False)):
+        config.sliding_window = window
+        config.save_pretrained(folder)
+        arguments = Arguments(model_name_or_path=folder, model_max_length=length)
+        if refused:
+            with pytest.raises(UserError, match="--model_max_length 400, or less"):
+                compatibility.check(arguments, tokenizer)
+        else:
+            compatibility.check(arguments, tokenizer)
