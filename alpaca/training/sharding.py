@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from alpaca import ram
 from alpaca.errors import UserError
 from alpaca.model import check_folder
 from alpaca.training import attention
@@ -124,7 +124,7 @@ def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> 
     if mesh.device_type == "cuda":
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
-        memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        memory = ram.total() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fits = parameters * (16 / mesh.size(mesh.ndim - 1) + 4) <= 0.6 * memory
     agreed = torch.tensor(int(fits), device=mesh.device_type)
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
