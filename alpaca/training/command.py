@@ -40,7 +40,6 @@ from alpaca.training.plan import Plan
 from alpaca.training.signals import StoppedError
 from alpaca.training.steps import Schedule
 
-CACHE = Path(".cache/alpaca")
 AGAIN = "Free some space and run the same command again: it goes on from the last checkpoint."
 
 
@@ -134,7 +133,7 @@ def computing(wanted: bool | None, fast: torch.dtype, *, gpu: bool) -> torch.dty
 
 def _open(arguments: Arguments, data: Path, codec: Codec) -> Corpus:
     return open_corpus(
-        data, codec, CACHE, arguments.model_max_length, joint=arguments.joint_tokenization
+        data, codec, planning.CACHE, arguments.model_max_length, joint=arguments.joint_tokenization
     )
 
 
