@@ -60,6 +60,10 @@ class Arguments:
     bf16: bool | None = flag(
         None, "compute in bf16 where the hardware is fast at it; not given: on a GPU that is"
     )
+    dither_masters: bool = flag(
+        True, "where bf16 is computed: fp32 masters keep updates too small for bf16"
+    )
+    export_dtype: str = flag("bf16", "type of the exported weights", "bf16", "fp16", "fp32")
     tf32: bool = flag(False, "allow TF32 matrix products (Ampere and newer GPUs)")
     fsdp: str = flag("full_shard auto_wrap", "how to shard; see below")
     fsdp_transformer_layer_cls_to_wrap: str = flag(

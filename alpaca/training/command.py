@@ -32,7 +32,7 @@ from alpaca.training import (
 )  # fmt: skip
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus, open_corpus, split
-from alpaca.training.export import export, rehearse
+from alpaca.training.export import Rounding, export, rehearse
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
 from alpaca.training.meeting import on_first_rank
@@ -68,6 +68,7 @@ def run(arguments: Arguments) -> None:
         plan = on_first_rank(lambda: _plan(arguments, data, dtype))
         if main:
             _tell(arguments, data, schedule, dtype, codec)
+        rounded = Rounding.of(arguments.export_dtype, dtype, arguments.seed)
         module = sharding.build(arguments.model_name_or_path, mesh, dtype, device, arguments)
         once = sharding.reduces_once(module, mesh, arguments)
         trainer = Trainer(
@@ -75,18 +76,25 @@ def run(arguments: Arguments) -> None:
         )
         newest = on_first_rank(lambda: checkpoint.newest(arguments.output_dir, identity))
         if newest is None:
-            _rehearse(arguments, module, codec)
+            _rehearse(arguments, module, codec, rounded)
         with explained_disk_errors(arguments.output_dir, AGAIN):
             result = trainer.train(newest)
-            facts = {
-                "run": identity, "base": _base(arguments), "result": dataclasses.asdict(result),
-            }  # fmt: skip
-            export(module.model, codec, arguments.output_dir, facts)
+
+            def facts(written: Path) -> dict[str, Any]:
+                nonlocal result
+                result = trainer.measure_export(written)
+                return {
+                    "run": identity, "base": _base(arguments), "result": dataclasses.asdict(result),
+                }  # fmt: skip
+
+            export(module.model, codec, arguments.output_dir, rounded, facts)
         sample = _sample(trainer, codec)
         if main:
             _illustrate(arguments.output_dir)
             print(sample)
             print(telling.summary(result, dist.get_world_size(), arguments.output_dir))
+            if (warning := telling.changed_by_export(result, rounded.facts)) is not None:
+                print(warning)
             print("\n".join(planning.compare(plan, result)))
     except StoppedError as stopped:
         if main:
@@ -160,6 +168,7 @@ def _identity(
     """What makes two runs the same run, whatever the number of ranks and the paths."""
     tokenizer = codec.tokenizer.backend_tokenizer.to_str()
     held_out = arguments.eval_data_path
+    dithered = sharding.Dither.of(arguments, dtype) is not None
     return {
         "data_sha256": sha256(arguments.data_path),
         "eval_data_sha256": sha256(held_out) if held_out else None,
@@ -174,6 +183,7 @@ def _identity(
         "weight_decay": arguments.weight_decay,
         "max_grad_norm": arguments.max_grad_norm,
         "moments": "8bit" if arguments.optim == "adamw_8bit" else "fp32",
+        **({"dither_masters": True} if dithered else {}),
     }
 
 
@@ -199,7 +209,9 @@ def _already_done(arguments: Arguments, identity: dict[str, Any]) -> bool:
     finish_install(folder)
     found = passport.read(folder)
     if found is not None and found.get("run") == identity:
-        return True
+        held = found.get("export", {}).get("dtype", "bf16")
+        if held == arguments.export_dtype:
+            return True
     if arguments.overwrite_output_dir:
         if not _resumable(folder, identity):
             checkpoint.clear(folder)
@@ -241,12 +253,12 @@ def _base(arguments: Arguments) -> dict[str, Any]:
     return {"folder": folder.name, "files": dict(zip(names, hashes, strict=True))}
 
 
-def _rehearse(arguments: Arguments, module: TargetLoss, codec: Codec) -> None:
+def _rehearse(arguments: Arguments, module: TargetLoss, codec: Codec, rounded: Rounding) -> None:
     """Refuse now what would fail at the end: no permission to write, or no space for the model."""
     folder = arguments.output_dir
     try:
         with explained_disk_errors(folder, AGAIN):
-            rehearse(module.model, codec, folder)
+            rehearse(module.model, codec, folder, rounded)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error}", "Name another --output_dir."
