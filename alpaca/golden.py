@@ -7,7 +7,6 @@ would compute, and one layer at a time, so that a model needs the memory of one 
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from alpaca import stored
 from alpaca.model import load_tokenizer
 from alpaca.tokens import Codec
 
@@ -127,7 +127,7 @@ def signs(size: int) -> Tensor:
 def all_tensor_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each tensor of a folder, for its passport; files are read side by side."""
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(tensor_hashes, sorted(folder.glob("*.safetensors"))))
+        found = list(pool.map(tensor_hashes, stored.weight_files(folder)))
     return {name: value for part in found for name, value in part.items()}
 
 
@@ -149,20 +149,15 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         """Read the headers; raises KeyError later for a tensor that is not there."""
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        self.files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self.files |= dict.fromkeys(file.keys(), file)
+        self.config: dict[str, Any] = stored.read_json(folder / "config.json")
+        held = stored.tensors(folder)
+        opened = {path: safe_open(path, framework="pt") for path in stored.weight_files(folder)}
+        self.files: dict[str, Any] = {name: opened[entry.path] for name, entry in held.items()}
+        self.parameters = sum(entry.elements for entry in held.values())
 
     def __contains__(self, name: str) -> bool:
         """Whether there is such a tensor."""
         return name in self.files
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all tensors."""
-        return sum(math.prod(file.get_slice(name).get_shape()) for name, file in self.files.items())
 
     def whole(self, name: str) -> Tensor:
         """One tensor."""

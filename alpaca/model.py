@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from alpaca import atomic
+from alpaca import atomic, stored
 from alpaca.errors import UserError
 
 STAGING = ".model.partial"
@@ -65,7 +65,7 @@ def finish_install(folder: Path) -> None:
 
 
 def check_folder(folder: Path, what: str = "model") -> None:
-    """Raise UserError unless `folder` is a complete model folder."""
+    """Raise UserError unless `folder` is a complete model folder whose weights are known."""
     if (folder / STAGING / READY).exists():
         raise UserError(
             f"{folder} was being replaced when its writer was stopped.",
@@ -82,11 +82,7 @@ def check_folder(folder: Path, what: str = "model") -> None:
             f"{folder} is not a model folder: it has no config.json.",
             "Name the folder that holds config.json and the *.safetensors files.",
         )
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} holds no *.safetensors files.",
-            f"Convert it first: python -m alpaca convert --input_dir {folder}",
-        )
+    stored.tensors(folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from alpaca import __version__, atomic
+from alpaca import __version__, atomic, stored
 from alpaca.errors import UserError
 from alpaca.prompt import template_hash
 
@@ -192,7 +192,7 @@ def fingerprint(folder: Path) -> str:
         parts: Any = sorted(found["files"].items())
     else:
         parts = []
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        for path in [folder / "config.json", *stored.weight_files(folder)]:
             with open(path, "rb") as file:
                 head = hashlib.sha256(file.read(65536)).hexdigest()
             parts.append([path.name, path.stat().st_size, head])

@@ -20,7 +20,6 @@ from safetensors import safe_open
 from alpaca.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20  # bytes hashed and written in one go
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 

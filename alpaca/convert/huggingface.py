@@ -19,8 +19,8 @@ from alpaca.convert.hftokenizer import read_tokenizer
 from alpaca.convert.pickles import check_type, open_pickle
 from alpaca.convert.source import SHORT_NAMES, Source, Tensor, llama_config
 from alpaca.errors import UserError
+from alpaca.stored import INDEX, weight_files
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Old name in config.json -> today's.
 RENAMED = {"max_sequence_length": "max_position_embeddings"}
 SHAPE = (
@@ -111,26 +111,14 @@ def _config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weight files: those of the index where there is one, else all of the better format."""
-    for name in INDEXES:
-        if (folder / name).is_file():
-            listed = read_json(folder / name).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
-                raise UserError(f"{folder / name} lists no files.", "Fetch the file again.")
-            files = [inside(folder, str(file)) for file in sorted(set(listed.values()))]
-            missing = [path.name for path in files if not path.is_file()]
-            if missing:
-                raise UserError(
-                    f"{name} names {len(files)} files: {', '.join(missing)} "
-                    f"{'is' if len(missing) == 1 else 'are'} missing.",
-                    f"Put what is missing into {folder}.",
-                )
-            return files
-    safe = sorted(folder.glob("*.safetensors"))
-    found = safe or sorted(folder.glob("pytorch_model*.bin"))
-    if not found:
+    """The weight files that transformers would load: safetensors, else pickles."""
+    kind = ("pytorch_model", ".bin")
+    safe = any((folder / name).is_file() for name in ("model.safetensors", INDEX))
+    old = any((folder / f"pytorch_model.bin{end}").is_file() for end in ("", ".index.json"))
+    if not safe and not old and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
-    return [inside(folder, path.name) for path in found]
+    files = weight_files(folder, *kind) if old and not safe else weight_files(folder)
+    return [inside(folder, path.name) for path in files]
 
 
 def _open_weights(path: Path) -> dict[str, torch.Tensor]:

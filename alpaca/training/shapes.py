@@ -5,13 +5,12 @@ by its config.json, or by the name people call it. The tensors are those of tran
 Mistral and Qwen models; for a folder with weights the count is checked against the files.
 """
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alpaca import stored
 from alpaca.errors import UserError
 
 
@@ -118,11 +117,7 @@ def find(model: Path) -> Shape:
     """
     config = model / "config.json"
     if config.is_file():
-        try:
-            described = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{config} is damaged: {error}", "Write the folder again.") from None
-        shape = from_config(described, config)
+        shape = from_config(stored.read_json(config), config)
         check_count(shape, model)
         return shape
     if model.name.lower() in KNOWN:
@@ -160,37 +155,12 @@ def from_config(config: dict[str, Any], where: Path) -> Shape:
 
 def check_count(shape: Shape, folder: Path) -> None:
     """Refuse a folder whose weights are not those that its config.json describes."""
-    held = stored(folder)
-    if held and sum(held.values()) != shape.parameters:
+    if not any(True for kind in ("*.safetensors", f"*{stored.INDEX}") for _ in folder.glob(kind)):
+        return  # only a config.json: a plan before the weights are there
+    held = sum(entry.elements for entry in stored.tensors(folder).values())
+    if held != shape.parameters:
         raise UserError(
             f"{folder}: config.json describes {shape.parameters:,} parameters, the files hold "
-            f"{sum(held.values()):,}.",
+            f"{held:,}.",
             "Is a shard missing? Give --skip_plan if the model has parts a plan doesn't know.",
         )
-
-
-def stored(folder: Path) -> dict[str, int]:
-    """Elements of each tensor in the folder's safetensors files, read from their headers.
-
-    The format: 8 bytes with the length of a JSON header, the header, the data
-    (huggingface/safetensors, README, "Format").
-
-    Raises:
-        UserError: a file without such a header.
-    """
-    found: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, path.stat().st_size)))
-            found |= {
-                name: math.prod(entry["shape"])
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-        except (struct.error, ValueError, AttributeError, KeyError, TypeError):
-            raise UserError(
-                f"{path} is damaged: its header can't be read.", "Copy or convert the folder again."
-            ) from None
-    return found

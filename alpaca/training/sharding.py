@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from alpaca import ram
+from alpaca import ram, stored
 from alpaca.errors import UserError
 from alpaca.model import check_folder
 from alpaca.training import attention
@@ -153,13 +153,11 @@ def load(model: PreTrainedModel, folder: Path) -> None:
         UserError: a tensor is missing, or its shape differs; the message names it.
     """
     parameters = dict(model.named_parameters())
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name in parameters]  # noqa: SIM118 - no dict
-        for name in names:
+    for name, entry in stored.tensors(folder).items():
+        if name in parameters:
             # Opened anew for each tensor: what was read of a mapped file counts as resident.
-            with safe_open(path, framework="pt") as file:
-                _fill(name, parameters.pop(name), file.get_slice(name), path)
+            with safe_open(entry.path, framework="pt") as file:
+                _fill(name, parameters.pop(name), file.get_slice(name), entry.path)
     if parameters:
         raise UserError(
             f"{folder} lacks {len(parameters)} tensor(s), the first is {min(parameters)}.",
