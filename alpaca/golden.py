@@ -187,7 +187,7 @@ def unsupported(config: dict[str, Any]) -> str | None:
         return f"models of type {config.get('model_type')} are not computed here"
     if config.get("hidden_act") != "silu":
         return f"the activation {config.get('hidden_act')} is not computed here"
-    kind = rope(config).get("rope_type", "default")
+    kind = rope_kind(rope(config))
     return None if kind in ROPES else f"rotary positions of type {kind} are not computed here"
 
 
@@ -247,10 +247,13 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
 
 def rope(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings, under the names of transformers 5 or those of transformers 4."""
-    found = config.get("rope_parameters") or {
-        **(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)
-    }  # fmt: skip
-    return dict(found)
+    theta = {"rope_theta": config.get("rope_theta") or 10000.0}
+    return theta | (config.get("rope_parameters") or config.get("rope_scaling") or {})
+
+
+def rope_kind(settings: dict[str, Any]) -> str:
+    """The kind of rotary positions, under its name of today or that of 2023."""
+    return str(settings.get("rope_type", settings.get("type", "default")))
 
 
 def angles(config: dict[str, Any], positions: int) -> Tensor:
@@ -263,7 +266,7 @@ def angles(config: dict[str, Any], positions: int) -> Tensor:
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     exponents = torch.arange(0, head, 2, dtype=torch.float64) / head
     frequencies = float(settings["rope_theta"]) ** -exponents
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    kind = rope_kind(settings)
     if kind == "linear":
         frequencies = frequencies / settings["factor"]
     if kind == "llama3":

@@ -19,7 +19,15 @@ from alpaca.convert.hftokenizer import read_tokenizer
 from alpaca.convert.pickles import check_type, open_pickle
 from alpaca.convert.source import SHORT_NAMES, Source, Tensor, llama_config
 from alpaca.errors import UserError
-from alpaca.stored import INDEX, weight_files
+from alpaca.stored import (
+    INDEX,
+    check_config,
+    check_pointer,
+    check_types,
+    differing_head,
+    entries,
+    weight_files,
+)
 
 # Old name in config.json -> today's.
 RENAMED = {"max_sequence_length": "max_position_embeddings"}
@@ -41,6 +49,7 @@ def open_folder(folder: Path, name: str) -> Source:
         UserError: a file is missing or damaged, or the model is not of the LLaMA architecture.
     """
     raw = read_json(folder / "config.json")
+    check_config(raw, folder / "config.json")
     config = _config(folder, raw)
     files = _weight_files(folder)
     stored: dict[str, tuple[Path, torch.Tensor]] = {}
@@ -75,6 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the folder; raises UserError when it is not one."""
     if not path.is_file():
         raise UserError(f"{path} is missing.", "It belongs to a Hugging Face folder.")
+    check_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -87,8 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     raw |= {new: raw[old] for old, new in RENAMED.items() if old in raw and new not in raw}
     kind = str(raw.get("model_type", "")).lower()
-    experts = raw.get("num_local_experts") or raw.get("quantization_config")
-    if kind != "llama" or experts or raw.get("attention_bias") or raw.get("mlp_bias"):
+    if kind != "llama":
         raise UserError(
             f"{folder / 'config.json'} describes a {kind or 'nameless'} model with settings that "
             "are not plain LLaMA.",
@@ -107,6 +116,8 @@ def _config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
         rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
         rope_scaling=None if plain else scaling,
+        attention_bias=bool(raw.get("attention_bias")),
+        mlp_bias=bool(raw.get("mlp_bias")),
     )
 
 
@@ -118,6 +129,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if not safe and not old and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
     files = weight_files(folder, *kind) if old and not safe else weight_files(folder)
+    for path in files:
+        check_pointer(path)
+    if safe:
+        check_types(entries(folder))
     return [inside(folder, path.name) for path in files]
 
 
@@ -137,9 +152,14 @@ def _tensors(
     config: dict[str, Any],
     tied: bool,
 ) -> tuple[Tensor, ...]:
-    wanted = names.rows(config["num_hidden_layers"], tied)
+    biased = [part for part in ("attention", "mlp") if config[f"{part}_bias"]]
+    wanted = names.with_biases(names.rows(config["num_hidden_layers"], tied), biased)
     missing = [name for name in wanted if name not in stored]
     unknown = sorted(set(stored) - set(wanted) - ({"lm_head.weight"} if tied else set()))
+    if tied and "lm_head.weight" in stored:
+        (_, head), (_, table) = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
+        if not torch.equal(head, table):
+            raise UserError(*differing_head(folder))
     if missing:
         raise UserError(f"{folder} lacks the tensor {missing[0]}.", "Is config.json its own?")
     if unknown:

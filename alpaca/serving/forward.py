@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from alpaca.errors import UserError
 from alpaca.serving import attention, packed
 from alpaca.serving.attention import Piece, Probe, Step
 from alpaca.serving.cache import Capacity, LayerShape, SlotCache
 from alpaca.serving.transfer import send
+from alpaca.stored import ADVICE, check_rope
 
 
 @dataclass
@@ -63,12 +64,7 @@ class SlotModel:
             UserError: the model does not attend through transformers' attention interface, or what
                 a token's key is depends on how long the other sequences are.
         """
-        if stretched := _rope_types(self.model.config.get_text_config()) & {"dynamic", "longrope"}:
-            raise UserError(
-                f"The model's rotary embedding ({stretched.pop()}) changes with the longest "
-                "sequence of a pass, so it cannot be served here.",
-                attention.SERVED,
-            )
+        check_rope(self.model.config.get_text_config().to_dict())
         seen = Probe()
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self._pass(zero, zero, seen, zero[0])
@@ -77,7 +73,7 @@ class SlotModel:
             raise UserError(
                 f"{type(self.model).__name__} does not use transformers' attention interface "
                 f"in all {layers} layers, so it cannot be served here.",
-                attention.SERVED,
+                ADVICE,
             )
         return [seen.shapes[layer] for layer in range(layers)]
 
@@ -130,10 +126,3 @@ class SlotModel:
         """Before the output layer: (1, tokens, hidden) -> (1, wanted, hidden)."""
         [hidden] = inputs
         return (hidden[:, self._wanted.to(hidden.device)],)
-
-
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    """The kinds of rotary embedding in a model; some have one for each type of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    return {str(kind.get("rope_type")) for kind in kinds}
