@@ -21,7 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alpaca import stored
+from alpaca.errors import UserError
 from alpaca.model import load_tokenizer
+from alpaca.shards import finite
 from alpaca.tokens import Codec
 
 PROMPTS = (
@@ -161,13 +163,11 @@ class Weights:
 
     def whole(self, name: str) -> Tensor:
         """One tensor."""
-        tensor: Tensor = self.files[name].get_tensor(name)
-        return tensor.double()
+        return checked(name, self.files[name].get_tensor(name))
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Some rows of one tensor."""
-        tensor: Tensor = self.files[name].get_slice(name)[rows]
-        return tensor.double()
+        return checked(name, self.files[name].get_slice(name)[rows])
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x: (tokens, in) to (tokens, out)."""
@@ -179,6 +179,15 @@ class Weights:
         scale = (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).rsqrt()
         normed: Tensor = x * scale * self.whole(f"{name}.weight")
         return normed
+
+
+def checked(name: str, tensor: Tensor) -> Tensor:
+    """A tensor in float64; one with NaN would make logits that JSON has no numbers for."""
+    if not finite(tensor):
+        raise UserError(
+            f"{name} holds NaN or infinite numbers.", "Fetch, convert or train the weights again."
+        )
+    return tensor.double()
 
 
 def unsupported(config: dict[str, Any]) -> str | None:

@@ -79,6 +79,13 @@ def _parameters(tensor: Spec) -> int:
     return torch.Size(tensor.shape).numel()
 
 
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite; its extremes tell, without a copy of it."""
+    if not tensor.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
+
+
 def plan(tensors: Sequence[T], dtype: torch.dtype, limit: int = SHARD_BYTES) -> list[Shard[T]]:
     """Deal tensors, in order, to files of at most `limit` bytes (one tensor may exceed it)."""
     groups: list[list[T]] = [[]]

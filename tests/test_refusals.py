@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from training_runs import train
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from alpaca import golden, stored
+from alpaca import golden, passport, stored
 from alpaca.cli import main
 from alpaca.errors import UserError
 from alpaca.serving import loading
@@ -334,3 +334,54 @@ def test_golden_logits_need_no_rotary_kind_under_its_name_of_today(tiny_model: P
     for kind, computed in (("linear", True), ("yarn", False)):
         reason = golden.unsupported(config | {"rope_scaling": {"type": kind, "factor": 2.0}})
         assert (reason is None) == computed, reason
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_one_weight_that_is_no_number_is_refused_and_its_tensor_named(
+    number: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = copied(tiny_model, tmp_path / "in" / "model")
+    held = tensors(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    held[name][100, 5] = float(number)  # of the second rank's rows, where there are two
+    save(folder, held)
+    told = f"{name} holds NaN or infinite numbers"
+    for dtype in ("keep", "bf16", "fp16"):
+        code, said = convert(
+            "--input_dir", folder, "--output_dir", tmp_path / "out", "--dtype", dtype
+        )
+        assert code == 2
+        assert told in said
+        assert not (tmp_path / "out/model").exists()
+    with pytest.raises(UserError, match=told):
+        golden.record(folder)
+    if number == "nan":
+        done = train(*flags(folder, tmp_path), ranks=2)
+        assert done.returncode != 0
+        assert f"train: error: {folder / 'model.safetensors'}: {told}" in done.stderr
+        assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_model_of_nan_is_refused_before_anything_is_written(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = copied(tiny_model, tmp_path / "in" / "model")
+    save(folder, {name: tensor * float("nan") for name, tensor in tensors(folder).items()})
+    code, said = convert("--input_dir", folder, "--output_dir", tmp_path / "out")
+    assert code == 2
+    assert "model.embed_tokens.weight holds NaN or infinite numbers" in said
+    done = train(*flags(folder, tmp_path))
+    assert done.returncode == 2
+    assert "holds NaN or infinite numbers, and so do 20 tensors more" in done.stderr
+    for path in tmp_path.rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+def test_a_passport_holds_no_number_that_json_lacks(tiny_model: Path, tmp_path: Path) -> None:
+    folder = copied(tiny_model, tmp_path / "model")
+    passport.write(folder, "a test", result={"loss": float("nan"), "steps": [1, float("inf")]})
+    text = (folder / passport.NAME).read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["result"] == {
+        "loss": None, "steps": [1, None],
+    }  # fmt: skip
+    assert passport.read(folder) is not None

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alpaca import ram, stored
 from alpaca.errors import UserError
 from alpaca.model import check_folder
+from alpaca.shards import finite
 from alpaca.training import attention
 from alpaca.training.arguments import Arguments
 from alpaca.training.loss import TargetLoss
@@ -150,18 +151,31 @@ def load(model: PreTrainedModel, folder: Path) -> None:
     """Fill every parameter's local shard from the folder's safetensors files.
 
     Raises:
-        UserError: a tensor is missing, or its shape differs; the message names it.
+        UserError: a tensor is missing, its shape differs, or, on every rank alike, it holds NaN or
+            infinite numbers; the message names it.
     """
+    spoilt = []
     parameters = dict(model.named_parameters())
     for name, entry in stored.tensors(folder).items():
         if name in parameters:
             # Opened anew for each tensor: what was read of a mapped file counts as resident.
             with safe_open(entry.path, framework="pt") as file:
-                _fill(name, parameters.pop(name), file.get_slice(name), entry.path)
+                parameter = parameters.pop(name)
+                _fill(name, parameter, file.get_slice(name), entry.path)
+            if not finite(parameter.to_local()):
+                spoilt.append(f"{entry.path}: {name}")
     if parameters:
         raise UserError(
             f"{folder} lacks {len(parameters)} tensor(s), the first is {min(parameters)}.",
             "Is a shard missing? Convert the weights again.",
+        )
+    known: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(known, spoilt)  # a rank sees its own rows only
+    if spoilt := sorted({name for names in known for name in names}):
+        raise UserError(
+            f"{spoilt[0]} holds NaN or infinite numbers"
+            + (f", and so do {len(spoilt) - 1} tensors more." if spoilt[1:] else "."),
+            "Fetch or convert the weights again.",
         )
 
 
