@@ -44,7 +44,7 @@ class Entry:
 # model_type of the decoders whose loss and logits are compared with transformers' own in the tests.
 # Not phi: its output layer has a bias, which the loss over target tokens does not add.
 DECODERS = (
-    "apertus", "arcee", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "helium",
+    "arcee", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "helium",
     "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3",
     "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip

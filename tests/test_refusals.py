@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from training_runs import train
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from alpaca import golden, passport, stored
+from alpaca import golden, model, passport, stored
 from alpaca.cli import main
 from alpaca.errors import UserError
 from alpaca.serving import loading
@@ -254,16 +254,16 @@ def test_plan_train_and_convert_agree_with_transformers_on_what_a_folder_holds(
     code, said = convert("--input_dir", folder, "--output_dir", tmp_path / "converted")
     assert code == 0, said
     assert transformers_loss(tmp_path / "converted/model", tmp_path) == expected
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(SystemExit) as ended:
         main(["plan", *flags(folder, tmp_path / "plan")])
     assert ended.value.code == 0
-    assert f"{model.num_parameters():,} parameters" in capsys.readouterr().out
+    assert f"{loaded.num_parameters():,} parameters" in capsys.readouterr().out
     assert trained_loss(folder, tmp_path / "run") == pytest.approx(expected, rel=1e-5)
     exported = load_file(tmp_path / "run/out/model.safetensors")
     size = (tmp_path / "run/out/model.safetensors").stat().st_size
     assert json.loads(planned(folder, tmp_path, capsys))["export"] == size
-    assert set(exported) == {name for name, _ in model.named_parameters()}
+    assert set(exported) == {name for name, _ in loaded.named_parameters()}
 
 
 def planned(folder: Path, scratch: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -304,6 +304,14 @@ def test_each_decoder_that_is_let_through_trains_and_serves_as_transformers_comp
     server.allocate(server.probe(), Capacity(2, 64))
     served = server.run(Batch([], [(Piece(0, 0, 40), ids.tolist())], [39]))[0]
     torch.testing.assert_close(served, logits[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", stored.DECODERS)
+def test_a_folder_of_each_decoder_as_transformers_writes_it_is_let_through(
+    kind: str, tmp_path: Path
+) -> None:
+    tiny_decoder(AutoConfig.for_model(kind, **TINY), "eager").save_pretrained(tmp_path)
+    model.check_weights(tmp_path)
 
 
 def tiny_decoder(config: PreTrainedConfig, attending: str) -> Any:

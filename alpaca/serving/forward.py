@@ -5,10 +5,12 @@ linear weights on a CPU, and that logits are computed only where a token is to b
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.errors import UserError
 from alpaca.serving import attention, packed
@@ -45,8 +47,8 @@ class SlotModel:
         self.context: int = model.config.get_text_config().max_position_embeddings
         model.set_attn_implementation(attention.NAME)
         self.halved = packed.pack(model, dtype or model.dtype)
-        if dtype not in (None, model.dtype):
-            model.to(dtype)  # what is not packed
+        if dtype is not None and dtype != model.dtype:
+            cast(model, dtype)  # what is not packed
         self.cache: SlotCache
         self._wanted: torch.Tensor
         head = model.get_output_embeddings()
@@ -126,3 +128,20 @@ class SlotModel:
         """Before the output layer: (1, tokens, hidden) -> (1, wanted, hidden)."""
         [hidden] = inputs
         return (hidden[:, self._wanted.to(hidden.device)],)
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a loaded model the parameters and buffers that it would have if loaded in `dtype`.
+
+    `model.to(dtype)` rounds buffers as well: rotary frequencies, which transformers computes in
+    fp32 whatever the dtype, and the embedding scale of Gemma, which it rounds to bf16 only there.
+    Buffers are computed again, by a model that has no weights.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    with init_empty_weights(include_buffers=False):
+        fresh = AutoModelForCausalLM.from_config(deepcopy(model.config), dtype=dtype)
+    for name, buffer in fresh.named_buffers():
+        owner, _, last = name.rpartition(".")
+        old = model.get_buffer(name)
+        setattr(model.get_submodule(owner), last, buffer.to(old.device))
