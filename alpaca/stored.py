@@ -84,8 +84,11 @@ def check_config(config: dict[str, Any], where: Path) -> None:
     if method := quantization(config):
         raise UserError(
             f"{where} describes quantized weights ({method}): without their scales they are other "
-            "numbers.", PLAIN,
-        )  # fmt: skip
+            "numbers.",
+            f"Make plain ones of them: python -m alpaca convert --input_dir {where.parent}"
+            if method.endswith(CONVERTIBLE)
+            else PLAIN,
+        )
     kind = config.get("model_type")
     capped = [name for name in CAPPED if config.get(name)]
     if kind not in DECODERS or capped:
@@ -97,6 +100,7 @@ def check_config(config: dict[str, Any], where: Path) -> None:
     check_rope(config)
 
 
+CONVERTIBLE = ("fp8", "compressed-tensors")  # those of their formats that are one number a weight
 PLAIN = "Take the folder it was quantized from, in bf16, fp16 or fp32."
 
 

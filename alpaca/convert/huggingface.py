@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alpaca.convert import names
+from alpaca.convert import names, quantized
 from alpaca.convert.families import size_name
 from alpaca.convert.folders import inside
 from alpaca.convert.hftokenizer import read_tokenizer
@@ -49,28 +49,35 @@ def open_folder(folder: Path, name: str) -> Source:
         UserError: a file is missing or damaged, or the model is not of the LLaMA architecture.
     """
     raw = read_json(folder / "config.json")
+    quantization = quantized.settings(raw, folder / "config.json")
     check_config(raw, folder / "config.json")
     config = _config(folder, raw)
-    files = _weight_files(folder)
+    files = _weight_files(folder, plain=quantization is None)
     stored: dict[str, tuple[Path, torch.Tensor]] = {}
+    held: dict[str, torch.Tensor] = {}
     for path in files:
         for key, tensor in _open_weights(path).items():
-            if not key.endswith(BUFFERS):
-                check_type(path, key, tensor)
+            held[key] = tensor
+            if not key.endswith(BUFFERS) and not (quantization and quantized.is_scale(key)):
                 stored[key] = (path, tensor)
+    readers = quantized.readers(held, quantization, folder) if quantization else {}
+    for key, (path, tensor) in stored.items():
+        if key not in readers:
+            check_type(path, key, tensor)
     tied = bool(raw.get("tie_word_embeddings")) or "lm_head.weight" not in stored
     config["tie_word_embeddings"] = tied
-    tensors = _tensors(folder, stored, config, tied)
+    tensors = _tensors(folder, stored, config, tied, readers)
     vocabulary, tokenizer_files = read_tokenizer(folder, raw, config["vocab_size"])
     totals: dict[torch.dtype, int] = {}
     for _, tensor in stored.values():
         totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.numel()
-    dtype = max(totals, key=lambda kind: totals[kind])
+    dtype = torch.bfloat16 if readers else max(totals, key=lambda kind: totals[kind])
+    told = f", of {len(readers)} quantized tensors each times its scale" if readers else ""
     count = sum(tensor.parameters for tensor in tensors)
     return Source(
         name=name,
         found=f"Hugging Face folder: {size_name(count)}, {len(files)} file(s), {count:,} "
-        f"parameters, {SHORT_NAMES[dtype]}, tokenizer {vocabulary.pieces:,} pieces",
+        f"parameters, {SHORT_NAMES[dtype]}{told}, tokenizer {vocabulary.pieces:,} pieces",
         files=dict.fromkeys([folder / "config.json", *tokenizer_files, *files]),
         config=config,
         dtype=dtype,
@@ -121,7 +128,7 @@ def _config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, *, plain: bool) -> list[Path]:
     """The weight files that transformers would load: safetensors, else pickles."""
     kind = ("pytorch_model", ".bin")
     safe = any((folder / name).is_file() for name in ("model.safetensors", INDEX))
@@ -131,7 +138,7 @@ def _weight_files(folder: Path) -> list[Path]:
     files = weight_files(folder, *kind) if old and not safe else weight_files(folder)
     for path in files:
         check_pointer(path)
-    if safe:
+    if safe and plain:
         check_types(entries(folder))
     return [inside(folder, path.name) for path in files]
 
@@ -151,6 +158,7 @@ def _tensors(
     stored: dict[str, tuple[Path, torch.Tensor]],
     config: dict[str, Any],
     tied: bool,
+    readers: dict[str, quantized.Read],
 ) -> tuple[Tensor, ...]:
     biased = [part for part in ("attention", "mlp") if config[f"{part}_bias"]]
     wanted = names.with_biases(names.rows(config["num_hidden_layers"], tied), biased)
@@ -165,7 +173,12 @@ def _tensors(
     if unknown:
         raise UserError(f"{folder} holds the tensor {unknown[0]}, which is not known.")
     return tuple(
-        Tensor(name, tuple(tensor.shape), tensor.dtype, partial(_read, tensor))
+        Tensor(
+            name,
+            tuple(tensor.shape),
+            torch.float32 if name in readers else tensor.dtype,
+            readers.get(name) or partial(_read, tensor),
+        )
         for name in wanted
         for _, tensor in [stored[name]]
     )
