@@ -40,8 +40,8 @@ def dither(
     """Move master weights, in place, to a random place of the cell they were rounded from.
 
     Afterwards each still rounds to the same number of the `stored` type and of the `compute` type.
-    Zeros stay, and so do fp32 weights that are not numbers of the compute type: their low bits
-    already spread them over the cell.
+    Zeros stay, NaN and infinities too, and fp32 weights that are not numbers of the compute type:
+    their low bits already spread them over the cell.
 
     Args:
         values: fp32, contiguous, on the CPU; elements from `start` on of the flattened tensor.
@@ -50,21 +50,16 @@ def dither(
         seed: of the run.
         name: the tensor's.
         start: index of the first element in the whole tensor.
-
-    Raises:
-        ValueError: a weight is NaN or infinite.
     """
     low = min(LOW_BITS.get(stored) or LOW_BITS[compute], LOW_BITS[compute])
     if low == 0:
         return
     mask = (1 << low) - 1
     for at, part in _chunks(values):
-        if not part.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity")
         bits = part.view(torch.int32)
         noise = random_bits(seed, name, start + at, part.numel()) >> (16 - low)
         noise.sub_(1 << (low - 1)).clamp_(min=1 - (1 << (low - 1)))  # a half step would be a tie
-        noise.mul_(((bits & mask) == 0) & (part != 0))
+        noise.mul_(((bits & mask) == 0) & (part != 0) & part.isfinite())
         # A number half-way between two of the compute type's (fp16 has such) must go on rounding
         # to the same one of them: there the noise points the other way.
         moved = (bits + noise).view(torch.float32).to(compute) != part.to(compute)

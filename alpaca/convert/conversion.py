@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from alpaca import atomic, golden, passport, shards
+from alpaca import atomic, golden, passport, shards, stored
 from alpaca.atomic import free_disk
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
@@ -175,7 +175,7 @@ def _write_texts(
     _write_json(partial / "config.json", {**source.config, **ids, "torch_dtype": name})
     _write_json(partial / "generation_config.json", ids)
     if len(planned) > 1:
-        _write_json(partial / shards.INDEX, shards.index(planned))
+        _write_json(partial / stored.INDEX, shards.index(planned))
     source.vocabulary.write(partial, source.config["max_position_embeddings"])
 
 

@@ -12,15 +12,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alpaca.convert import names
+from alpaca.convert import names, quantized
 from alpaca.convert.families import size_name
 from alpaca.convert.folders import inside
 from alpaca.convert.hftokenizer import read_tokenizer
 from alpaca.convert.pickles import check_type, open_pickle
 from alpaca.convert.source import SHORT_NAMES, Source, Tensor, llama_config
 from alpaca.errors import UserError
+from alpaca.stored import (
+    INDEX,
+    check_config,
+    check_pointer,
+    check_types,
+    differing_head,
+    entries,
+    weight_files,
+)
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Old name in config.json -> today's.
 RENAMED = {"max_sequence_length": "max_position_embeddings"}
 SHAPE = (
@@ -41,27 +49,35 @@ def open_folder(folder: Path, name: str) -> Source:
         UserError: a file is missing or damaged, or the model is not of the LLaMA architecture.
     """
     raw = read_json(folder / "config.json")
+    quantization = quantized.settings(raw, folder / "config.json")
+    check_config(raw, folder / "config.json")
     config = _config(folder, raw)
-    files = _weight_files(folder)
+    files = _weight_files(folder, plain=quantization is None)
     stored: dict[str, tuple[Path, torch.Tensor]] = {}
+    held: dict[str, torch.Tensor] = {}
     for path in files:
         for key, tensor in _open_weights(path).items():
-            if not key.endswith(BUFFERS):
-                check_type(path, key, tensor)
+            held[key] = tensor
+            if not key.endswith(BUFFERS) and not (quantization and quantized.is_scale(key)):
                 stored[key] = (path, tensor)
+    readers = quantized.readers(held, quantization, folder) if quantization else {}
+    for key, (path, tensor) in stored.items():
+        if key not in readers:
+            check_type(path, key, tensor)
     tied = bool(raw.get("tie_word_embeddings")) or "lm_head.weight" not in stored
     config["tie_word_embeddings"] = tied
-    tensors = _tensors(folder, stored, config, tied)
+    tensors = _tensors(folder, stored, config, tied, readers)
     vocabulary, tokenizer_files = read_tokenizer(folder, raw, config["vocab_size"])
     totals: dict[torch.dtype, int] = {}
     for _, tensor in stored.values():
         totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.numel()
-    dtype = max(totals, key=lambda kind: totals[kind])
+    dtype = torch.bfloat16 if readers else max(totals, key=lambda kind: totals[kind])
+    told = f", of {len(readers)} quantized tensors each times its scale" if readers else ""
     count = sum(tensor.parameters for tensor in tensors)
     return Source(
         name=name,
         found=f"Hugging Face folder: {size_name(count)}, {len(files)} file(s), {count:,} "
-        f"parameters, {SHORT_NAMES[dtype]}, tokenizer {vocabulary.pieces:,} pieces",
+        f"parameters, {SHORT_NAMES[dtype]}{told}, tokenizer {vocabulary.pieces:,} pieces",
         files=dict.fromkeys([folder / "config.json", *tokenizer_files, *files]),
         config=config,
         dtype=dtype,
@@ -75,6 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the folder; raises UserError when it is not one."""
     if not path.is_file():
         raise UserError(f"{path} is missing.", "It belongs to a Hugging Face folder.")
+    check_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -87,8 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     raw |= {new: raw[old] for old, new in RENAMED.items() if old in raw and new not in raw}
     kind = str(raw.get("model_type", "")).lower()
-    experts = raw.get("num_local_experts") or raw.get("quantization_config")
-    if kind != "llama" or experts or raw.get("attention_bias") or raw.get("mlp_bias"):
+    if kind != "llama":
         raise UserError(
             f"{folder / 'config.json'} describes a {kind or 'nameless'} model with settings that "
             "are not plain LLaMA.",
@@ -107,30 +123,24 @@ def _config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
         rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
         rope_scaling=None if plain else scaling,
+        attention_bias=bool(raw.get("attention_bias")),
+        mlp_bias=bool(raw.get("mlp_bias")),
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files: those of the index where there is one, else all of the better format."""
-    for name in INDEXES:
-        if (folder / name).is_file():
-            listed = read_json(folder / name).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
-                raise UserError(f"{folder / name} lists no files.", "Fetch the file again.")
-            files = [inside(folder, str(file)) for file in sorted(set(listed.values()))]
-            missing = [path.name for path in files if not path.is_file()]
-            if missing:
-                raise UserError(
-                    f"{name} names {len(files)} files: {', '.join(missing)} "
-                    f"{'is' if len(missing) == 1 else 'are'} missing.",
-                    f"Put what is missing into {folder}.",
-                )
-            return files
-    safe = sorted(folder.glob("*.safetensors"))
-    found = safe or sorted(folder.glob("pytorch_model*.bin"))
-    if not found:
+def _weight_files(folder: Path, *, plain: bool) -> list[Path]:
+    """The weight files that transformers would load: safetensors, else pickles."""
+    kind = ("pytorch_model", ".bin")
+    safe = any((folder / name).is_file() for name in ("model.safetensors", INDEX))
+    old = any((folder / f"pytorch_model.bin{end}").is_file() for end in ("", ".index.json"))
+    if not safe and not old and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
-    return [inside(folder, path.name) for path in found]
+    files = weight_files(folder, *kind) if old and not safe else weight_files(folder)
+    for path in files:
+        check_pointer(path)
+    if safe and plain:
+        check_types(entries(folder))
+    return [inside(folder, path.name) for path in files]
 
 
 def _open_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -148,16 +158,27 @@ def _tensors(
     stored: dict[str, tuple[Path, torch.Tensor]],
     config: dict[str, Any],
     tied: bool,
+    readers: dict[str, quantized.Read],
 ) -> tuple[Tensor, ...]:
-    wanted = names.rows(config["num_hidden_layers"], tied)
+    biased = [part for part in ("attention", "mlp") if config[f"{part}_bias"]]
+    wanted = names.with_biases(names.rows(config["num_hidden_layers"], tied), biased)
     missing = [name for name in wanted if name not in stored]
     unknown = sorted(set(stored) - set(wanted) - ({"lm_head.weight"} if tied else set()))
+    if tied and "lm_head.weight" in stored:
+        (_, head), (_, table) = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
+        if not torch.equal(head, table):
+            raise UserError(*differing_head(folder))
     if missing:
         raise UserError(f"{folder} lacks the tensor {missing[0]}.", "Is config.json its own?")
     if unknown:
         raise UserError(f"{folder} holds the tensor {unknown[0]}, which is not known.")
     return tuple(
-        Tensor(name, tuple(tensor.shape), tensor.dtype, partial(_read, tensor))
+        Tensor(
+            name,
+            tuple(tensor.shape),
+            torch.float32 if name in readers else tensor.dtype,
+            readers.get(name) or partial(_read, tensor),
+        )
         for name in wanted
         for _, tensor in [stored[name]]
     )

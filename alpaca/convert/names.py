@@ -4,6 +4,7 @@ The Hugging Face names are what is written; the Meta and GGUF names are what is 
 Sources: Meta's `llama` reference code (parallel layers), the GGUF specification.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,3 +65,14 @@ def to_dialect(layers: int, tied: bool, dialect: Dialect) -> dict[str, str]:
             prefix = _LAYER_PREFIX[dialect].format(name.split(".")[2])
         translated[name] = f"{prefix}{getattr(row, dialect)}.weight"
     return translated
+
+
+def with_biases(names: Iterable[str], parts: Collection[str]) -> list[str]:
+    """HF names with those of the biases of some parts ("attention", "mlp") of every layer."""
+    biased = tuple({"attention": "self_attn", "mlp": "mlp"}[part] for part in parts)
+    found = []
+    for name in names:
+        found.append(name)
+        if any(f".{part}." in name for part in biased):
+            found.append(f"{name.removesuffix('weight')}bias")
+    return found

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from alpaca import golden, passport, rounding, shards
+from alpaca import golden, passport, rounding, shards, stored
 from alpaca.errors import UserError
 from alpaca.model import install, staging
 from alpaca.prompt import chat_template
@@ -159,7 +159,7 @@ def _write(
                 for shard in planned:
                     meant[shard.name] = shards.write(shard, folder, gathered, bar.update)
             if len(planned) > 1:
-                (folder / shards.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
+                (folder / stored.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
             _describe(model, codec, folder, rounded.dtype)
         except (OSError, UserError) as error:
             shutil.rmtree(folder, ignore_errors=True)  # or it would keep the disk full

@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from alpaca import ram, rounding
+from alpaca import ram, rounding, stored
 from alpaca.errors import UserError
 from alpaca.model import check_folder
+from alpaca.shards import finite
 from alpaca.training import attention
 from alpaca.training.arguments import Arguments
 from alpaca.training.loss import TargetLoss
@@ -168,20 +169,31 @@ def load(model: PreTrainedModel, folder: Path, dither: Dither | None = None) -> 
     With `dither`, trainable parameters become dithered masters of what the files hold.
 
     Raises:
-        UserError: a tensor is missing, or its shape differs; the message names it.
+        UserError: a tensor is missing, its shape differs, or, on every rank alike, it holds NaN or
+            infinite numbers; the message names it.
     """
+    spoilt = []
     parameters = dict(model.named_parameters())
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name in parameters]  # noqa: SIM118 - no dict
-        for name in names:
+    for name, entry in stored.tensors(folder).items():
+        if name in parameters:
             # Opened anew for each tensor: what was read of a mapped file counts as resident.
-            with safe_open(path, framework="pt") as file:
-                _fill(name, parameters.pop(name), file.get_slice(name), path, dither)
+            with safe_open(entry.path, framework="pt") as file:
+                parameter = parameters.pop(name)
+                _fill(name, parameter, file.get_slice(name), entry.path, dither)
+            if not finite(parameter.to_local()):
+                spoilt.append(f"{entry.path}: {name}")
     if parameters:
         raise UserError(
             f"{folder} lacks {len(parameters)} tensor(s), the first is {min(parameters)}.",
             "Is a shard missing? Convert the weights again.",
+        )
+    known: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(known, spoilt)  # a rank sees its own rows only
+    if spoilt := sorted({name for names in known for name in names}):
+        raise UserError(
+            f"{spoilt[0]} holds NaN or infinite numbers"
+            + (f", and so do {len(spoilt) - 1} tensors more." if spoilt[1:] else "."),
+            "Fetch or convert the weights again.",
         )
 
 
@@ -202,12 +214,7 @@ def _fill(
     rows = slice(offset[0], offset[0] + local[0])
     values: torch.Tensor = source[rows]  # type: ignore[index]
     if dither is not None and parameter.requires_grad:
-        stored, values = values.dtype, values.float().contiguous()
+        kind, values = values.dtype, values.float().contiguous()
         first = offset[0] * math.prod(shape[1:])
-        try:
-            rounding.dither(values, stored, dither.compute, dither.seed, name, first)
-        except ValueError as error:
-            raise UserError(
-                f"{path.name}: {error}.", "The weights are damaged: convert or fetch them again."
-            ) from None
+        rounding.dither(values, kind, dither.compute, dither.seed, name, first)
     parameter.to_local().copy_(values)
