@@ -22,7 +22,10 @@ SURROGATE = "\ud83d"
 PLANTED: list[tuple[set[str], Any]] = [
     ({"invalid"}, "just a string"),
     ({"invalid"}, {"output": None}),
-    ({"invalid"}, {"output": 7}),
+    ({"invalid"}, {"output": ["seven"]}),
+    ({"invalid"}, {"output": " \n"}),
+    ({"unread_key"}, {"context": "The river was high that year."}),
+    ({"unread_key"}, {"label": False}),
     ({"invalid"}, {"instruction": SURROGATE}),
     ({"empty_instruction"}, {"instruction": " \n"}),
     ({"empty_output"}, {"output": ""}),

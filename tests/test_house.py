@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("convert", "training", "serving", "dataset", "doctor")
 GROUND = ("errors", "prompt", "atomic", "ram")
 # each may import those before it
-SHARED = ("records", "passport", "tokens", "shards", "model", "golden", "verify")
+SHARED = ("datafile", "records", "passport", "tokens", "shards", "model", "golden", "verify")
 DOORS = (
     "predict.py",
     "train.py",

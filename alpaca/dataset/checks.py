@@ -12,6 +12,7 @@ from typing import Any
 from ftfy.badness import is_bad
 
 from alpaca.dataset.findings import FIELDS, Text
+from alpaca.records import faults, unread
 
 PLACEHOLDER = re.compile(
     r"\W*(?:no ?output|output|n/?a|null|nan|nil|todo|tbd|fixme|placeholder|answer|response"
@@ -59,18 +60,14 @@ MERGED = re.compile(r"^\W*(?:input|output|response)\W*:", flags=re.IGNORECASE | 
 
 
 def invalid(item: Any) -> str | None:
-    """Not an object with three texts (`input` may be absent)."""
-    if not isinstance(item, dict):
-        return f"is {type(item).__name__}, not an object"
-    for field in FIELDS:
-        if field not in item and field != "input":
-            return f"has no {field}"
-        value = item.get(field, "")
-        if not isinstance(value, str):
-            return f"{field} is {type(value).__name__}, not text"
-        if re.search(r"[\ud800-\udfff]", value):
-            return f"{field} holds half of a surrogate pair"
-    return None
+    """What training refuses, but for an empty instruction, which is a check of its own."""
+    found = [why for why in faults(item) if why != "instruction: is empty"]
+    return "; ".join(found) or None
+
+
+def unread_key(item: Any) -> str | None:
+    """A key that is not read and changes what the record means."""
+    return "; ".join(f"{key}: {why}" for key, why in unread(item).items()) or None
 
 
 def empty_instruction(text: Text) -> str | None:

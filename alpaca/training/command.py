@@ -267,6 +267,8 @@ def _tell(
     arguments: Arguments, data: Data, schedule: Schedule, dtype: torch.dtype, codec: Codec
 ) -> None:
     corpus = data.corpus
+    for notice in dict.fromkeys([*corpus.notices, *data.other.notices]):
+        print(f"train: {notice}")
     for kind, name in enumerate(("without input", "with input")):
         shown = next((i for i in data.train if corpus.kinds[i] == kind), None)
         if shown is not None:
