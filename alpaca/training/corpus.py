@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from alpaca import atomic
+from alpaca.errors import UserError
 from alpaca.passport import sha256
 from alpaca.prompt import template_hash
 
@@ -71,9 +72,19 @@ class Corpus:
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the examples to train on and of those held out; none without targets."""
+    """Indices of the examples to train on and of those held out; none without targets.
+
+    Raises:
+        UserError: `fraction` of them is none, or all.
+    """
     usable = [i for i in range(len(corpus)) if corpus.targets(i) > 0]
     count = round(fraction * len(usable))
+    if usable and fraction and count in (0, len(usable)):
+        nothing = "nothing to evaluate on" if not count else "nothing to train on"
+        raise UserError(
+            f"--eval_fraction {fraction} of {len(usable):,} examples leaves {nothing}.",
+            f"One example is {1 / len(usable):.2g} of them; or give --eval_data_path.",
+        )
     order = [int(i) for i in np.random.default_rng([seed]).permutation(usable)]
     return sorted(order[count:]), sorted(order[:count])
 
