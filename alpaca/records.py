@@ -228,6 +228,12 @@ def _said(text: str | None, held: dict[str, str]) -> bool:
     return any(plain in part for part in asked) or all(part in plain for part in asked)
 
 
+def named(key: str) -> str:
+    """A key as it can be printed: half surrogate pairs and line ends as escapes, long ones cut."""
+    plain = key if key.isprintable() and key.strip() == key and key else json.dumps(key)
+    return plain if len(plain) <= 40 else f"{plain[:37]}..."
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 20 else f"{text[:20]}..."
@@ -249,7 +255,7 @@ def notices(items: Sequence[Any]) -> list[str]:
         found.append(f"numbers and booleans are read as text: {counts}")
     keys = Counter(key for item in records for key in item if key not in FIELDS)
     if keys:
-        shown = [f"{key} ({count:,})" for key, count in keys.most_common(MOST_KEYS)]
+        shown = [f"{named(key)} ({count:,})" for key, count in keys.most_common(MOST_KEYS)]
         more = len(keys) - len(shown)
         shown += [f"and {more:,} more"] if more else []
         found.append(f"of {len(items):,} records, keys that are not read: {', '.join(shown)}")
@@ -283,7 +289,7 @@ def _check_form(path: Path, items: list[Any]) -> None:
     counts = Counter(key for item in objects for key in item)
     common = {key for key, count in counts.items() if count * 2 > len(objects)} or {*counts}
     form, remedy = _form(path, common)
-    keys = ", ".join(f"{key} ({count:,})" for key, count in counts.most_common(MOST_KEYS))
+    keys = ", ".join(f"{named(key)} ({count:,})" for key, count in counts.most_common(MOST_KEYS))
     raise UserError(
         f"{path}: {len(strange):,} of {len(items):,} records have no instruction or no output. "
         f"Their keys, with counts: {keys}. That is the form of {form}.",
@@ -338,7 +344,7 @@ def _check_keys(path: Path, items: list[Any]) -> None:
     if not counts:
         return
     listed = [
-        f"{key} ({count:,} of {len(items):,} records, first record {first[key, why]}): {why}"
+        f"{named(key)} ({count:,} of {len(items):,} records, first record {first[key, why]}): {why}"
         for (key, why), count in counts.most_common(MAX_LISTED)
     ]
     renamed, dropped = _remedies(items, {key for key, _ in counts})

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca.cli import main
 from alpaca.errors import UserError
-from alpaca.records import Record, read_records
+from alpaca.records import Record, named, read_records
 from alpaca.tokens import Codec
 from alpaca.training.corpus import open_corpus
 
@@ -206,7 +206,7 @@ def test_a_key_that_changes_the_meaning_is_refused_and_the_remedies_work(
     record = {"instruction": "Say when.", "input": "", "output": "On Monday."}
     data = [record | {key: value}, record]
     message = refusal(write(tmp_path, json.dumps(data), "mine.json").relative_to(tmp_path))
-    assert f"{key} (1 of 2 records, first record 0): " in message
+    assert f"{named(key)} (1 of 2 records, first record 0): " in message
     first, second = proposed(message)
     assert run(first) == [Record(**record | read), Record(**record)]
     assert run(second) == [Record(**record)]

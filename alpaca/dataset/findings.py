@@ -19,6 +19,7 @@ MEANINGS = {
     "empty_instruction": "Nothing is asked.",
     "empty_output": "Nothing is answered.",
     "placeholder": "Something stands where an answer or an input should.",
+    "thinking": "A model's thoughts are left in the answer.",
     "refusal": "The answer declines, or speaks as a model.",
     "leaked_template": "Prompt template or control tokens inside a field.",
     "encoding": "Characters that were lost, decoded wrongly (mojibake), or are of no use in text.",
