@@ -246,7 +246,7 @@ def test_mistakes_are_explained_without_a_traceback(
     ("content", "expected"),
     [
         ("[]", "holds no records"),
-        ('[{"instruction": "Hi"}]', "record 0: output: Field required"),
+        ('[{"instruction": "Hi"}]', "record 0: output: is missing"),
     ],
 )
 def test_bad_data_is_explained_without_a_traceback(
