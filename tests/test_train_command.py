@@ -246,7 +246,7 @@ def test_mistakes_are_explained_without_a_traceback(
     ("content", "expected"),
     [
         ("[]", "holds no records"),
-        ('[{"instruction": "Hi"}]', "record 0: output: is missing"),
+        ('[{"instruction": "Hi"}]', "no instruction or no output"),
     ],
 )
 def test_bad_data_is_explained_without_a_traceback(
