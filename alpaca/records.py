@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +205,13 @@ def _meaning(key: str, item: dict[str, Any]) -> str | None:
     return None
 
 
+@lru_cache(maxsize=10_000)
 def letters(key: str) -> str:
     """A key without case, signs, digits and the plural's s."""
     return re.sub(r"[\W\d_]+", "", key.lower()).removesuffix("s")
 
 
+@lru_cache(maxsize=10_000)
 def similar(key: str) -> str | None:
     """The field that a key is written like: `Input`, `outputs`, `output_1`, `intruction`."""
     name = letters(key)
