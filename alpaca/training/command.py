@@ -151,17 +151,22 @@ def _split(arguments: Arguments, codec: Codec) -> Data:
     """The data set, with what is held out of it or read beside it."""
     corpus = _open(arguments, arguments.data_path, codec)
     train, held_out = split(corpus, arguments.eval_fraction, arguments.seed)
-    if not train and not held_out:
-        raise UserError(
-            f"No example of {arguments.data_path} has an answer token left after truncation.",
-            f"Raise --model_max_length (now {arguments.model_max_length}).",
-        )
+    if not train:
+        raise _without_targets(arguments, arguments.data_path)
     if arguments.eval_data_path:
         other = _open(arguments, arguments.eval_data_path, codec)
-        return Data(corpus, train, other, range(len(other)))
-    if not train:
-        raise UserError("--eval_fraction leaves nothing to train on.", "Lower it.")
+        evaluated, _ = split(other, 0.0, arguments.seed)
+        if not evaluated:
+            raise _without_targets(arguments, arguments.eval_data_path)
+        return Data(corpus, train, other, evaluated)
     return Data(corpus, train, corpus, held_out)
+
+
+def _without_targets(arguments: Arguments, data: Path) -> UserError:
+    return UserError(
+        f"No example of {data} has an answer token left after truncation.",
+        f"Raise --model_max_length (now {arguments.model_max_length}).",
+    )
 
 
 def _identity(
@@ -183,6 +188,7 @@ def _identity(
         "model_max_length": arguments.model_max_length,
         "joint_tokenization": arguments.joint_tokenization,
         "weight_decay": arguments.weight_decay,
+        "adam": [arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon],
         "max_grad_norm": arguments.max_grad_norm,
         "moments": "8bit" if arguments.optim == "adamw_8bit" else "fp32",
         **({"dither_masters": True} if dithered else {}),
@@ -281,6 +287,8 @@ def _tell(
     arguments: Arguments, data: Data, schedule: Schedule, dtype: torch.dtype, codec: Codec
 ) -> None:
     corpus = data.corpus
+    for notice in dict.fromkeys([*corpus.notices, *data.other.notices]):
+        print(f"train: {notice}")
     for kind, name in enumerate(("without input", "with input")):
         shown = next((i for i in data.train if corpus.kinds[i] == kind), None)
         if shown is not None:
@@ -293,6 +301,12 @@ def _tell(
         f"{corpus.without_targets} of them left without an answer token (not trained on)",
         flush=True,
     )
+    if data.other is not corpus and data.other.without_targets:
+        print(
+            f"train: {data.other.without_targets} of {len(data.other)} examples of "
+            f"{arguments.eval_data_path} have no answer token left (not evaluated)",
+            flush=True,
+        )
     if corpus.empty_outputs:
         print(
             f"train: {corpus.empty_outputs} example(s) have an empty output and teach to answer "

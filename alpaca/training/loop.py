@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -182,6 +183,11 @@ class Trainer:
             shares = packing.batches(members, arguments.per_device_train_batch_size, ranks)
         return shares[dist.get_rank()]
 
+    @cached_property
+    def held_out_shares(self) -> list[list[int]]:
+        """The packs of an evaluation; thousands of examples take seconds to place."""
+        return self.shares(self.data.other, self.data.held_out)
+
     def pack(self, corpus: Corpus, share: Sequence[int], members: Sequence[int]) -> packing.Pack:
         """A share laid out; a rank without examples still takes part in every collective."""
         if share:
@@ -219,7 +225,7 @@ class Trainer:
             return None
         self.module.eval()
         total = 0.0
-        for share in self.shares(corpus, members):
+        for share in self.held_out_shares:
             pack = self.pack(corpus, share, members)
             total += float(loss.run(self.module, pack, self.device, self.lengths))
         self.module.train()
