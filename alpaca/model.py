@@ -25,6 +25,11 @@ from alpaca.errors import UserError
 
 STAGING = ".model.partial"
 READY = ".ready"
+TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}  # by safetensors' names
 
 
 def staging(folder: Path) -> Path:
@@ -88,8 +93,10 @@ def check_folder(folder: Path, what: str = "model") -> dict[str, stored.Entry]:
     return stored.tensors(folder)
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> dict[str, stored.Entry]:
     """Raise UserError unless a folder holds each tensor that its config.json asks for, and no more.
+
+    Returns them.
 
     The model is built on the meta device, which takes no memory.
     """
@@ -107,6 +114,7 @@ def check_weights(folder: Path) -> None:
     wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
     skipped = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)"
     stored.check_fit(folder, held, wanted, skipped)
+    return held
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -126,14 +134,16 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model folder in evaluation mode, to CPU memory or by `device_map`.
 
-    `dtype` is the type of the weights in memory; None stands for the one they have in the file.
+    `dtype` is the type of the weights in memory; None stands for the one they have in the files,
+    fp32 where that differs from tensor to tensor. config.json's may be another, and rounds them.
     `device_map` is a device, to which the weights go straight from disk, or "auto" to spread
     them over all GPUs.
     """
-    check_weights(folder)
+    held = check_weights(folder)
+    kinds = {entry.dtype for name, entry in held.items() if not name.endswith(stored.BUFFERS)}
     return AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=dtype or "auto",
+        dtype=dtype or (TYPES[kinds.pop()] if len(kinds) == 1 else torch.float32),
         device_map=device_map,
         local_files_only=True,
         use_safetensors=True,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from alpaca import model, passport
 from alpaca.errors import UserError
@@ -20,6 +21,28 @@ def test_a_folder_loads_in_the_type_asked_for(folder: Path) -> None:
     loaded = model.load_model(folder, torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert not loaded.training
+
+
+@pytest.mark.parametrize(
+    ("matrices", "norms"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")],
+)
+def test_weights_keep_the_numbers_of_the_files_whatever_config_json_calls_their_type(
+    folder: Path, matrices: str, norms: str
+) -> None:
+    path = folder / "model.safetensors"
+    held = {
+        name: (tensor * 1.2345677).to(getattr(torch, norms if "norm" in name else matrices))
+        for name, tensor in load_file(path).items()
+    }
+    save_file(held, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for named in ("float16", "bfloat16", "float32"):
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": named}))
+        loaded = model.load_model(folder, None).state_dict()
+        assert {name: tensor.float().sum() for name, tensor in loaded.items()} == {
+            name: tensor.float().sum() for name, tensor in held.items()
+        }
 
 
 @pytest.mark.parametrize(

@@ -393,3 +393,14 @@ def test_a_passport_holds_no_number_that_json_lacks(tiny_model: Path, tmp_path: 
         "loss": None, "steps": [1, None],
     }  # fmt: skip
     assert passport.read(folder) is not None
+
+
+def test_convert_sees_a_nan_that_no_golden_prompt_reads(tiny_model: Path, tmp_path: Path) -> None:
+    folder = copied(tiny_model, tmp_path / "in" / "model")
+    held = tensors(folder)
+    held["model.embed_tokens.weight"][-1, 0] = float("nan")
+    save(folder, held)
+    assert golden.record(folder) is not None
+    code, said = convert("--input_dir", folder, "--output_dir", tmp_path / "out")
+    assert code == 2
+    assert "model.embed_tokens.weight holds NaN or infinite numbers" in said
