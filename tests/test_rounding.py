@@ -47,6 +47,8 @@ def test_a_bf16_base_keeps_its_fp16_forward_pass() -> None:
 
 def test_fp32_compute_and_weights_finer_than_bf16_are_left_alone() -> None:
     base = torch.randn(1000)
+    base = base[(base.view(torch.int32) & 0xFFFF) != 0]
+    assert len(base) > 900
     for stored, compute in ((BF16, FP32), (FP32, BF16)):
         masters = base.clone()
         dither(masters, stored, compute, 0, "w")
