@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("convert", "training", "serving", "dataset", "doctor")
 GROUND = ("errors", "prompt", "atomic", "ram")
 # each may import those before it
-SHARED = ("records", "passport", "tokens", "shards", "model", "golden", "verify")
+SHARED = (
+    "records", "passport", "tokens", "description", "shards", "model", "golden", "verify",
+)  # fmt: skip
 DOORS = (
     "predict.py",
     "train.py",

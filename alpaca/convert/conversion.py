@@ -14,14 +14,16 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from alpaca import atomic, golden, passport, shards
+from alpaca import atomic, description, golden, passport, shards
 from alpaca.atomic import free_disk
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
@@ -170,18 +172,12 @@ def _bar(total: int, done: int) -> "tqdm[Any]":
 def _write_texts(
     source: Source, partial: Path, planned: list[Shard[Tensor]], dtype: torch.dtype
 ) -> None:
-    ids = source.vocabulary.ids()
-    name = str(dtype).removeprefix("torch.")
-    _write_json(partial / "config.json", {**source.config, **ids, "torch_dtype": name})
-    _write_json(partial / "generation_config.json", ids)
     if len(planned) > 1:
-        _write_json(partial / shards.INDEX, shards.index(planned))
-    source.vocabulary.write(partial, source.config["max_position_embeddings"])
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    kept = {key: entry for key, entry in value.items() if entry is not None}
-    atomic.write_text(path, json.dumps(kept, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(shards.index(planned), indent=2, sort_keys=True)
+        atomic.write_text(partial / shards.INDEX, text + "\n")
+    # A copy all the way down: transformers writes into the dictionaries it is given.
+    config = AutoConfig.for_model(**deepcopy(source.config))
+    description.write(partial, config, source.vocabulary, dtype)
 
 
 def _check_written(

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from alpaca.convert.vocabularies import read_vocabulary
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -90,6 +90,7 @@ def _from_model(folder: Path, held: dict[str, dict[str, Any]], roles: dict[str, 
         unk=base.unk,
         pad=pad if known else None,
         stops=base.stops,
+        sentencepiece=base.sentencepiece,
     )
 
 

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -54,6 +54,7 @@ def read_sentencepiece(path: Path) -> Vocabulary:
         unk=special[0],
         bos=special[1],
         eos=special[2],
+        sentencepiece=path,
     )
 
 

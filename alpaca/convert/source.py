@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 
 # --dtype and its torch type

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from alpaca.convert.families import Tokenizer
 from alpaca.convert.sentencepieces import read_sentencepiece
-from alpaca.convert.tiktokens import is_tiktoken, read_tiktoken
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.convert.tiktokens import read_tiktoken
+from alpaca.description import Vocabulary, is_tiktoken
 from alpaca.errors import UserError
 
 CHAT = re.compile(r"instruct|chat", re.IGNORECASE)
