@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from alpaca import atomic
@@ -90,14 +90,18 @@ def check_folder(folder: Path, what: str = "model") -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model or tokenizer folder; raises UserError if there is none."""
+    """Load the tokenizer of a model or tokenizer folder; raises UserError if there is none.
+
+    As tokenizer.json says. AutoTokenizer of transformers 5 would take the class it has for some
+    model types instead: a Qwen2 model with DeepSeek's tokenizer gets Qwen2's words and ends.
+    """
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"There is no tokenizer in {folder} (no tokenizer.json).",
             "Run ./convert_weights.sh, which writes one into the model folder "
             "and into weights/tokenizer.",
         )
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def load_model(
