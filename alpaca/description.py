@@ -146,7 +146,9 @@ def write(
     settings = config_json(config, vocabulary, dtype)
     _write_json(folder / "config.json", settings, sort_keys=True)
     known = {key: value for key, value in (generation or {}).items() if key not in WRITERS_OWN}
-    known |= {key: settings[key] for key in settings if key in ("bos_token_id", "pad_token_id")}
+    for key in ("bos_token_id", "pad_token_id"):
+        if settings.get(key) is not None:
+            known[key] = settings[key]
     _write_json(folder / "generation_config.json", known | vocabulary.ids(), sort_keys=True)
     vocabulary.write(folder, config.max_position_embeddings)
 

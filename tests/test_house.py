@@ -15,7 +15,8 @@ ROOMS = ("convert", "training", "serving", "dataset", "doctor")
 GROUND = ("errors", "prompt", "atomic", "ram")
 # each may import those before it
 SHARED = (
-    "records", "passport", "tokens", "description", "shards", "model", "golden", "verify",
+    "architectures", "records", "passport", "tokens", "description", "shards", "model", "golden",
+    "verify",
 )  # fmt: skip
 DOORS = (
     "predict.py",

@@ -30,8 +30,8 @@ LAYER = (
     Row("self_attn.v_proj", "attention.wv", "attn_v", 0),
     Row("self_attn.o_proj", "attention.wo", "attn_output", 1),
     Row("mlp.gate_proj", "feed_forward.w1", "ffn_gate", 0),
-    Row("mlp.down_proj", "feed_forward.w2", "ffn_down", 1),
     Row("mlp.up_proj", "feed_forward.w3", "ffn_up", 0),
+    Row("mlp.down_proj", "feed_forward.w2", "ffn_down", 1),
     Row("input_layernorm", "attention_norm", "attn_norm", None),
     Row("post_attention_layernorm", "ffn_norm", "ffn_norm", None),
 )

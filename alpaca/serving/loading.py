@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from alpaca import architectures, passport
 from alpaca import model as model_folder
-from alpaca import passport
 from alpaca.errors import UserError
 from alpaca.serving.cache import fitting_tokens, plan_capacity, unused_bytes
 from alpaca.serving.engine import Engine, Limits
@@ -49,6 +49,7 @@ def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[Engine, Cod
     began = time.monotonic()
     folder = weights.folder
     model_folder.check_folder(folder)
+    architectures.check_file(folder / "config.json")
     passport.check_template(folder, passport.check_loaded(folder))
     codec = Codec(model_folder.load_tokenizer(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alpaca import architectures
 from alpaca.errors import UserError
 
 
@@ -122,6 +123,7 @@ def find(model: Path) -> Shape:
             described = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{config} is damaged: {error}", "Write the folder again.") from None
+        architectures.check(described, config)
         shape = from_config(described, config)
         check_count(shape, model)
         return shape
