@@ -7,7 +7,6 @@ would compute, and one layer at a time, so that a model needs the memory of one 
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from alpaca import stored
+from alpaca.errors import UserError
 from alpaca.model import load_tokenizer
+from alpaca.shards import finite
 from alpaca.tokens import Codec
 
 PROMPTS = (
@@ -127,7 +129,7 @@ def signs(size: int) -> Tensor:
 def all_tensor_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each tensor of a folder, for its passport; files are read side by side."""
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(tensor_hashes, sorted(folder.glob("*.safetensors"))))
+        found = list(pool.map(tensor_hashes, stored.weight_files(folder)))
     return {name: value for part in found for name, value in part.items()}
 
 
@@ -149,30 +151,23 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         """Read the headers; raises KeyError later for a tensor that is not there."""
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        self.files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self.files |= dict.fromkeys(file.keys(), file)
+        self.config: dict[str, Any] = stored.read_json(folder / "config.json")
+        held = stored.tensors(folder)
+        opened = {path: safe_open(path, framework="pt") for path in stored.weight_files(folder)}
+        self.files: dict[str, Any] = {name: opened[entry.path] for name, entry in held.items()}
+        self.parameters = sum(entry.elements for entry in held.values())
 
     def __contains__(self, name: str) -> bool:
         """Whether there is such a tensor."""
         return name in self.files
 
-    @property
-    def parameters(self) -> int:
-        """Elements of all tensors."""
-        return sum(math.prod(file.get_slice(name).get_shape()) for name, file in self.files.items())
-
     def whole(self, name: str) -> Tensor:
         """One tensor."""
-        tensor: Tensor = self.files[name].get_tensor(name)
-        return tensor.double()
+        return checked(name, self.files[name].get_tensor(name))
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Some rows of one tensor."""
-        tensor: Tensor = self.files[name].get_slice(name)[rows]
-        return tensor.double()
+        return checked(name, self.files[name].get_slice(name)[rows])
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x: (tokens, in) to (tokens, out)."""
@@ -186,13 +181,22 @@ class Weights:
         return normed
 
 
+def checked(name: str, tensor: Tensor) -> Tensor:
+    """A tensor in float64; one with NaN would make logits that JSON has no numbers for."""
+    if not finite(tensor):
+        raise UserError(
+            f"{name} holds NaN or infinite numbers.", "Fetch, convert or train the weights again."
+        )
+    return tensor.double()
+
+
 def unsupported(config: dict[str, Any]) -> str | None:
     """Why this model isn't computed here, or None."""
     if config.get("model_type") not in KINDS:
         return f"models of type {config.get('model_type')} are not computed here"
     if config.get("hidden_act") != "silu":
         return f"the activation {config.get('hidden_act')} is not computed here"
-    kind = rope(config).get("rope_type", "default")
+    kind = rope_kind(rope(config))
     return None if kind in ROPES else f"rotary positions of type {kind} are not computed here"
 
 
@@ -252,10 +256,13 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
 
 def rope(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings, under the names of transformers 5 or those of transformers 4."""
-    found = config.get("rope_parameters") or {
-        **(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)
-    }  # fmt: skip
-    return dict(found)
+    theta = {"rope_theta": config.get("rope_theta") or 10000.0}
+    return theta | (config.get("rope_parameters") or config.get("rope_scaling") or {})
+
+
+def rope_kind(settings: dict[str, Any]) -> str:
+    """The kind of rotary positions, under its name of today or that of 2023."""
+    return str(settings.get("rope_type", settings.get("type", "default")))
 
 
 def angles(config: dict[str, Any], positions: int) -> Tensor:
@@ -268,7 +275,7 @@ def angles(config: dict[str, Any], positions: int) -> Tensor:
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     exponents = torch.arange(0, head, 2, dtype=torch.float64) / head
     frequencies = float(settings["rope_theta"]) ** -exponents
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    kind = rope_kind(settings)
     if kind == "linear":
         frequencies = frequencies / settings["factor"]
     if kind == "llama3":

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from alpaca import atomic
+from alpaca import atomic, stored
 from alpaca.errors import UserError
 
 STAGING = ".model.partial"
@@ -64,8 +65,8 @@ def finish_install(folder: Path) -> None:
         shutil.rmtree(inner)
 
 
-def check_folder(folder: Path, what: str = "model") -> None:
-    """Raise UserError unless `folder` is a complete model folder."""
+def check_folder(folder: Path, what: str = "model") -> dict[str, stored.Entry]:
+    """Raise UserError unless `folder` is a complete model folder; returns what its files hold."""
     if (folder / STAGING / READY).exists():
         raise UserError(
             f"{folder} was being replaced when its writer was stopped.",
@@ -77,16 +78,34 @@ def check_folder(folder: Path, what: str = "model") -> None:
             "Put base weights into unconverted-weights/ and run ./convert_weights.sh; "
             "./script/demo makes a small one to try.",
         )
+    stored.check_adapter(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is not a model folder: it has no config.json.",
             "Name the folder that holds config.json and the *.safetensors files.",
         )
-    if not any(folder.glob("*.safetensors")):
+    return stored.tensors(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UserError unless a folder holds each tensor that its config.json asks for, and no more.
+
+    The model is built on the meta device, which takes no memory.
+    """
+    held = check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a wrong entry makes transformers say
         raise UserError(
-            f"{folder} holds no *.safetensors files.",
-            f"Convert it first: python -m alpaca convert --input_dir {folder}",
-        )
+            f"{folder / 'config.json'} describes no model that transformers can build: {error}",
+            "Fetch the file again.",
+        ) from None
+    model.tie_weights()
+    wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    skipped = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)"
+    stored.check_fit(folder, held, wanted, skipped)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -101,6 +120,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "Run ./convert_weights.sh, which writes one into the model folder "
             "and into weights/tokenizer.",
         )
+    stored.check_pointer(folder / "tokenizer.json")
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
@@ -113,7 +133,7 @@ def load_model(
     `device_map` is a device, to which the weights go straight from disk, or "auto" to spread
     them over all GPUs.
     """
-    check_folder(folder)
+    check_weights(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype or "auto",

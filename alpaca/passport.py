@@ -8,6 +8,7 @@ notice. `python -m alpaca verify` checks all of it.
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from alpaca import __version__, atomic
+from alpaca import __version__, atomic, stored
 from alpaca.errors import UserError
 from alpaca.prompt import template_hash
 
@@ -30,7 +31,8 @@ SMALL = 64 << 20  # files up to this size are hashed before they are served
 def write(folder: Path, made_by: str, **facts: Any) -> dict[str, Any]:
     """Hash every file of `folder`, write its passport, and return it.
 
-    `facts` are the maker's own: source files, recipe, counts. They must be JSON values.
+    `facts` are the maker's own: source files, recipe, counts. They must be JSON values; NaN and
+    infinity, which JSON does not have, become null.
     """
     names = sorted(
         path.relative_to(folder).as_posix()
@@ -40,7 +42,7 @@ def write(folder: Path, made_by: str, **facts: Any) -> dict[str, Any]:
     passport = {
         "format": FORMAT,
         "made_by": made_by,
-        **facts,
+        **json_numbers(facts),
         "template_sha256": template_hash(),
         "versions": versions(),
         "files": dict(zip(names, hash_files([folder / name for name in names]), strict=True)),
@@ -48,6 +50,15 @@ def write(folder: Path, made_by: str, **facts: Any) -> dict[str, Any]:
     passport[SEAL] = seal(passport)
     atomic.write_text(folder / NAME, render(passport))
     return passport
+
+
+def json_numbers(value: Any) -> Any:
+    """A JSON value with null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: json_numbers(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_numbers(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def add_beside(folder: Path, names: list[str]) -> None:
@@ -66,7 +77,7 @@ def add_beside(folder: Path, names: list[str]) -> None:
 
 def render(passport: dict[str, Any]) -> str:
     """The text of a passport, byte for byte."""
-    return json.dumps(passport, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(passport, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def seal(passport: dict[str, Any]) -> str:
@@ -192,7 +203,7 @@ def fingerprint(folder: Path) -> str:
         parts: Any = sorted(found["files"].items())
     else:
         parts = []
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        for path in [folder / "config.json", *stored.weight_files(folder)]:
             with open(path, "rb") as file:
                 head = hashlib.sha256(file.read(65536)).hexdigest()
             parts.append([path.name, path.stat().st_size, head])

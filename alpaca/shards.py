@@ -20,7 +20,6 @@ from safetensors import safe_open
 from alpaca.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20  # bytes hashed and written in one go
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -82,6 +81,13 @@ class Shard(Generic[T]):
     def size(self) -> int:
         """Size of the file in bytes."""
         return len(self.header) + self.data_bytes
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite; its extremes tell, without a copy of it."""
+    if not tensor.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
 
 
 def plan(

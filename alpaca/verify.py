@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from alpaca import passport
+from alpaca import passport, stored
 from alpaca.errors import UserError
 
 # Written into a folder after its passport; a checkpoint has its own checks.
@@ -88,7 +88,18 @@ def files(folder: Path, held: dict[str, Any]) -> list[str]:
     for name, value in zip(names, hashes, strict=True):
         if value != {**wanted, **beside}[name]:
             told += [f"{name} differs", *tensors(folder / name, held)]
-    return told + [f"{name} was added" for name in added(folder, wanted)]
+    return told + [f"{name} was added" for name in added(folder, wanted)] + foreign(folder, wanted)
+
+
+def foreign(folder: Path, wanted: dict[str, str]) -> list[str]:
+    """Weight files that are none of the model's, though its passport knows them."""
+    if not (folder / "config.json").is_file():  # a tokenizer's folder
+        return []
+    try:
+        names = stored.foreign_files(folder)
+    except UserError as error:
+        return [error.happened]
+    return [f"{name} holds other weights than the model's" for name in names if name in wanted]
 
 
 def added(folder: Path, wanted: dict[str, str]) -> list[str]:
@@ -128,7 +139,7 @@ def golden_logits(folder: Path, held: dict[str, Any]) -> list[str]:
     if found:
         found += [f"  tensor {name} is missing" for name in held.get("tensors", {})
                   if name not in weights]  # fmt: skip
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in stored.weight_files(folder):
             found += tensors(path, held)
     return found
 

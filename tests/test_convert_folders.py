@@ -125,8 +125,8 @@ def test_index_that_leaves_the_folder_is_refused(modern: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"model_type": "gpt2"}, "models of type gpt2"),
-        ({"quantization_config": {"bits": 4}}, "weights are quantized"),
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2"),
         ({"num_hidden_layers": 1}, "holds the tensor model.layers.1"),

@@ -15,10 +15,14 @@ from safetensors.torch import load_file, save_file
 from training_runs import lines, train
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from alpaca import stored
+from alpaca.cli import main
+from alpaca.errors import UserError
 from alpaca.model import load_model, load_tokenizer
 from alpaca.prompt import render
 from alpaca.records import Record
 from alpaca.serving import loading
+from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
 
 RECORD = {"instruction": "Name a colour.", "input": "", "output": "Red."}
@@ -289,25 +293,27 @@ def test_a_tokenizer_that_changes_letters_is_refused(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling 8.0"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of 8 experts"),
-        ({"model_type": "baichuan", "auto_map": {"AutoConfig": "x.py"}}, "brings code"),
-        ({"model_type": "llama4", "text_config": {}}, "reads more than text"),
+        ({"model_type": "granite", "logits_scaling": 8.0}, "granite with logits_scaling 8.0"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8},
+            "mixtral with 8 experts (num_local_experts)",
+        ),
+        (
+            {"model_type": "baichuan", "auto_map": {"AutoConfig": "x.py"}},
+            "baichuan that brings its own code",
+        ),
+        ({"model_type": "llama4", "text_config": {}}, "llama4 that reads more than text"),
     ],
 )
 def test_convert_train_plan_and_serve_refuse_in_the_same_words(
     settings: dict[str, Any], words: str, bpe: PreTrainedTokenizerBase, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from alpaca.architectures import unsupported
-    from alpaca.cli import main
-    from alpaca.errors import UserError
-    from alpaca.serving.weights import Weights
-
     source = folder_of(tmp_path / "m", bpe)
     change(source / "config.json", **settings)
-    reason = unsupported(read(source))
-    assert reason is not None
+    with pytest.raises(UserError) as asked:
+        stored.check_config(read(source), source / "config.json")
+    reason = asked.value.happened
     assert words in reason
     code, said = convert("--input_dir", source, "--output_dir", tmp_path / "out")
     assert code == 2

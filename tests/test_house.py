@@ -15,8 +15,7 @@ ROOMS = ("convert", "training", "serving", "dataset", "doctor")
 GROUND = ("errors", "prompt", "atomic", "ram")
 # each may import those before it
 SHARED = (
-    "architectures", "records", "passport", "tokens", "description", "shards", "model", "golden",
-    "verify",
+    "stored", "records", "passport", "tokens", "description", "shards", "model", "golden", "verify",
 )  # fmt: skip
 DOORS = (
     "predict.py",

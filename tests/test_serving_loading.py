@@ -11,6 +11,7 @@ import yaml
 from engines import answer_of
 from http_server import ROOT
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     GptOssConfig,
@@ -139,6 +140,24 @@ def test_attention_that_slots_do_not_compute_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         SlotModel(AutoModelForCausalLM.from_config(config)).probe()
+
+
+@pytest.mark.parametrize("computing", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("held", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_buffers_are_those_of_a_model_that_transformers_loads_in_that_type(
+    kind: str, held: torch.dtype, computing: torch.dtype, tmp_path: Path
+) -> None:
+    """Rotary frequencies in fp32, always; Gemma's embedding scale in the type computed in."""
+    config = AutoConfig.for_model(kind, **TINY | {"hidden_size": 40, "max_position_embeddings": 99})
+    AutoModelForCausalLM.from_config(config, dtype=held).save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=computing)
+    served = SlotModel(load_model(tmp_path, None), computing).model
+    real = dict(served.named_buffers())
+    assert any(name.endswith("inv_freq") for name in real)
+    for name, buffer in expected.named_buffers():
+        assert real[name].dtype == buffer.dtype, name
+        assert torch.equal(real[name], buffer), name
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])

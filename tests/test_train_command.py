@@ -222,7 +222,7 @@ def test_an_export_that_was_cut_short_is_finished_by_the_next_run(run: Run, tmp_
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--model_name_or_path", "no/such"], "tokenizer in no/such"),
+        (["--model_name_or_path", "no/such"], "There is no model folder no/such"),
         (["--data_path", "no/such.json"], "no data file no/such.json"),
         (["--learning_rat", "1"], "Did you mean --learning_rate?"),
         (["--deepspeed", "x.json"], "Use --fsdp full_shard"),

@@ -123,4 +123,4 @@ def test_a_training_that_fails_says_why(server: Server, tiny_model: Path) -> Non
         "/trainings", json={"input": inputs(tiny_model, base="no/such/folder")}
     ).json()
     assert answer["status"] == "failed"
-    assert "There is no tokenizer in no/such/folder" in answer["error"]
+    assert "There is no model folder no/such/folder" in answer["error"]

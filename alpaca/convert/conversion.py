@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from alpaca import atomic, description, golden, passport, shards
+from alpaca import atomic, description, golden, passport, shards, stored
 from alpaca.atomic import free_disk
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
@@ -190,7 +190,7 @@ def _write_texts(
 ) -> None:
     if len(planned) > 1:
         text = json.dumps(shards.index(planned), indent=2, sort_keys=True)
-        atomic.write_text(partial / shards.INDEX, text + "\n")
+        atomic.write_text(partial / stored.INDEX, text + "\n")
     # A copy all the way down: transformers writes into the dictionaries it is given.
     config = AutoConfig.for_model(**deepcopy(source.config))
     description.write(partial, config, source.vocabulary, dtype, source.generation)

@@ -9,6 +9,7 @@ from alpaca.convert.huggingface import open_folder
 from alpaca.convert.meta import open_meta
 from alpaca.convert.source import Source
 from alpaca.errors import UserError
+from alpaca.stored import check_adapter, check_pointer
 
 SIZE = re.compile(r"\d+(\.\d+)?b([-_].*)?")
 HUGGING_FACE = ("*.safetensors", "pytorch_model*.bin", "*.index.json")
@@ -90,7 +91,10 @@ def open_source(input_dir: Path, folder: Path, *, instruct: bool | None = None) 
     """
     check_links(input_dir, folder)
     name = output_name(folder)
+    check_adapter(folder)
     ggufs = sorted(folder.glob("*.gguf"))
+    for path in [*ggufs, *folder.glob("*.pth"), *folder.glob("tokenizer.*")]:
+        check_pointer(path)
     if ggufs:
         return open_gguf(ggufs, name)
     if any(folder.glob("*.pth")):
@@ -106,6 +110,8 @@ def open_source(input_dir: Path, folder: Path, *, instruct: bool | None = None) 
 def _tokenizer_model(input_dir: Path, folder: Path) -> Path:
     """LLaMA 1 and 2 keep one tokenizer beside the model folders, Llama 3 one in each."""
     own = folder / "tokenizer.model"
-    if own.is_file() or folder == input_dir:
-        return own
-    return inside(input_dir, "tokenizer.model")
+    if not own.is_file() and folder != input_dir:
+        own = inside(input_dir, own.name)
+    if own.is_file():
+        check_pointer(own)
+    return own

@@ -4,7 +4,6 @@ It is copied, used, dropped for a reason in the tables below, or refused. A key 
 has no setting for is copied and named, so that nobody takes it for something that is computed.
 """
 
-import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from alpaca import architectures
+from alpaca import stored
 from alpaca.errors import UserError
 
 # Name of early 2023 -> today's.
@@ -57,8 +56,9 @@ def read_settings(folder: Path) -> Settings:
     raw = read_json(path)
     raw |= {new: raw[old] for old, new in RENAMED.items() if old in raw and new not in raw}
     config = {key: value for key, value in raw.items() if key not in DROPPED and key not in RENAMED}
-    config["model_type"] = str(raw.get("model_type") or "llama").lower()
-    architectures.check(config | {"auto_map": raw.get("auto_map")}, path)
+    if isinstance(raw.get("model_type"), str):
+        config["model_type"] = raw["model_type"].lower()
+    stored.check_config(config | {"auto_map": raw.get("auto_map")}, path)
     known = _config_keys(path, config)
     files, generation = [path], {}
     if (folder / "generation_config.json").is_file():
@@ -119,10 +119,4 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the folder; raises UserError when it is not one."""
     if not path.is_file():
         raise UserError(f"{path} is missing.", "It belongs to a Hugging Face folder.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}", "Fetch the file again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object.", "Fetch the file again.")
-    return value
+    return stored.read_json(path)

@@ -15,13 +15,20 @@ from safetensors import SafetensorError, safe_open
 from alpaca.convert import expected
 from alpaca.convert.families import size_name
 from alpaca.convert.folders import inside
-from alpaca.convert.hfsettings import read_json, read_settings
+from alpaca.convert.hfsettings import read_settings
 from alpaca.convert.hftokenizer import read_tokenizer
 from alpaca.convert.pickles import check_type, open_pickle
 from alpaca.convert.source import SHORT_NAMES, Source, Tensor
 from alpaca.errors import UserError
+from alpaca.stored import (
+    INDEX,
+    check_pointer,
+    check_types,
+    differing_head,
+    entries,
+    weight_files,
+)
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 
 
@@ -65,26 +72,18 @@ def open_folder(folder: Path, name: str) -> Source:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weight files: those of the index where there is one, else all of the better format."""
-    for name in INDEXES:
-        if (folder / name).is_file():
-            listed = read_json(folder / name).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
-                raise UserError(f"{folder / name} lists no files.", "Fetch the file again.")
-            files = [inside(folder, str(file)) for file in sorted(set(listed.values()))]
-            missing = [path.name for path in files if not path.is_file()]
-            if missing:
-                raise UserError(
-                    f"{name} names {len(files)} files: {', '.join(missing)} "
-                    f"{'is' if len(missing) == 1 else 'are'} missing.",
-                    f"Put what is missing into {folder}.",
-                )
-            return files
-    safe = sorted(folder.glob("*.safetensors"))
-    found = safe or sorted(folder.glob("pytorch_model*.bin"))
-    if not found:
+    """The weight files that transformers would load: safetensors, else pickles."""
+    kind = ("pytorch_model", ".bin")
+    safe = any((folder / name).is_file() for name in ("model.safetensors", INDEX))
+    old = any((folder / f"pytorch_model.bin{end}").is_file() for end in ("", ".index.json"))
+    if not safe and not old and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
-    return [inside(folder, path.name) for path in found]
+    files = weight_files(folder, *kind) if old and not safe else weight_files(folder)
+    for path in files:
+        check_pointer(path)
+    if safe:
+        check_types(entries(folder))
+    return [inside(folder, path.name) for path in files]
 
 
 def _open_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -102,8 +101,12 @@ def _tensors(
 ) -> tuple[Tensor, ...]:
     wanted = expected.shapes(config)
     missing = [name for name in wanted if name not in stored]
-    copy = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
-    unknown = sorted(set(stored) - set(wanted) - copy)
+    tied = config["tie_word_embeddings"]
+    unknown = sorted(set(stored) - set(wanted) - ({"lm_head.weight"} if tied else set()))
+    if tied and "lm_head.weight" in stored:
+        (_, head), (_, table) = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
+        if not torch.equal(head, table):
+            raise UserError(*differing_head(folder))
     if missing:
         raise UserError(f"{folder} lacks the tensor {missing[0]}.", "Is config.json its own?")
     if unknown:

@@ -13,6 +13,7 @@ import torch
 
 from alpaca.description import Vocabulary
 from alpaca.errors import UserError
+from alpaca.shards import finite
 
 # --dtype and its torch type
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,14 +38,19 @@ class Tensor:
         return torch.Size(self.shape).numel()
 
     def value(self, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor in `dtype`; raises UserError where that cannot hold its numbers."""
+        """The tensor in `dtype`; raises UserError where it holds NaN or infinite numbers."""
         value = self.read(dtype)
-        if dtype == torch.float16 and self.stored != dtype and value.isinf().any():
+        if finite(value):
+            return value
+        if dtype == torch.float16 and self.stored != dtype and finite(self.read(torch.float32)):
             raise UserError(
                 f"{self.name} has numbers too large for fp16.",
                 "Convert with --dtype bf16 or fp32.",
             )
-        return value
+        raise UserError(
+            f"{self.name} holds NaN or infinite numbers.",
+            "The source was damaged before it was published or copied: fetch it again.",
+        )
 
     def exact(self, dtype: torch.dtype) -> torch.dtype:
         """`dtype`, if it holds the numbers as they are stored, else the type they are stored in."""

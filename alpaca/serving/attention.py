@@ -17,9 +17,9 @@ from transformers import AttentionInterface
 from alpaca.errors import UserError
 from alpaca.serving.cache import LayerShape, SlotCache
 from alpaca.serving.transfer import send
+from alpaca.stored import ADVICE
 
 NAME = "alpaca_slots"
-SERVED = "LLaMA, SmolLM, Mistral and Qwen models can be."
 CALL_COST = 128  # an attention call more costs about as much as reading this many tokens
 
 
@@ -101,7 +101,7 @@ def slot_attention(
     if isinstance(step, Probe):
         if softcap is not None or s_aux is not None:
             kind = "caps its attention scores" if s_aux is None else "has attention sinks"
-            raise UserError(f"The model {kind}, so it cannot be served here.", SERVED)
+            raise UserError(f"The model {kind}, so it cannot be served here.", ADVICE)
         step.shapes[layer] = LayerShape(key.shape[1], key.shape[3], key.dtype, key.device)
         return torch.zeros_like(query.transpose(1, 2)), None
     step.cache.write(layer, step.slots, step.positions, key[0], value[0])

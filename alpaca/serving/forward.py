@@ -5,16 +5,19 @@ linear weights on a CPU, and that logits are computed only where a token is to b
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.errors import UserError
 from alpaca.serving import attention, packed
 from alpaca.serving.attention import Piece, Probe, Step
 from alpaca.serving.cache import Capacity, LayerShape, SlotCache
 from alpaca.serving.transfer import send
+from alpaca.stored import ADVICE, check_rope
 
 
 @dataclass
@@ -44,8 +47,8 @@ class SlotModel:
         self.context: int = model.config.get_text_config().max_position_embeddings
         model.set_attn_implementation(attention.NAME)
         self.halved = packed.pack(model, dtype or model.dtype)
-        if dtype not in (None, model.dtype):
-            model.to(dtype)  # what is not packed
+        if dtype is not None and dtype != model.dtype:
+            cast(model, dtype)  # what is not packed
         self.cache: SlotCache
         self._wanted: torch.Tensor
         head = model.get_output_embeddings()
@@ -63,12 +66,7 @@ class SlotModel:
             UserError: the model does not attend through transformers' attention interface, or what
                 a token's key is depends on how long the other sequences are.
         """
-        if stretched := _rope_types(self.model.config.get_text_config()) & {"dynamic", "longrope"}:
-            raise UserError(
-                f"The model's rotary embedding ({stretched.pop()}) changes with the longest "
-                "sequence of a pass, so it cannot be served here.",
-                attention.SERVED,
-            )
+        check_rope(self.model.config.get_text_config().to_dict())
         seen = Probe()
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self._pass(zero, zero, seen, zero[0])
@@ -77,7 +75,7 @@ class SlotModel:
             raise UserError(
                 f"{type(self.model).__name__} does not use transformers' attention interface "
                 f"in all {layers} layers, so it cannot be served here.",
-                attention.SERVED,
+                ADVICE,
             )
         return [seen.shapes[layer] for layer in range(layers)]
 
@@ -132,8 +130,18 @@ class SlotModel:
         return (hidden[:, self._wanted.to(hidden.device)],)
 
 
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    """The kinds of rotary embedding in a model; some have one for each type of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    return {str(kind.get("rope_type")) for kind in kinds}
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a loaded model the parameters and buffers that it would have if loaded in `dtype`.
+
+    `model.to(dtype)` rounds buffers as well: rotary frequencies, which transformers computes in
+    fp32 whatever the dtype, and the embedding scale of Gemma, which it rounds to bf16 only there.
+    Buffers are computed again, by a model that has no weights.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    with init_empty_weights(include_buffers=False):
+        fresh = AutoModelForCausalLM.from_config(deepcopy(model.config), dtype=dtype)
+    for name, buffer in fresh.named_buffers():
+        owner, _, last = name.rpartition(".")
+        old = model.get_buffer(name)
+        setattr(model.get_submodule(owner), last, buffer.to(old.device))

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from alpaca import architectures, passport
 from alpaca import model as model_folder
+from alpaca import passport, stored
 from alpaca.errors import UserError
 from alpaca.serving.cache import fitting_tokens, plan_capacity, unused_bytes
 from alpaca.serving.engine import Engine, Limits
@@ -49,7 +49,6 @@ def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[Engine, Cod
     began = time.monotonic()
     folder = weights.folder
     model_folder.check_folder(folder)
-    architectures.check_file(folder / "config.json")
     passport.check_template(folder, passport.check_loaded(folder))
     codec = Codec(model_folder.load_tokenizer(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,7 +131,7 @@ def _device_map(folder: Path, device: torch.device) -> str | None:
     """One device where the weights leave half of it free or there is no other; else all GPUs."""
     if device.type == "cpu":
         return None
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in stored.weight_files(folder))
     if torch.cuda.device_count() > 1 and size > unused_bytes(torch.device("cuda", 0)) / 2:
         return "auto"
     return "cuda:0"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from alpaca import passport
 from alpaca.errors import UserError
 from alpaca.model import (
+    check_folder,
     compute_dtype,
     explained_disk_errors,
     finish_install,
@@ -52,6 +53,7 @@ def run(arguments: Arguments) -> None:
     main = os.environ.get("RANK", "0") == "0"
     device = _device()
     dtype = _dtype(arguments, device, main)
+    check_folder(arguments.model_name_or_path)
     codec = Codec(load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path))
     compatibility.check(arguments, codec.tokenizer)
     data = _split(arguments, codec)

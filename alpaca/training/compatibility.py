@@ -5,17 +5,15 @@ Each mistake here would train, and give a model that is wrong or can't be served
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from alpaca import architectures
 from alpaca.errors import UserError
-from alpaca.model import check_folder, load_tokenizer
+from alpaca.model import check_weights, load_tokenizer
 from alpaca.training.arguments import Arguments
 
 
 def check(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError unless the model takes this tokenizer's ids and sees whole examples."""
     folder = arguments.model_name_or_path
-    check_folder(folder)
-    architectures.check_file(folder / "config.json")
+    check_weights(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values()) >= config.vocab_size:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from alpaca import description, golden, passport, shards
+from alpaca import description, golden, passport, shards, stored
 from alpaca.description import vocabulary_of
 from alpaca.errors import UserError
 from alpaca.model import install, staging
@@ -108,7 +108,7 @@ def _write(
                 for shard in planned:
                     meant[shard.name] = shards.write(shard, folder, gathered, bar.update)
             if len(planned) > 1:
-                (folder / shards.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
+                (folder / stored.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
             description.write(folder, model.config, vocabulary_of(codec), DTYPE)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)  # or it would keep the disk full

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from alpaca.errors import UserError
 from alpaca.training import packing
 from alpaca.training.attention import PackIndex, index
 from alpaca.training.packing import Pack
@@ -24,14 +23,8 @@ class TargetLoss(torch.nn.Module):
     """A causal language model with its loss, as one module that FSDP can wrap."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Take a model in training mode; refuses those that change logits after the projection."""
+        """Take a model in training mode whose logits are its projection (see stored.CAPPED)."""
         super().__init__()
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(model.config, name, None):
-                raise UserError(
-                    f"Models with {name} ({model.config.model_type}) can't be trained here yet.",
-                    "Use a LLaMA, SmolLM2, Mistral or Qwen model.",
-                )
         self.model = model
 
     def forward(

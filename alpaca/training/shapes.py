@@ -2,17 +2,15 @@
 
 A plan must be made where neither the weights nor the memory for them exist, so a model is known
 by its config.json, or by the name people call it. The tensors are those of transformers' LLaMA,
-Mistral and Qwen models; for a folder with weights the count is checked against the files.
+Mistral and Qwen models; for a folder with weights they are compared with its files.
 """
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca import architectures
+from alpaca import stored
 from alpaca.errors import UserError
 
 
@@ -29,6 +27,8 @@ class Shape:
     intermediate: int
     tied: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
 
     def layer(self) -> dict[str, tuple[int, ...]]:
@@ -40,12 +40,17 @@ class Shape:
             if self.qkv_bias:
                 found[f"self_attn.{name}_proj.bias"] = (size,)
         found["self_attn.o_proj.weight"] = (self.width, queries)
+        if self.o_bias:
+            found["self_attn.o_proj.bias"] = (self.width,)
         if self.qk_norm:
             found |= {f"self_attn.{name}_norm.weight": (self.head,) for name in ("q", "k")}
+        wide, narrow = self.intermediate, self.width
+        for name, rows, columns in (("gate", wide, narrow), ("up", wide, narrow),
+                                    ("down", narrow, wide)):  # fmt: skip
+            found[f"mlp.{name}_proj.weight"] = (rows, columns)
+            if self.mlp_bias:
+                found[f"mlp.{name}_proj.bias"] = (rows,)
         return found | {
-            "mlp.gate_proj.weight": (self.intermediate, self.width),
-            "mlp.up_proj.weight": (self.intermediate, self.width),
-            "mlp.down_proj.weight": (self.width, self.intermediate),
             "input_layernorm.weight": (self.width,),
             "post_attention_layernorm.weight": (self.width,),
         }
@@ -111,21 +116,24 @@ KNOWN = {
 }
 
 
+# model_type of the decoders whose tensors are those of a Shape, and whose config.json gives biases.
+PLANNED = ("llama", "ministral", "ministral3", "mistral", "qwen2", "qwen3", "smollm3")
+BIASED = ("llama", "qwen3", "smollm3")
+
+
 def find(model: Path) -> Shape:
     """The shape of a model folder, or of a model known by name where there is no such folder.
 
     Raises:
         UserError: neither, or a config.json this program can't count.
     """
+    stored.check_adapter(model)
     config = model / "config.json"
     if config.is_file():
-        try:
-            described = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{config} is damaged: {error}", "Write the folder again.") from None
-        architectures.check(described, config)
+        described = stored.read_json(config)
+        stored.check_config(described, config)
         shape = from_config(described, config)
-        check_count(shape, model)
+        check_tensors(shape, model)
         return shape
     if model.name.lower() in KNOWN:
         return KNOWN[model.name.lower()]
@@ -140,6 +148,9 @@ def from_config(config: dict[str, Any], where: Path) -> Shape:
     try:
         width, heads = config["hidden_size"], config["num_attention_heads"]
         kind = config.get("model_type", "llama")
+        if kind not in PLANNED:
+            raise TypeError(f"the tensors of type {kind} are not counted here")
+        biased = kind in BIASED and bool(config.get("attention_bias", False))
         return Shape(
             vocabulary=config["vocab_size"],
             width=width,
@@ -148,8 +159,10 @@ def from_config(config: dict[str, Any], where: Path) -> Shape:
             kv_heads=config.get("num_key_value_heads") or heads,
             head=config.get("head_dim") or width // heads,
             intermediate=config["intermediate_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=kind == "qwen2",
+            tied=stored.is_tied(config),
+            qkv_bias=kind == "qwen2" or biased,
+            o_bias=biased,
+            mlp_bias=kind in ("llama", "smollm3") and bool(config.get("mlp_bias", False)),
             qk_norm=kind == "qwen3",
         )
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -160,39 +173,7 @@ def from_config(config: dict[str, Any], where: Path) -> Shape:
         ) from None
 
 
-def check_count(shape: Shape, folder: Path) -> None:
+def check_tensors(shape: Shape, folder: Path) -> None:
     """Refuse a folder whose weights are not those that its config.json describes."""
-    held = stored(folder)
-    if held and sum(held.values()) != shape.parameters:
-        raise UserError(
-            f"{folder}: config.json describes {shape.parameters:,} parameters, the files hold "
-            f"{sum(held.values()):,}.",
-            "Is a shard missing? Give --skip_plan if the model has parts a plan doesn't know.",
-        )
-
-
-def stored(folder: Path) -> dict[str, int]:
-    """Elements of each tensor in the folder's safetensors files, read from their headers.
-
-    The format: 8 bytes with the length of a JSON header, the header, the data
-    (huggingface/safetensors, README, "Format").
-
-    Raises:
-        UserError: a file without such a header.
-    """
-    found: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, path.stat().st_size)))
-            found |= {
-                name: math.prod(entry["shape"])
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-        except (struct.error, ValueError, AttributeError, KeyError, TypeError):
-            raise UserError(
-                f"{path} is damaged: its header can't be read.", "Copy or convert the folder again."
-            ) from None
-    return found
+    if any(True for kind in ("*.safetensors", f"*{stored.INDEX}") for _ in folder.glob(kind)):
+        stored.check_fit(folder, stored.tensors(folder), shape.tensors())

@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from alpaca import ram
+from alpaca import ram, stored
 from alpaca.errors import UserError
 from alpaca.model import check_folder
+from alpaca.shards import finite
 from alpaca.training import attention
 from alpaca.training.arguments import Arguments
 from alpaca.training.loss import TargetLoss
@@ -150,20 +151,31 @@ def load(model: PreTrainedModel, folder: Path) -> None:
     """Fill every parameter's local shard from the folder's safetensors files.
 
     Raises:
-        UserError: a tensor is missing, or its shape differs; the message names it.
+        UserError: a tensor is missing, its shape differs, or, on every rank alike, it holds NaN or
+            infinite numbers; the message names it.
     """
+    spoilt = []
     parameters = dict(model.named_parameters())
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name in parameters]  # noqa: SIM118 - no dict
-        for name in names:
+    for name, entry in stored.tensors(folder).items():
+        if name in parameters:
             # Opened anew for each tensor: what was read of a mapped file counts as resident.
-            with safe_open(path, framework="pt") as file:
-                _fill(name, parameters.pop(name), file.get_slice(name), path)
+            with safe_open(entry.path, framework="pt") as file:
+                parameter = parameters.pop(name)
+                _fill(name, parameter, file.get_slice(name), entry.path)
+            if not finite(parameter.to_local()):
+                spoilt.append(f"{entry.path}: {name}")
     if parameters:
         raise UserError(
             f"{folder} lacks {len(parameters)} tensor(s), the first is {min(parameters)}.",
             "Is a shard missing? Convert the weights again.",
+        )
+    known: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(known, spoilt)  # a rank sees its own rows only
+    if spoilt := sorted({name for names in known for name in names}):
+        raise UserError(
+            f"{spoilt[0]} holds NaN or infinite numbers"
+            + (f", and so do {len(spoilt) - 1} tensors more." if spoilt[1:] else "."),
+            "Fetch or convert the weights again.",
         )
 
 

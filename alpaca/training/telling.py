@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from alpaca import atomic
+from alpaca.passport import json_numbers
 from alpaca.training.corpus import Corpus
 from alpaca.training.progress import Progress
 from alpaca.training.reporting import Reporter
@@ -65,7 +66,7 @@ class Journal:
         """Append one line to the log."""
         if self.main:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(json_numbers(line)) + "\n")
         if self.reporter:
             self.reporter.log(line)
 

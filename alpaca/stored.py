@@ -1,0 +1,378 @@
+"""What a model folder holds: which files are its weights, and what each says of its tensors.
+
+Every program asks here, so that none trains, plans, serves or converts other weights than the
+rest, or than transformers. Reads config.json and file headers only, and imports no torch: a plan
+and a refusal come at once.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alpaca.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+FLOATS = ("BF16", "F16", "F32")
+PIECE = 1 << 20  # bytes compared in one go
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+POINTER = b"version https://git-lfs.github.com/spec/"
+# Stored by older programs; the model computes them itself, and transformers skips them.
+BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file: its type as safetensors spells it, its shape, and its first byte."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+# model_type of the decoders whose loss and logits are compared with transformers' own in the tests.
+# Not phi: its output layer has a bias, which the loss over target tokens does not add.
+DECODERS = (
+    "arcee", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "helium",
+    "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3",
+    "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
+# Where config.json does not say whether they are tied, they are.
+TIED = ("ernie4_5", "gemma", "gemma3_text", "smollm3", "starcoder2")
+CAPPED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ROPES = ("default", "linear", "llama3", "yarn")
+STRETCHED = ("dynamic", "longrope", "su")
+ADVICE = (
+    "LLaMA, SmolLM, Mistral and Qwen models can, and these by their model_type: "
+    + ", ".join(DECODERS)
+    + "."
+)
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a folder of a LoRA or another adapter: transformers would load its base as well."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter (adapter_config.json): a change to a model, not a model.",
+            "Merge it into its base model with the program that made it (in peft: "
+            "merge_and_unload, then save_pretrained into a new folder).",
+        )
+
+
+def check_config(config: dict[str, Any], where: Path) -> None:
+    """Refuse a config.json whose model is not trained and served as transformers computes it.
+
+    Raises:
+        UserError: quantized weights, weights in another file, a decoder of another kind.
+    """
+    if config.get("transformers_weights"):
+        raise UserError(
+            f"{where} names another weights file (transformers_weights).",
+            "Rename that file to model.safetensors and remove the key.",
+        )
+    if method := quantization(config):
+        raise UserError(
+            f"{where} describes quantized weights ({method}): without their scales they are other "
+            "numbers.", PLAIN,
+        )  # fmt: skip
+    kind = config.get("model_type")
+    apart = _what_sets_apart(config)
+    if kind not in DECODERS or apart:
+        raise UserError(
+            f"{where} describes a model of type {kind}{apart}, which cannot be trained or served "
+            "here.", ADVICE,
+        )  # fmt: skip
+    check_rope(config)
+
+
+def _what_sets_apart(config: dict[str, Any]) -> str:
+    """What a model has that is not computed here, in words; empty where nothing is known."""
+    for name in EXPERTS:
+        if isinstance(config.get(name), int) and config[name] > 1:
+            return f" with {config[name]} experts ({name})"
+    for name in ("vision_config", "audio_config", "text_config"):
+        if name in config:
+            return f" that reads more than text ({name})"
+    for name in CAPPED:
+        if config.get(name):
+            return f" with {name} {config[name]}"
+    own_code = config.get("auto_map") and config.get("model_type") not in DECODERS
+    return " that brings its own code (auto_map)" if own_code else ""
+
+
+PLAIN = "Take the folder it was quantized from, in bf16, fp16 or fp32."
+
+
+def quantization(config: dict[str, Any]) -> str | None:
+    """How the weights are quantized by config.json, or None."""
+    for key in ("quantization_config", "compression_config"):
+        if settings := config.get(key):
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            return f"{key}: {method or 'of no name'}"
+    return None
+
+
+def check_rope(config: dict[str, Any]) -> None:
+    """Refuse rotary embeddings that change with the other sequences of a pass, or are not known.
+
+    The settings are in `rope_parameters`, in some models one for each type of layer, or as
+    transformers 4 wrote them, in `rope_scaling`; what is now `rope_type` was `type` in 2023.
+    """
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for part in [settings, *settings.values()] if isinstance(settings, dict) else [settings]:
+        kind = part.get("rope_type", part.get("type")) if isinstance(part, dict) else None
+        if kind in STRETCHED:
+            raise UserError(
+                f"The model's rotary embedding ({kind}) changes with the longest sequence of a "
+                "pass, so it cannot be trained or served here.", ADVICE,
+            )  # fmt: skip
+        if kind not in (None, *ROPES):
+            raise UserError(f"The model's rotary embedding ({kind}) is not known here.", ADVICE)
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether the output matrix is the embedding."""
+    return bool(config.get("tie_word_embeddings", config.get("model_type") in TIED))
+
+
+def weight_files(folder: Path, stem: str = "model", ending: str = ".safetensors") -> list[Path]:
+    """The files that hold a folder's weights: those of the index, else the single file.
+
+    Where both are there, transformers loads the single file and vLLM those of the index, so
+    that is refused unless they are the same. `pytorch_model` and `.bin` ask for old files.
+
+    Raises:
+        UserError: there is neither, or both, or the index is damaged, or names a missing file.
+    """
+    check_adapter(folder)
+    single, index = folder / f"{stem}{ending}", folder / f"{stem}{ending}.index.json"
+    if not index.is_file():
+        if single.is_file():
+            return [single]
+        raise _no_weights(folder, single.name, index.name, ending)
+    listed = _listed(index, ending)
+    if single.is_file() and listed != [single.name]:
+        raise UserError(
+            f"{folder} holds two sets of weights: {single.name}, which transformers loads, and "
+            f"{index.name} with {_several(listed)}, which vLLM loads.",
+            f"Delete the one that is not meant: {single.name}, or {index.name} and its files.",
+        )
+    missing = [name for name in listed if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{index} names {len(listed)} files: {_several(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing.",
+            f"Put what is missing into {folder}.",
+        )
+    return [folder / name for name in listed]
+
+
+def _listed(index: Path, ending: str) -> list[str]:
+    """The files that an index names, sorted."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{index} lists no files (weight_map).", "Fetch the file again.")
+    for name in table.values():
+        if not isinstance(name, str) or not name.endswith(ending) or "\0" in name:
+            raise UserError(f"{index} names {name!r}, which is no file.", "Fetch the file again.")
+        if Path(name).name != name:
+            raise UserError(f"{index} names {name!r}, which leads out of {index.parent}.",
+                            "Fetch the file again.")  # fmt: skip
+    return sorted(set(table.values()))
+
+
+def _several(names: Iterable[str], shown: int = 4) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + more
+
+
+def _no_weights(folder: Path, single: str, index: str, ending: str) -> UserError:
+    found = sorted(path.name for path in folder.glob(f"*{ending}"))
+    if not found:
+        return UserError(
+            f"{folder} holds no *{ending} files.",
+            f"Convert it first: python -m alpaca convert --input_dir {folder}",
+        )
+    return UserError(
+        f"{folder} holds {_several(found)}, but neither {single} nor {index}, so which of them "
+        "are the weights is not known.",
+        f"Fetch {index} as well; a single file with all weights must be named {single}.",
+    )
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Names of weight files in a folder that are none of its weights: another program's may be."""
+    own = {path.name for path in weight_files(folder)}
+    kinds = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.safetensors.index.json")
+    if len(own) > 1 or (folder / INDEX).is_file():
+        own.add(INDEX)
+    return sorted({path.name for kind in kinds for path in folder.glob(kind)} - own)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises UserError where it is none."""
+    check_pointer(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path} is damaged: {error}", "Fetch the file again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it is not a JSON object.", "Fetch the file again.")
+    return value
+
+
+def check_pointer(path: Path) -> None:
+    """Refuse a file that is Git LFS's note about the file that should be here."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(
+                f"{path} is a Git LFS pointer: a note about the file, not the file.",
+                f"Fetch the file itself: git -C {path.parent} lfs pull",
+            )
+
+
+def tensors(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder's plain weights, by name, from the files' headers.
+
+    Raises:
+        UserError: see `check_config`, `weight_files` and `header`; two files hold the same tensor;
+            one is of no plain type; an output matrix differs from the embedding that it is.
+    """
+    config = read_json(folder / "config.json")
+    check_config(config, folder / "config.json")
+    found = entries(folder)
+    check_types(found)
+    head, table = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if head and table and is_tied(config) and not same(head, table):
+        raise UserError(*differing_head(folder))
+    return found
+
+
+def check_types(found: dict[str, Entry]) -> None:
+    """Refuse weights that are no plain floating-point numbers."""
+    for name, entry in found.items():
+        if entry.dtype not in FLOATS and not name.endswith(BUFFERS):
+            raise UserError(
+                f"{entry.path}: {name} is {entry.dtype}; weights are {', '.join(FLOATS)}.", PLAIN
+            )
+
+
+def differing_head(folder: Path) -> tuple[str, str]:
+    """What happened, and what to do: a tied output matrix is stored, and is not the embedding."""
+    return (
+        f"{folder}: config.json says tie_word_embeddings, but the stored lm_head.weight is not "
+        "model.embed_tokens.weight: transformers 4 takes the second for both, transformers 5 each "
+        "for itself.",
+        'If both are meant, write "tie_word_embeddings": false into config.json.',
+    )
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder's weight files, of whatever type.
+
+    Raises:
+        UserError: see `weight_files` and `header`; or two files hold the same tensor.
+    """
+    found: dict[str, Entry] = {}
+    for path in weight_files(folder):
+        for name, entry in header(path).items():
+            if name in found:
+                raise UserError(
+                    f"{found[name].path.name} and {path.name} in {folder} both hold {name}.",
+                    f"Delete {INDEX} and the files of the model that is not meant.",
+                )
+            found[name] = entry
+    return found
+
+
+def check_fit(
+    folder: Path, held: dict[str, Entry], wanted: dict[str, tuple[int, ...]], skipped: str = "(?!)"
+) -> None:
+    """Refuse weights that are not those that config.json asks for: missing, misshapen, too many.
+
+    transformers draws a missing tensor at random and drops one too many, each with a warning.
+    `skipped` is a pattern of names that the model does not read.
+    """
+    if missing := [name for name in wanted if name not in held]:
+        raise UserError(
+            f"{folder} lacks {len(missing)} tensor(s), the first is {min(missing)}.",
+            "Is a shard missing? Fetch or convert the weights again.",
+        )
+    for name, shape in wanted.items():
+        if held[name].shape != shape:
+            raise UserError(
+                f"{held[name].path}: {name} has shape {list(held[name].shape)}, config.json "
+                f"implies {list(shape)}.", OTHERS,
+            )  # fmt: skip
+    # A stored output matrix that is not wanted is the embedding, as `tensors` has checked.
+    own = {*wanted, "lm_head.weight"}
+    more = [name for name in held if name not in own and not name.endswith(BUFFERS)]
+    if more := [name for name in more if not re.search(skipped, name)]:
+        raise UserError(
+            f"{folder} holds {len(more)} tensor(s) that a model of its config.json does not have, "
+            f"the first is {min(more)}.", OTHERS,
+        )  # fmt: skip
+
+
+OTHERS = "The weights and config.json are not of the same model."
+
+
+def same(one: Entry, other: Entry) -> bool:
+    """Whether two tensors hold the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(one.path, "rb") as first, open(other.path, "rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        left = one.size
+        while left > 0:
+            piece = min(left, PIECE)
+            if first.read(piece) != second.read(piece):
+                return False
+            left -= piece
+    return True
+
+
+def header(path: Path) -> dict[str, Entry]:
+    """The tensors of one file: name to entry (huggingface/safetensors, README, "Format").
+
+    Raises:
+        UserError: the file is cut short, damaged, or a Git LFS pointer.
+    """
+    check_pointer(path)
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(LONGEST_HEADER, size):
+                raise ValueError("it is cut short, or no safetensors file")
+            held = json.loads(file.read(length))
+        found = {}
+        for name, entry in held.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
+                raise ValueError(f"{name} has an impossible shape or place")
+            found[name] = Entry(path, str(entry["dtype"]), shape, 8 + length + start, end - start)
+        wanted = max((entry.start + entry.size for entry in found.values()), default=8 + length)
+        if wanted != size:
+            raise ValueError(f"it has {size:,} bytes, its header says {wanted:,}")
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        told = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged: {told}.", "Copy or convert it again.") from None
+    return found
