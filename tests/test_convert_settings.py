@@ -262,6 +262,18 @@ def test_an_end_that_is_the_beginning_is_not_believed(
     assert config.get("pad_token_id") != -1
 
 
+def test_a_context_that_config_json_leaves_out_is_the_architectures_default(
+    bpe: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source = folder_of(tmp_path / "m", bpe)
+    config = read(source)
+    del config["max_position_embeddings"]
+    (source / "config.json").write_text(json.dumps(config))
+    folder, _ = converted(source)
+    assert read(folder)["max_position_embeddings"] == 2048
+    assert read(folder, "tokenizer_config.json")["model_max_length"] == 2048
+
+
 def test_keys_that_no_program_here_knows_are_named(
     bpe: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def _config_keys(path: Path, config: dict[str, Any]) -> set[str]:
         reason = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
         raise UserError(f"{path} describes no model: {reason}", "Fetch the file again.") from None
     config["tie_word_embeddings"] = bool(made.tie_word_embeddings)
+    config["max_position_embeddings"] = made.max_position_embeddings
     old = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
     return known | old | set(type(made).attribute_map)
 
