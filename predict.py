@@ -20,6 +20,7 @@ from alpaca.tokens import Codec
 
 ROOT = Path(__file__).resolve().parent
 LONG_TEXT = 10_000  # bytes, tokenized in some milliseconds
+LARGEST = 9007199254740991  # 2^53 - 1: larger whole numbers are rounded on their way in JSON
 
 # What a web form shows beside each input. `cog build` reads one plain string, no longer expression.
 PROMPT = "What to do, in plain words. It is put into the template the model was trained with."
@@ -66,7 +67,7 @@ class Runner(cog.BaseRunner):
             default=1.0, ge=0.01, le=5, description=REPETITION_PENALTY
         ),
         stop: list[str] = Input(default=[], description=STOP),
-        seed: int | None = Input(default=None, ge=0, description=SEED),
+        seed: int | None = Input(default=None, ge=0, le=LARGEST, description=SEED),
         stream: bool = Input(default=False, description=STREAM),
     ) -> Iterator[str]:
         """Answer an instruction n times."""

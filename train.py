@@ -16,6 +16,7 @@ from alpaca.errors import exit_code
 from alpaca.training import arguments, fsdp_config
 
 ROOT = LocalPath(__file__).resolve().parent
+LARGEST = 9007199254740991  # 2^53 - 1: larger whole numbers are rounded on their way in JSON
 
 
 async def train(
@@ -26,7 +27,7 @@ async def train(
     batch_size: int = Input(description="Examples a device takes at once.", default=4, ge=1),
     accumulation: int = Input(description="Batches in an optimizer step.", default=8, ge=1),
     max_length: int = Input(description="Longest example in tokens.", default=512, ge=16),
-    seed: int = Input(description="Decides the order of the data.", default=42, ge=0),
+    seed: int = Input(description="Decides the order of the data.", default=42, ge=0, le=LARGEST),
 ) -> Path:
     """Fine-tune on all GPUs (or two CPU ranks); returns a tar file for `setup(weights)`.
 

@@ -180,7 +180,8 @@ class Demo:
         """Write demo.json and say what was reached."""
         trained = passport.read(ROOT / OUT)
         assert trained is not None
-        before, after = (trained["result"][f"eval_loss_{when}"] for when in ("before", "after"))
+        # The loss of the folder that is served, not of the weights the trainer held.
+        before, after = (trained["result"][f"eval_loss_{when}"] for when in ("before", "exported"))
         facts = {
             "seconds": self.seconds,
             "loss_before": before,

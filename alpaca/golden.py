@@ -196,6 +196,9 @@ def unsupported(config: dict[str, Any]) -> str | None:
         return f"models of type {config.get('model_type')} are not computed here"
     if config.get("hidden_act") != "silu":
         return f"the activation {config.get('hidden_act')} is not computed here"
+    window = config.get("sliding_window")
+    if window and window < TOKENS and config.get("use_sliding_window", True):
+        return f"a sliding window of {window} tokens is not computed here"
     kind = rope_kind(rope(config))
     return None if kind in ROPES else f"rotary positions of type {kind} are not computed here"
 

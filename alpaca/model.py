@@ -5,6 +5,7 @@ opened with safetensors only, never as pickles, and no code from a folder is eve
 """
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,11 +148,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """The type to compute in: bf16 where the hardware multiplies it fast, else fp32.
 
     CPUs without AMX or AVX512-BF16 emulate bf16 products at about 1% of their fp32 rate
-    (measured), so there fp32 is the fast choice.
+    (measured), so there fp32 is the fast choice. ALPACA_CPU_BF16=1 computes in bf16 all the same,
+    to try its numbers out.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = fast or os.environ.get("ALPACA_CPU_BF16") == "1"
     return torch.bfloat16 if fast else torch.float32
 
 

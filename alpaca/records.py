@@ -1,145 +1,414 @@
-"""Alpaca-format examples: one `Record`, read from JSON or JSONL.
+"""Alpaca-format examples: one `Record`, read from a data file; what is not read is named.
 
 A data set with mistakes is refused whole, with every mistake listed: training on the part that
 happens to parse is how shifted fields end up in models unnoticed. An output of "" is no mistake:
 the published data set has some, and the recipe trains on them (on the EOS alone).
 """
 
+import difflib
 import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-
+from alpaca.datafile import FIELDS, MAX_LISTED, Spelled, Twice, audit_command, read_raw
 from alpaca.errors import UserError
 
-MAX_LISTED = 50
+MOST_KEYS = 12  # named in a notice
+
+# What other data sets call the three fields, by the letters of the name; the likelier first.
+OTHER_NAMES = {
+    "instruction": ("prompt", "question", "query", "request", "task", "human", "user"),
+    "input": ("context",),
+    "output": (
+        "response", "completion", "answer", "target", "reply", "chosen", "assistant", "gpt", "bot"),
+}  # fmt: skip
+# Keys, by their letters, that say what the three fields do not; an empty value says nothing.
+ASKED_ABOUT = (
+    "context", "passage", "paragraph", "document", "article", "background", "evidence",
+    "knowledge", "facts", "schema", "table", "code", "question", "query", "prompt",
+)  # fmt: skip
+CHANGES_MEANING = {
+    "history": "what was said before, which the template has no place for",
+    "conversation": "what was said before, which the template has no place for",
+    "message": "what was said before, which the template has no place for",
+    "dialog": "what was said before, which the template has no place for",
+    "dialogue": "what was said before, which the template has no place for",
+    "system": "how to behave, which the template has no place for",
+    "systemprompt": "how to behave, which the template has no place for",
+    "systemmessage": "how to behave, which the template has no place for",
+    "persona": "how to behave, which the template has no place for",
+    "chosen": "a preferred answer: one of a pair",
+    "rejected": "a rejected answer: one of a pair",
+    "image": "a picture, which a model of text does not see",
+    "video": "a video, which a model of text does not see",
+    "audio": "a sound, which a model of text does not hear",
+    "tool": "functions to call, which the template has no place for",
+    "function": "functions to call, which the template has no place for",
+    "toolcall": "functions to call, which the template has no place for",
+    "functioncall": "functions to call, which the template has no place for",
+}
+# Keys that judge a record, and the values that say it is not to be learnt from.
+VERDICTS = (
+    "label", "ktotag", "accepted", "correct", "iscorrect", "valid", "isvalid", "keep", "train",
+    "weight",
+)  # fmt: skip
+REJECTS = (
+    "0",
+    "false",
+    "no",
+    "bad",
+    "wrong",
+    "incorrect",
+    "rejected",
+    "reject",
+    "undesirable",
+    "invalid",
+)
 
 
-class Record(BaseModel):
-    """One example: what is asked, the text it is asked about, the answer; the last two may be "".
-
-    Other keys (`id`, `kind`, `text` ...) are common in such files and are not read.
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One example: what is asked, the text that is about, the answer; the last two may be ""."""
 
     instruction: str
     input: str = ""
     output: str
 
-    @field_validator("instruction")
-    @classmethod
-    def _asks(cls, text: str) -> str:
-        if not text.strip():
-            raise ValueError("is empty")
-        return text
 
-    @field_validator("output")
-    @classmethod
-    def _not_blank(cls, text: str) -> str:
-        if text and not text.strip():
-            raise ValueError("is empty but for white space")
-        return text
-
-    @field_validator("instruction", "input", "output")
-    @classmethod
-    def _encodable(cls, text: str) -> str:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("holds half of a surrogate pair, which is not text") from error
-        return text
+def to_stderr(notice: str) -> None:
+    """Where notices go that nobody else takes."""
+    print(notice, file=sys.stderr)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, notice: Callable[[str], None] = to_stderr) -> list[Record]:
     """Read a data set: a JSON list, or JSONL with one object a line; UTF-8, a BOM is tolerated.
 
+    An input of null or NaN is no input; numbers and booleans are read as the file spells them.
+    `notice` is told of those, and of the keys that are not read.
+
     Raises:
-        UserError: no such file, not UTF-8, not JSON, no records, or bad records: all of them are
-            counted, and the first 50 are listed with index, field and reason.
+        UserError: as `read_raw`; no records; records of another form; keys that change what a
+            record means; or bad records: all are counted, and the first 50 listed.
     """
-    raw = read_raw(path)
-    records, problems = [], []
-    for index, item in enumerate(raw):
-        try:
-            records.append(Record.model_validate(item))
-        except ValidationError as error:
-            problems += [f"record {index}: {problem}" for problem in _reasons(error)]
-    if problems:
-        listed = "\n    ".join(problems[:MAX_LISTED])
-        more = len(problems) - MAX_LISTED
-        listed += f"\n    ... and {more} more" if more > 0 else ""
-        raise UserError(
-            f"{path}: {len(problems)} problem(s) in {len(raw)} records:\n    {listed}",
-            'Each record is {"instruction": str, "input": str, "output": str}; '
-            "indices count from 0. Mend the records named, or write a copy without them:\n    "
-            f"python -m alpaca audit {path} --leave_out invalid,empty_instruction,empty_output "
-            f"--write-clean {path.with_stem('clean').name}",
-        )
-    if not records:
+    items = read_raw(path)
+    if not items:
         raise UserError(f"{path} holds no records.", "Give it at least one example.")
-    return records
+    _check_form(path, items)
+    _check_keys(path, items)
+    _check_fields(path, items)
+    for text in notices(items):
+        notice(f"{path}: {text}")
+    return [Record(**texts(item)) for item in items]
 
 
-def _reasons(error: ValidationError) -> list[str]:
-    return [
-        f"{'.'.join(str(part) for part in detail['loc']) or 'record'}: "
-        f"{detail['msg'].removeprefix('Value error, ')}"
-        for detail in error.errors()
-    ]
+# ---- one record
 
 
-def read_raw(path: Path) -> list[Any]:
-    """The items of a JSON list or JSONL file as they stand, whatever they are.
+def texts(item: dict[str, Any]) -> dict[str, str]:
+    """The three texts of an item; "" for what is none."""
+    return {name: text_of(item.get(name)) or "" for name in FIELDS}
 
-    Raises:
-        UserError: no such file, not UTF-8, or not JSON.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+
+def text_of(value: Any) -> str | None:
+    """A text, or a number or boolean as the file spells it; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Spelled):
+        return value.text
+    if isinstance(value, bool | int):
+        return json.dumps(value)
+    return None
+
+
+def faults(item: Any) -> list[str]:
+    """Why an item is no record, a reason a field; none where it is one."""
+    if not isinstance(item, dict):
+        return [f"is {_kind(item)}, not an object"]
+    if isinstance(item, Twice):
+        return [f"{item.twice}: is there more than once"]
+    return [f"{name}: {why}" for name in FIELDS if (why := _fault(name, item))]
+
+
+def _fault(name: str, item: dict[str, Any]) -> str | None:
+    value = item.get(name)
+    if name == "input" and _is_nothing(value):
+        return None
+    if name not in item:
+        return "is missing"
+    text = text_of(value)
+    if text is None:
+        return f"is {_kind(value)}, not text"
+    if re.search("[\ud800-\udfff]", text):
+        return "holds half of a surrogate pair, which is not text"
+    if not text.strip() and name == "instruction":
+        return "is empty"
+    if text and not text.strip() and name == "output":
+        return "is empty but for white space"
+    return None
+
+
+def _is_nothing(value: Any) -> bool:
+    """None or NaN, as pandas writes an empty cell."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    return "null" if value is None else json.dumps(value) if isinstance(value, float) else "a text"
+
+
+def unread(item: Any) -> dict[str, str]:
+    """The keys of an item that are not read and change what it means, each with why."""
+    if not isinstance(item, dict):
+        return {}
+    found = {key: _meaning(key, item) for key in item if key not in FIELDS}
+    return {key: why for key, why in found.items() if why}
+
+
+def _meaning(key: str, item: dict[str, Any]) -> str | None:
+    """What a key that is not read says of its record; None where nothing is lost with it."""
+    value, name = item[key], letters(key)
+    if name in VERDICTS:
+        verdict = (text_of(value) or "").strip().lower()
+        rejects = verdict in REJECTS or (isinstance(value, int | float) and value <= 0)
+        if not rejects or verdict == texts(item)["output"].strip().lower():  # a class, and told
+            return None
+        return f"{_shown(value)}, which seems to reject the record (else: --drop {key})"
+    if (
+        _is_nothing(value)
+        or value in ("", [], {})
+        or (isinstance(value, str) and not value.strip())
+    ):
+        return None
+    text = text_of(value)
+    held = texts(item)
+    field = similar(key)
+    if field:
+        return None if text == held[field] else f"looks like {field}"
+    for field, others in OTHER_NAMES.items():
+        if name in others and not held[field] and field != "input":
+            return f"looks like {field}, which is missing or empty"
+    if name in CHANGES_MEANING:
+        return CHANGES_MEANING[name]
+    if name in ASKED_ABOUT and not _said(text, held):
+        return "a text that the instruction may be about"
+    return None
+
+
+@lru_cache(maxsize=10_000)
+def letters(key: str) -> str:
+    """A key without case, signs, digits and the plural's s."""
+    return re.sub(r"[\W\d_]+", "", key.lower()).removesuffix("s")
+
+
+@lru_cache(maxsize=10_000)
+def similar(key: str) -> str | None:
+    """The field that a key is written like: `Input`, `outputs`, `output_1`, `intruction`."""
+    name = letters(key)
+    for field in FIELDS:
+        close = difflib.SequenceMatcher(None, name, field).ratio() >= 0.8
+        if name == field or (abs(len(name) - len(field)) <= 1 and close):
+            return field
+    return None
+
+
+def _said(text: str | None, held: dict[str, str]) -> bool:
+    """Whether a text is in the record already: within a field, or as the prompt around them."""
+    if text is None:
+        return False
+    plain = " ".join(text.split())
+    asked = [" ".join(held[name].split()) for name in ("instruction", "input")]
+    return any(plain in part for part in asked) or all(part in plain for part in asked)
+
+
+def named(key: str) -> str:
+    """A key as it can be printed: half surrogate pairs and line ends as escapes, long ones cut."""
+    plain = key if key.isprintable() and key.strip() == key and key else json.dumps(key)
+    return plain if len(plain) <= 40 else f"{plain[:37]}..."
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 20 else f"{text[:20]}..."
+
+
+# ---- all records
+
+
+def notices(items: Sequence[Any]) -> list[str]:
+    """What is read in another form, and the keys that are not read, each with its count."""
+    records = [item for item in items if isinstance(item, dict)]
+    found = []
+    spelled = Counter(
+        name for item in records for name in FIELDS
+        if not isinstance(item.get(name), str) and text_of(item.get(name)) is not None
+    )  # fmt: skip
+    if spelled:
+        counts = ", ".join(f"{name} ({count:,})" for name, count in spelled.items())
+        found.append(f"numbers and booleans are read as text: {counts}")
+    keys = Counter(key for item in records for key in item if key not in FIELDS)
+    if keys:
+        shown = [f"{named(key)} ({count:,})" for key, count in keys.most_common(MOST_KEYS)]
+        more = len(keys) - len(shown)
+        shown += [f"and {more:,} more"] if more else []
+        found.append(f"of {len(items):,} records, keys that are not read: {', '.join(shown)}")
+    return found
+
+
+def _check_form(path: Path, items: list[Any]) -> None:
+    """Raise UserError where most records are of another form, with one name for it."""
+    lists = [index for index, item in enumerate(items)
+             if isinstance(item, dict) and isinstance(item.get("output"), list)]  # fmt: skip
+    if lists:
         raise UserError(
-            f"There is no data file {path}.",
-            "Name an Alpaca-format JSON or JSONL file; data/seed_tasks.jsonl is one to try.",
-        ) from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder.", "Name the JSON or JSONL file in it.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8: byte {error.start} ({error.reason}).",
-            "Convert it first, for example: iconv -f latin1 -t utf-8 OLD > NEW",
-        ) from None
-    if text.lstrip().startswith("["):
-        return _parse_json(path, text)
-    return _parse_jsonl(path, text)
-
-
-def _parse_json(path: Path, text: str) -> list[Any]:
-    try:
-        value: list[Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.",
-            "Was it cut off while being downloaded?",
-        ) from None
-    return value
-
-
-def _parse_jsonl(path: Path, text: str) -> list[Any]:
-    items, problems = [], []
-    # Only \n ends a line: str.splitlines would also split at U+2028 inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            items.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: {error.msg} at column {error.colno}")
-    if problems:
-        listed = "\n    ".join(problems[:MAX_LISTED])
-        raise UserError(
-            f"{path}: {len(problems)} line(s) are not JSON:\n    {listed}",
-            "A data file is a JSON list of objects, or one object a line (JSONL).",
+            f"{path}: {len(lists):,} of {len(items):,} records, the first {lists[0]}, have a list "
+            "as output: several answers, or a preferred and a rejected one.",
+            "A record has one answer: keep one of them as output, as text."
+            + _leaving_out(path, items, "invalid,empty_instruction"),
         )
-    return items
+    strange = [
+        item for item in items
+        if not isinstance(item, dict) or "instruction" not in item or "output" not in item
+    ]  # fmt: skip
+    if len(strange) * 2 <= len(items):
+        return
+    objects = [item for item in strange if isinstance(item, dict)]
+    if len(objects) * 2 <= len(strange):
+        raise UserError(
+            f"{path}: {len(strange):,} of {len(items):,} records are no objects, but like "
+            f"{_shown(strange[0])}.",
+            'Each record is {"instruction": text, "input": text, "output": text}.',
+        )
+    counts = Counter(key for item in objects for key in item)
+    common = {key for key, count in counts.items() if count * 2 > len(objects)} or {*counts}
+    form, remedy = _form(path, common)
+    keys = ", ".join(f"{named(key)} ({count:,})" for key, count in counts.most_common(MOST_KEYS))
+    raise UserError(
+        f"{path}: {len(strange):,} of {len(items):,} records have no instruction or no output. "
+        f"Their keys, with counts: {keys}. That is the form of {form}.",
+        remedy,
+    )
+
+
+def _form(path: Path, common: set[str]) -> tuple[str, str]:
+    """The name of a form of records by their keys, and what to do about it."""
+    named = {letters(key): key for key in common}
+    for name in ("conversation", "message", "dialog", "dialogue"):
+        if name in named:
+            return f"conversations (under {named[name]!r})", (
+                "Write one record for each question and its answer; docs/data.md has a program "
+                "for it."
+            )
+    renamed = {}
+    for field, others in OTHER_NAMES.items():
+        like = [key for key in sorted(common) if similar(key) == field]
+        other = [named[name] for name in others if name in named]
+        if field not in common and (like or other):
+            renamed[field] = (like or other)[0]
+    missing = {"instruction", "output"} - {*common, *renamed}
+    if not missing:
+        pairs = [f"{old}={new}" for new, old in renamed.items()]
+        flags = ["--rename", ",".join(pairs), "--leave_out", "invalid,empty_instruction"]
+        if "rejected" in named:
+            flags += ["--drop", named["rejected"]]
+        form = (
+            "preference pairs" if "rejected" in named else f"{'/'.join(renamed.values())} records"
+        )
+        return form, f"Read {', '.join(pairs)}:\n    {audit_command(path, *flags)}"
+    if "text" in named:
+        return "whole texts (under 'text')", (
+            "Split each into what is asked (instruction) and the answer (output): training has to "
+            "know where the answer begins."
+        )
+    return f"another data set, without {' and '.join(sorted(missing))}", (
+        'Each record is {"instruction": text, "input": text, "output": text}. A key by another '
+        "name: python -m alpaca audit --rename OLD=NEW"
+    )
+
+
+def _check_keys(path: Path, items: list[Any]) -> None:
+    """Raise UserError where keys that are not read change what records mean."""
+    counts: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], int] = {}
+    for index, item in enumerate(items):
+        for pair in unread(item).items():
+            counts[pair] += 1
+            first.setdefault(pair, index)
+    if not counts:
+        return
+    listed = [
+        f"{named(key)} ({count:,} of {len(items):,} records, first record {first[key, why]}): {why}"
+        for (key, why), count in counts.most_common(MAX_LISTED)
+    ]
+    renamed, dropped = _remedies(items, {key for key, _ in counts})
+    remedy = "Each key is read, or dropped, or its records are left out."
+    flags, how = [], []
+    if renamed:
+        flags += ["--rename", ",".join(f"{old}={new}" for old, new in renamed.items())]
+        how.append("reads " + ", ".join(f"{old} as {new}" for old, new in renamed.items()))
+    if dropped:
+        flags += ["--drop", ",".join(dropped)]
+        how.append("drops " + ", ".join(dropped))
+    checks = "unread_key,invalid,empty_instruction"
+    if flags:
+        command = audit_command(path, *flags, "--leave_out", checks)
+        remedy += f"\n  A copy that {' and '.join(how)}:\n    {command}"
+    raise UserError(
+        f"{path}: keys that are not read change what records mean:\n    " + "\n    ".join(listed),
+        remedy + _leaving_out(path, items, checks),
+    )
+
+
+def _remedies(items: list[Any], keys: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Keys to read as a field, where that is free in all their records, and keys to drop."""
+    renamed: dict[str, str] = {}
+    dropped = []
+    for key in sorted(keys):
+        name = letters(key)
+        other = next((field for field, names in OTHER_NAMES.items() if name in names), None)
+        about = "input" if name in ASKED_ABOUT else None
+        holders = [item for item in items if key in unread(item)]
+        free = [
+            field
+            for field in dict.fromkeys((similar(key), other, about))
+            if field and not any(texts(item)[field].strip() for item in holders)
+        ]
+        if free and free[0] not in renamed.values() and not re.search("[,=]", key):
+            renamed[key] = free[0]
+        elif name not in VERDICTS:
+            dropped.append(key)
+    return renamed, dropped
+
+
+def _check_fields(path: Path, items: list[Any]) -> None:
+    problems = [
+        f"record {index}: {why}" for index, item in enumerate(items) for why in faults(item)
+    ]
+    if not problems:
+        return
+    listed = "\n    ".join(problems[:MAX_LISTED])
+    more = len(problems) - MAX_LISTED
+    listed += f"\n    ... and {more:,} more" if more > 0 else ""
+    raise UserError(
+        f"{path}: {len(problems):,} problem(s) in {len(items):,} records:\n    {listed}",
+        'Each record is {"instruction": text, "input": text, "output": text}; '
+        "indices count from 0. Fix the records named."
+        + _leaving_out(path, items, "invalid,empty_instruction"),
+    )
+
+
+def _leaving_out(path: Path, items: list[Any], checks: str) -> str:
+    """The command for a copy without the records at fault; nothing where none would be left."""
+    if all(faults(item) or ("unread_key" in checks and unread(item)) for item in items):
+        return ""
+    return f"\n  A copy without those records:\n    {audit_command(path, '--leave_out', checks)}"

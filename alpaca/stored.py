@@ -17,7 +17,7 @@ from typing import Any
 from alpaca.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-FLOATS = ("BF16", "F16", "F32")
+FLOATS = {"BF16": 2, "F16": 2, "F32": 4}  # types of plain weights, and their bytes
 PIECE = 1 << 20  # bytes compared in one go
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -85,8 +85,11 @@ def check_config(config: dict[str, Any], where: Path) -> None:
     if method := quantization(config):
         raise UserError(
             f"{where} describes quantized weights ({method}): without their scales they are other "
-            "numbers.", PLAIN,
-        )  # fmt: skip
+            "numbers.",
+            f"Make plain ones of them: python -m alpaca convert --input_dir {where.parent}"
+            if method.endswith(CONVERTIBLE)
+            else PLAIN,
+        )
     kind = config.get("model_type")
     apart = _what_sets_apart(config)
     if kind not in DECODERS or apart:
@@ -112,6 +115,7 @@ def _what_sets_apart(config: dict[str, Any]) -> str:
     return " that brings its own code (auto_map)" if own_code else ""
 
 
+CONVERTIBLE = ("fp8", "compressed-tensors")  # those of their formats that are one number a weight
 PLAIN = "Take the folder it was quantized from, in bf16, fp16 or fp32."
 
 
@@ -369,7 +373,12 @@ def header(path: Path) -> dict[str, Entry]:
             if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
                 raise ValueError(f"{name} has an impossible shape or place")
             found[name] = Entry(path, str(entry["dtype"]), shape, 8 + length + start, end - start)
-        wanted = max((entry.start + entry.size for entry in found.values()), default=8 + length)
+        wanted = 8 + length
+        for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].size)):
+            bytes_each = FLOATS.get(entry.dtype)
+            if entry.start != wanted or (bytes_each and entry.elements * bytes_each != entry.size):
+                raise ValueError(f"the place of {name} does not fit its shape and the others'")
+            wanted += entry.size
         if wanted != size:
             raise ValueError(f"it has {size:,} bytes, its header says {wanted:,}")
     except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:

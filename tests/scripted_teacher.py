@@ -22,8 +22,19 @@ from alpaca.dataset.reply import Task, block
 MODES = {
     "well": 0, "429 with Retry-After": 9, "429": 4, "500": 4, "hang": 13, "cut connection": 4,
     "malformed JSON": 4, "no choices": 4, "truncated reply": 1, "wrong numbering": 1,
-    "duplicate ids": 1, "slow stream": 3,
+    "duplicate ids": 1, "slow stream": 3, "thinking": 1, "thinking, not opened": 1,
+    "thinking in JSON": 1, "list content": 2, "error in a 200": 4, "reasoning alone": 6,
 }  # fmt: skip  # mode: every how many requests it shows
+# What a model drafts while it thinks: tasks by their form, and none.
+DRAFTS = """Let me see.
+1. Instruction: Draft an idea about parrots that is thrown away.
+1. Input:
+<noinput>
+1. Output:
+Not good enough.
+###
+Or {"instruction": "Throw away this idea about parrots", "output": "draft"}?
+"""
 PASSING = {"429 with Retry-After", "429", "500", "hang", "cut connection", "malformed JSON"}
 
 
@@ -41,6 +52,7 @@ class ScriptedTeacher(ThreadingHTTPServer):
         self.paid: list[str] = []  # the text of every reply sent whole
         self.keys: set[str] = set()
         self.bodies: list[dict[str, Any]] = []
+        self.error_code: int | str = 502
         self.on_paid: Callable[[int], None] = lambda count: None
 
     @property
@@ -132,6 +144,9 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(429, {"Retry-After": "1"})
         elif (misbehaves and mode in ("429", "500")) or mode in ("401", "400", "404"):
             self.fail(int(mode), {})
+        elif misbehaves and mode == "error in a 200":
+            error = {"message": "Provider returned error", "code": self.server.error_code}
+            self.send(200, json.dumps({"error": error}).encode(), {})
         elif misbehaves and mode == "hang":
             self.server.released.wait(20)
             self.close_connection = True
@@ -147,9 +162,16 @@ class Handler(BaseHTTPRequestHandler):
         text, finish = self.text(prompt, mode)
         if not chat:
             text = text.removeprefix("4. Instruction:")
-        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        content: Any = text
+        if mode == "list content":
+            thought = {"type": "thinking", "thinking": [{"type": "text", "text": DRAFTS}]}
+            halves = [text[: len(text) // 2], text[len(text) // 2 :]]
+            content = [thought, *({"type": "text", "text": half} for half in halves)]
+        if mode == "reasoning alone":
+            content = None
+        said = {"message": {"role": "assistant", "content": content}} if chat else {"text": text}
         choices = [{"index": 0, "finish_reason": finish} | said]
-        content = {
+        whole = {
             "id": "same" if mode == "duplicate ids" else hashlib.sha1(prompt.encode()).hexdigest(),
             "object": "chat.completion" if chat else "text_completion",
             "created": 0,
@@ -157,11 +179,11 @@ class Handler(BaseHTTPRequestHandler):
             "choices": [] if mode == "no choices" else choices,
             "usage": {"prompt_tokens": 700, "completion_tokens": 300, "total_tokens": 1000},
         }
-        encoded = json.dumps(content).encode()
+        encoded = json.dumps(whole).encode()
         if mode == "malformed JSON":
             encoded = encoded[:-20]
         self.send(200, encoded, {}, mode)
-        if mode not in PASSING and mode != "no choices":
+        if mode not in {*PASSING, "no choices", "reasoning alone"}:
             with self.server.lock:
                 self.server.paid.append(text)
                 count = len(self.server.paid)
@@ -176,6 +198,15 @@ class Handler(BaseHTTPRequestHandler):
         if mode == "duplicate ids":
             return "\n".join(block(4, task) for task in tasks), "stop"
         text = "\n".join(block(number, task) for number, task in enumerate(tasks, start=4))
+        if mode == "thinking":
+            return f"<think>\n{DRAFTS}\n</think>\n{text}", "stop"
+        if mode == "thinking, not opened":
+            return f"{DRAFTS}</think>\n\n{text}", "stop"
+        if mode == "thinking in JSON":
+            listed = [task._asdict() for task in tasks]
+            return f"<think>{DRAFTS}</think>{json.dumps(listed)}", "stop"
+        if mode == "reasoning alone":
+            return text, "length"
         if mode == "truncated reply":
             return text[: text.rfind("Output:") + 12], "length"
         return text, "stop"

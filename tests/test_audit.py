@@ -1,5 +1,7 @@
 """`python -m alpaca audit`: every planted defect at its index, and nothing on sound records."""
 
+import contextlib
+import io
 import json
 import random
 from html.parser import HTMLParser
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
 
@@ -22,7 +24,10 @@ SURROGATE = "\ud83d"
 PLANTED: list[tuple[set[str], Any]] = [
     ({"invalid"}, "just a string"),
     ({"invalid"}, {"output": None}),
-    ({"invalid"}, {"output": 7}),
+    ({"invalid"}, {"output": ["seven"]}),
+    ({"invalid"}, {"output": " \n"}),
+    ({"unread_key"}, {"context": "The river was high that year."}),
+    ({"unread_key"}, {"label": False}),
     ({"invalid"}, {"instruction": SURROGATE}),
     ({"empty_instruction"}, {"instruction": " \n"}),
     ({"empty_output"}, {"output": ""}),
@@ -31,6 +36,11 @@ PLANTED: list[tuple[set[str], Any]] = [
     ({"placeholder"}, {"output": "..."}),
     ({"placeholder"}, {"output": "Dear [Your Name], thank you for coming."}),
     ({"placeholder"}, {"input": "<noinput>"}),
+    ({"placeholder"}, {"output": "I am {{name}}, an assistant developed by {{author}}."}),
+    ({"placeholder"}, {"output": "I was built by AUTHOR, and my name is NAME."}),
+    ({"placeholder"}, {"output": "Dear [NAME], the parcel is on its way."}),
+    ({"thinking"}, {"output": "<think>\nThey ask for seven.\n</think>\nSeven."}),
+    ({"thinking"}, {"output": "They ask for seven.\n</think>\n\nSeven."}),
     ({"refusal"}, {"output": "I'm sorry, but I can't help with that."}),
     ({"refusal"}, {"output": "As an AI language model, I have no favourite."}),
     ({"refusal"}, {"output": "I’m unable to browse the internet."}),
@@ -61,11 +71,11 @@ def lines(path: Path) -> list[Any]:
 
 
 def planted() -> tuple[list[Any], dict[int, set[str]]]:
-    """The seed tasks with one defect at every seventh place, and what must be found where."""
+    """The seed tasks with one defect at every sixth place, and what must be found where."""
     records: list[Any] = seeds()
     expected = {}
     for number, (checks, change) in enumerate(PLANTED):
-        at = 7 * number + 3
+        at = 6 * number + 3
         expected[at] = checks
         sound = records[at]
         if change == "REPEAT exactly":
@@ -111,6 +121,51 @@ def test_every_planted_defect_is_found_where_it_is(
     assert found == planted()[1]
     token_checks = {"truncated", "eos_cut"}
     assert {check for checks in found.values() for check in checks} == {*MEANINGS} - token_checks
+
+
+SOUND = [
+    {"instruction": "Write a Jinja page.", "output": "```html\n<h1>{{ title }}</h1>\n```"},
+    {"instruction": "Greet the user in Vue.", "output": "<p>Hello, {{ name }}!</p>"},
+    {"instruction": "Shorten: Dear {{name}}, thank you.", "output": "Thanks, {{name}}."},
+    {"instruction": "Show an SQL table.", "output": "CREATE TABLE people (NAME TEXT, AUTHOR TEXT)"},
+    {"instruction": "Typeset the fraction.", "output": r"\frac{{a+1}}{{b}}"},
+    {"instruction": "What does <think> mark in a reply?", "output": "<think> opens a thought."},
+    {"instruction": "Count the labels.", "output": "Two", "id": 1, "label": "positive"},
+]
+
+
+def test_answers_that_are_about_such_marks_are_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit(write(tmp_path / "sound.json", SOUND), "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["findings"] == []
+    assert report["notices"] == ["of 7 records, keys that are not read: id (1), label (1)"]
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+    | st.sampled_from([SURROGATE, "9" * 400, "<think>", "{{name}}", "\x00", "1e400", 10**300]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)  # fmt: skip
+keys = st.sampled_from(["instruction", "input", "output", "context", "label", SURROGATE, "a\nb"])
+
+
+@settings(max_examples=15)
+@given(items=st.lists(st.dictionaries(keys, values) | values, min_size=1, max_size=30))
+def test_the_audit_of_anything_ends_in_a_report_or_a_sentence(
+    items: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    data = write(folder / "d.json", items)
+    extra = ["--html", folder / "r.html", "--write-clean", folder / "c.json"]
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")):
+        code = audit(data, *extra, "--leave_out", "language")
+    assert code in (0, 2)
+    if code == 0:
+        assert (folder / "r.html").read_text(encoding="utf-8").endswith("</html>\n")
+        assert json.loads((folder / "c.json").read_text(encoding="utf-8"))
 
 
 def test_nothing_is_found_on_the_seed_tasks(

@@ -50,6 +50,37 @@ def test_tasks_are_read_whatever_the_form(text: str) -> None:
     assert found == TASKS
 
 
+DRAFT = block(1, Task("Name a draft.", "", "No.")) + '\n{"instruction": "Draft", "output": "no"}\n'
+
+
+@pytest.mark.parametrize(
+    "form", [blocks(TASKS), json.dumps(objects(TASKS)), json.dumps({"tasks": objects(TASKS)})]
+)
+@pytest.mark.parametrize(
+    "before",
+    [
+        f"<think>\n{DRAFT}</think>\n\n",
+        f"{DRAFT}</think>\n\n",
+        f"<thinking>{DRAFT}</thinking>",
+        f"<THINK>{DRAFT}<think>{DRAFT}</think>{DRAFT}</THINK>\n",
+        f"<think>{DRAFT}</think>\n<think>{DRAFT}</think>\n",
+        f"[THINK]{DRAFT}[/THINK]",
+        f"◁think▷{DRAFT}◁/think▷",
+        f"<|begin_of_thought|>{DRAFT}<|end_of_thought|>\n",
+        f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>",
+    ],
+)
+def test_what_a_model_drafts_while_it_thinks_is_no_task(before: str, form: str) -> None:
+    assert parse(before + form) == TASKS
+
+
+def test_thoughts_between_and_after_tasks_are_left_out_and_the_tasks_kept() -> None:
+    first, rest = blocks(TASKS[:1]), blocks(TASKS[1:], first=5)
+    assert parse(f"{first}\n<think>{DRAFT}</think>\n{rest}") == TASKS
+    assert parse(f"{first}\n{rest}\n<think>{DRAFT}") == TASKS
+    assert parse(f"<think>{DRAFT}") == []
+
+
 def test_unnumbered_blocks_keep_list_items_and_field_names_inside_answers() -> None:
     text = re.sub(r"(?m)^\d+\. (?=Instr|Input:|Output:)", "", blocks(TASKS))
     assert parse(text) == TASKS

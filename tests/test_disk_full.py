@@ -76,12 +76,12 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(disk: Path) -> No
 @pytest.mark.usefixtures("alone")
 def test_an_export_that_finds_no_room_leaves_nothing(tiny_model: Path, disk: Path) -> None:
     model, codec = load_model(tiny_model, torch.float32), Codec(load_tokenizer(tiny_model))
-    out = disk / "out"
-    export.rehearse(model, codec, out)
+    out, rounded = disk / "out", export.Rounding(torch.bfloat16)
+    export.rehearse(model, codec, out, rounded)
     leave(disk, 100_000)
-    for write in (export.rehearse, partial(export.export, facts={})):
+    for write in (export.rehearse, partial(export.export, facts=lambda _: {})):
         with pytest.raises(OSError, match="No space left"):
-            write(model, codec, out)
+            write(model, codec, out, rounded)
         assert not list(out.iterdir())
     assert psutil.disk_usage(str(disk)).free >= 90_000
 

@@ -1,6 +1,8 @@
 """`python -m alpaca generate` against a teacher that misbehaves, and against kill -9."""
 
 import os
+import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -34,6 +36,7 @@ def test_500_instructions_come_out_and_every_paid_reply_is_used(
         assert generate(teacher, output, "--endpoint", endpoint, "--timeout", timeout) == 0
     records = read_records(output)
     assert len(records) == len({record.instruction for record in records}) == 500
+    assert "parrots" not in output.read_text() + (tmp_path / "data.dropped.jsonl").read_text()
     replies = entries(output, "reply")
     opening = "4. Instruction:" if endpoint == "completion" else ""
     assert Counter(reply["text"] for reply in replies) == Counter(opening + t for t in teacher.paid)
@@ -43,6 +46,15 @@ def test_500_instructions_come_out_and_every_paid_reply_is_used(
     if mode == "no choices":
         assert all(entry["tokens_in"] == 700 for entry in entries(output, "wasted"))
         assert len(entries(output, "wasted")) > 3
+    if mode == "error in a 200":
+        assert len(teacher.asked) > len(teacher.paid)
+        assert not entries(output, "wasted")  # nothing was paid
+    if mode == "reasoning alone":
+        spent = entries(output, "refused")
+        assert len(spent) >= 3
+        assert {(item["tokens_in"], item["tokens_out"]) for item in spent} == {(700, 300)}
+        assert "300 tokens went elsewhere (finish_reason length)" in spent[0]["why"]
+        assert len({*teacher.asked}) == len(teacher.asked)  # none was asked, and paid, again
     if mode == "truncated reply":
         read = Counter(len(entry["tasks"]) for entry in entries(output, "judged"))
         assert set(read) == {19}
@@ -159,6 +171,92 @@ def test_mistakes_are_named(
         assert generate(teacher, tmp_path / "data.json", *changed, wanted=20) == 2
         assert len(teacher.asked) == asked
     assert said in capfd.readouterr().err
+
+
+def test_replies_of_reasoning_alone_end_the_run_with_the_cause_and_are_never_paid_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODES, "reasoning alone", 1)
+    with scripted_teacher("reasoning alone") as teacher:
+        for _ in range(2):
+            assert generate(teacher, tmp_path / "data.json", "--concurrency", "3") == 2
+            error = capfd.readouterr().err
+            assert "300 tokens went elsewhere (finish_reason length)" in error
+            assert "Raise --max_tokens" in error
+        assert 2 <= len(teacher.asked) <= 6
+        assert len({*teacher.asked}) == len(teacher.asked)
+
+
+@pytest.mark.parametrize(
+    ("code", "attempts", "remedy"),
+    [
+        (502, 2, "failed 2 times at one request, last: HTTP 502: Provider returned error"),
+        ("overloaded", 2, "last: HTTP 500: Provider returned error"),
+        (402, 1, "HTTP 402: Provider returned error\n  The account has no credit left"),
+        ("401", 1, "HTTP 401: Provider returned error\n  Set OPENAI_API_KEY"),
+    ],
+)
+def test_an_error_in_a_200_is_named_and_counts_as_nothing_paid(
+    code: int | str, attempts: int, remedy: str, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(MODES, "error in a 200", 1)
+    with scripted_teacher("error in a 200") as teacher:
+        teacher.error_code = code
+        more = ["--retries", "1", "--concurrency", "1"]
+        assert generate(teacher, tmp_path / "data.json", *more) == 2
+        assert len(teacher.asked) == attempts
+    assert remedy in capfd.readouterr().err
+    assert not entries(tmp_path / "data.json", "wasted")
+
+
+def test_a_flipped_bit_anywhere_in_the_journal_is_found(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    journal = tmp_path / "data.journal.jsonl"
+    with scripted_teacher() as teacher:
+        generate(teacher, tmp_path / "data.json", wanted=40)
+        whole, asked = journal.read_bytes(), len(teacher.asked)
+        rng = random.Random(0)
+        places = [place for place in rng.sample(range(len(whole)), 60) if whole[place] != 10]
+        for place in places:
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << rng.randrange(3)  # a letter of a reply stays one
+            if flipped[place] == 10:
+                continue
+            journal.write_bytes(flipped)
+            assert generate(teacher, tmp_path / "data.json", wanted=40) == 2
+            line = whole.count(b"\n", 0, place) + 1
+            assert f"damaged: line {line} is not as it was written" in capfd.readouterr().err
+        assert len(teacher.asked) == asked
+
+
+def test_a_journal_from_before_checksums_is_resumed(tmp_path: Path) -> None:
+    journal = tmp_path / "data.journal.jsonl"
+    with scripted_teacher() as teacher:
+        generate(teacher, tmp_path / "data.json", wanted=40)
+        asked, before = len(teacher.asked), files(tmp_path)
+        old = re.sub(r', "crc32": "[0-9a-f]{8}"\}', "}", journal.read_text())
+        journal.write_text(old.replace('"format": 2', '"format": 1', 1))
+        assert generate(teacher, tmp_path / "data.json", wanted=40) == 0
+        assert (len(teacher.asked), files(tmp_path)) == (asked, before)
+        assert generate(teacher, tmp_path / "data.json", wanted=80) == 0  # a file of both kinds
+        assert generate(teacher, tmp_path / "data.json", wanted=80) == 0
+        assert len({*teacher.asked}) == len(teacher.asked)
+
+
+@pytest.mark.parametrize(("secret", "shown"), [("a", "no, Bearer [key] may not"), (KEY, "[key]")])
+def test_a_key_of_one_letter_is_not_cut_out_of_words(
+    secret: str, shown: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+    with scripted_teacher("401") as teacher:
+        assert generate(teacher, tmp_path / "data.json") == 2
+    error = capfd.readouterr().err
+    assert shown in error
+    assert "The teacher at http://127.0.0.1" in error
+    assert KEY not in error
 
 
 def test_a_damaged_journal_is_refused_and_a_torn_one_goes_on(

@@ -43,8 +43,7 @@ def refused() -> Iterator[tuple[str, object]]:
             yield name, field["maximum"] + step
         if "items" in field:
             yield name, [5]
-        if not field.get("nullable"):
-            yield name, None
+        yield name, None  # Cog refuses it also where the schema says nullable
 
 
 REFUSED = list(refused())
@@ -62,9 +61,30 @@ def test_inputs_out_of_type_or_range_are_refused(server: Server, name: str, valu
 
 def test_no_input_and_no_range_is_forgotten(server: Server) -> None:
     assert len({name for name, _ in REFUSED}) == 12
-    for case in (("n", 6), ("n", 0), ("top_p", 1.01), ("temperature", -0.01), ("seed", -1)):
+    for case in (("n", 6), ("n", 0), ("top_p", 1.01), ("temperature", -0.01), ("seed", -1),
+                 ("seed", 2**53), ("seed", None), ("max_new_tokens", None)):  # fmt: skip
         assert case in REFUSED
     assert server.post().status_code == 422  # without a prompt
+
+
+def test_the_largest_seed_is_reported_as_it_is_and_repeats_the_answer(server: Server) -> None:
+    inputs = {"prompt": "Say hello.", "temperature": 1, "max_new_tokens": 20, "seed": 2**53 - 1}
+    first, second = (server.post(**inputs).json() for _ in range(2))
+    assert first["metrics"]["seed"] == 2**53 - 1
+    assert first["output"] == second["output"]
+    assert server.post(**{**inputs, "seed": 2**53 - 2}).json()["output"] != first["output"]
+    for larger in (2**53, 2**53 + 1, 2**200):
+        assert server.post(**{**inputs, "seed": larger}).status_code == 422
+
+
+def test_a_stream_wins_over_an_answer_in_the_background(server: Server) -> None:
+    request = {"input": {"prompt": "Say hello.", "stream": True, "max_new_tokens": 5}}
+    headers = {"accept": "text/event-stream", "prefer": "respond-async"}
+    with server.client.stream("POST", "/predictions", json=request, headers=headers) as response:
+        assert response.status_code == 200
+        seen = list(events(response))
+    assert seen[-1][0] == "completed"
+    assert seen[-1][1]["status"] == "succeeded"
 
 
 def test_the_schema_is_served(server: Server) -> None:

@@ -1,6 +1,8 @@
 """Packs: every example once, within capacity, and the same loss and gradient as padding."""
 
 import itertools
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,67 @@ def test_every_example_lands_in_one_pack_within_capacity_and_ranks_run_equally_m
     for share in shares:
         for pack in share:
             assert packing.build(corpus, pack).tokens <= capacity
+
+
+def one_by_one(
+    corpus: Corpus, members: Sequence[int], capacity: int, world_size: int
+) -> list[list[list[int]]]:
+    """The same packs by their definition: every number of packs in turn, every pack looked at."""
+    shared = corpus.prefix_lengths
+
+    def own(i: int) -> int:
+        return corpus.length(i) - shared[corpus.kinds[i]]
+
+    order = sorted(members, key=lambda i: (-own(i), i))
+    for count in itertools.count(world_size, world_size):
+        packs: list[list[int]] = [[] for _ in range(count)]
+        tokens, held = [0] * count, [set[int]() for _ in range(count)]
+        for i in order:
+            kind = int(corpus.kinds[i])
+            after = [t + (0 if kind in h else shared[kind])
+                     for t, h in zip(tokens, held, strict=True)]  # fmt: skip
+            best = after.index(min(after))
+            if after[best] + own(i) > capacity:
+                break
+            tokens[best] = after[best] + own(i)
+            held[best].add(kind)
+            packs[best].append(i)
+        else:
+            return [packs[rank::world_size] for rank in range(world_size)]
+    raise AssertionError("every example fits a pack of its own")
+
+
+@given(corpora, st.integers(62, 200), st.integers(1, 4))
+def test_packs_are_the_fewest_that_trying_every_number_finds(
+    corpus: Corpus, capacity: int, world_size: int
+) -> None:
+    found = packing.distribute(corpus, range(len(corpus)), capacity, world_size)
+    assert found == one_by_one(corpus, range(len(corpus)), capacity, world_size)
+
+
+@pytest.mark.parametrize(("examples", "capacity"), [(256, 512), (512, 512), (300, 2048)])
+def test_the_packs_of_a_training_step_are_those_of_before(examples: int, capacity: int) -> None:
+    rng = np.random.default_rng(examples)
+    lengths = np.clip(rng.lognormal(4.3, 0.7, (examples, 2)), 5, 230).astype(int)
+    kinds = (rng.random(examples) < 0.4).astype(int)
+    corpus = made((33, 44), list(zip(kinds, lengths[:, 0], lengths[:, 1], strict=True)))
+    for ranks in (1, 8):
+        found = packing.distribute(corpus, range(examples), capacity, ranks)
+        assert found == one_by_one(corpus, range(examples), capacity, ranks)
+
+
+def test_thousands_of_held_out_examples_are_placed_in_a_second() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.3, 0.7, 8000), 5, 460).astype(int)
+    kinds = (rng.random(8000) < 0.4).astype(int)
+    corpus = made((33, 44), [(kind, 2, n) for kind, n in zip(kinds, lengths, strict=True)])
+    started = time.process_time()
+    [packs] = packing.distribute(corpus, range(8000), 512, 1)
+    assert time.process_time() - started < 2  # 0.4 s; trying every number took 4.8
+    assert sorted(i for pack in packs for i in pack) == list(range(8000))
+    assert max(packing.build(corpus, pack).tokens for pack in packs) <= 512
+    prefixes = np.array(corpus.prefix_lengths)
+    assert len(packs) < 1.15 * (lengths + 2).sum() / (512 - prefixes.max())
 
 
 @given(corpora)

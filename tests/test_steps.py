@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import get_cosine_schedule_with_warmup
 
 from alpaca.training.arguments import Arguments
-from alpaca.training.steps import Schedule, schedule
+from alpaca.training.steps import schedule
 
 RECIPE = Arguments(per_device_train_batch_size=4, gradient_accumulation_steps=8)
 
@@ -51,17 +50,8 @@ def test_data_order_depends_on_seed_and_step_not_on_ranks() -> None:
     assert one.indices(0) != one.indices(one.steps_per_epoch)  # epochs are shuffled apart
 
 
-def test_cosine_schedule_equals_that_of_transformers() -> None:
-    import torch
-
-    made = schedule(RECIPE, 52_002, world_size=8)
-    assert made.warmup == 19  # ceil(0.03 x 609)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=RECIPE.learning_rate)
-    reference = get_cosine_schedule_with_warmup(optimizer, made.warmup, made.steps)
-    for step in range(made.steps):
-        assert made.learning_rate(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
-        optimizer.step()
-        reference.step()
+def test_the_published_run_warms_up_for_19_steps() -> None:
+    assert schedule(RECIPE, 52_002, world_size=8).warmup == 19  # ceil(0.03 x 609)
 
 
 @pytest.mark.parametrize(("limit", "scale"), [(0.0, 1.0), (1.0, 0.2), (10.0, 1.0)])
@@ -74,12 +64,3 @@ def test_gradients_are_clipped_to_the_norm_and_not_at_all_to_0(limit: float, sca
     module.weight.grad = torch.tensor([[3.0, 4.0]])
     assert clip(module, limit) == 5.0
     assert torch.allclose(module.weight.grad, scale * torch.tensor([[3.0, 4.0]]))
-
-
-@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
-def test_every_schedule_warms_up_to_the_peak_and_stays_within_it(shape: str) -> None:
-    made = Schedule(100, 10, 50, 5, 0, 1e-3, shape)
-    rates = [made.learning_rate(step) for step in range(50)]
-    assert rates[0] == 0
-    assert rates[5] == max(rates) == 1e-3
-    assert min(rates) >= 0

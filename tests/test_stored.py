@@ -1,6 +1,7 @@
 """Which files are a folder's weights: one answer for every program, and it is transformers'."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from model_folders import (
     zeros,
 )
 from reference import convert
+from safetensors import safe_open
 from safetensors.torch import load_file
 from training_runs import train
 
@@ -208,6 +210,26 @@ def test_a_file_that_is_no_safetensors_file_is_explained(
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=told):
         stored.tensors(folder)
+
+
+def test_a_header_is_let_through_only_if_the_safetensors_library_takes_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    content = (tiny_model / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little") + 8
+    chance, path, refused = random.Random(0), tmp_path / "changed.safetensors", 0
+    for _ in range(300):
+        changed = bytearray(content)
+        changed[chance.randrange(length)] = chance.choice(b'0123456789[]{},:" aZ')
+        path.write_bytes(changed)
+        try:
+            stored.check_types(stored.header(path))
+        except UserError:
+            refused += 1
+            continue
+        with safe_open(path, framework="pt") as file:
+            assert all(file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
+    assert 100 < refused < 300
 
 
 def test_a_file_that_was_cut_short_is_explained(tiny_model: Path, tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ def bench(name: str, *flags: object) -> dict[str, Any]:
     return found
 
 
-def test_gpu_train_needs_neither_pydantic_nor_cog() -> None:
-    """The images that have GPUs need not have them."""
-    blocked = "import sys; sys.modules |= dict.fromkeys(('pydantic', 'cog')); import gpu_train"
+def test_gpu_train_needs_no_cog() -> None:
+    """The images that have GPUs need not have it."""
+    blocked = "import sys; sys.modules['cog'] = None; import gpu_train"
     done = subprocess.run(
         [sys.executable, "-c", blocked], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import lines, train
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
@@ -103,3 +104,46 @@ def test_examples_longer_than_the_models_window_are_refused(
                 compatibility.check(arguments, tokenizer)
         else:
             compatibility.check(arguments, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (["--eval_fraction=0.001"], "of 240 examples leaves nothing to evaluate on"),
+        (["--eval_fraction=0.999"], "of 240 examples leaves nothing to train on"),
+        (["--eval_data_path=EMPTY"], "No example of EMPTY has an answer token left"),
+    ],
+)
+def test_held_out_data_that_is_none_is_refused_before_the_first_step(
+    changed: list[str], expected: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    long = tmp_path / "long.json"
+    long.write_text(json.dumps([{"instruction": "count " * 600, "output": "one"}]))
+    out, given = tmp_path / "out", [word.replace("EMPTY", str(long)) for word in changed]
+    done = train(f"--model_name_or_path={tiny_model}", f"--output_dir={out}", *given)
+    assert done.returncode == 2
+    assert expected.replace("EMPTY", str(long)) in done.stderr
+    assert not out.exists()
+
+
+def test_examples_that_cannot_be_evaluated_are_said_and_left_out(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    mixed, plain = tmp_path / "mixed.json", tmp_path / "plain.json"
+    sound = {"instruction": "Say one.", "output": "one"}
+    mixed.write_text(json.dumps([{"instruction": "count " * 600, "output": "one"}, sound]))
+    plain.write_text(json.dumps([sound]))
+    losses = []
+    for data in (mixed, plain):
+        out = tmp_path / data.stem
+        done = train(
+            f"--model_name_or_path={tiny_model}", f"--output_dir={out}", "--max_steps=1",
+            f"--eval_data_path={data}", "--save_strategy=no", "--learning_rate=0",
+            "--per_device_train_batch_size=1", "--gradient_accumulation_steps=1",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said = "train: 1 of 2 examples of" in done.stdout and "(not evaluated)" in done.stdout
+        assert said is (data is mixed)
+        losses.append([line["eval_loss"] for line in lines(out) if "eval_loss" in line])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2

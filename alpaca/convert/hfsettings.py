@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 
 from alpaca import stored
+from alpaca.convert import quantized
 from alpaca.errors import UserError
 
 # Name of early 2023 -> today's.
@@ -43,6 +44,7 @@ class Settings:
     config: dict[str, Any]
     generation: dict[str, Any]
     ends: tuple[int, ...]
+    quantization: dict[str, Any] | None
     notes: tuple[str, ...]
 
 
@@ -54,6 +56,7 @@ def read_settings(folder: Path) -> Settings:
     """
     path = folder / "config.json"
     raw = read_json(path)
+    quantization = quantized.settings(raw, path)  # takes it out of `raw`
     raw |= {new: raw[old] for old, new in RENAMED.items() if old in raw and new not in raw}
     config = {key: value for key, value in raw.items() if key not in DROPPED and key not in RENAMED}
     if isinstance(raw.get("model_type"), str):
@@ -74,6 +77,7 @@ def read_settings(folder: Path) -> Settings:
         config=config,
         generation=generated,
         ends=tuple(_ids(generation) + _ids(raw)),
+        quantization=quantization,
         notes=tuple(
             f"note: transformers has no setting {', '.join(keys)}: copied from {name}, not used"
             for name, keys in unknown.items()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alpaca.convert import expected
+from alpaca.convert import expected, quantized
 from alpaca.convert.families import size_name
 from alpaca.convert.folders import inside
 from alpaca.convert.hfsettings import read_settings
@@ -39,27 +39,33 @@ def open_folder(folder: Path, name: str) -> Source:
         UserError: a file is missing or damaged, or the model is of a kind that is not served here.
     """
     described = read_settings(folder)
-    config = described.config
-    files = _weight_files(folder)
+    config, quantization = described.config, described.quantization
+    files = _weight_files(folder, plain=quantization is None)
     stored: dict[str, tuple[Path, torch.Tensor]] = {}
+    held: dict[str, torch.Tensor] = {}
     for path in files:
         for key, tensor in _open_weights(path).items():
-            if not key.endswith(BUFFERS):
-                check_type(path, key, tensor)
+            held[key] = tensor
+            if not key.endswith(BUFFERS) and not (quantization and quantized.is_scale(key)):
                 stored[key] = (path, tensor)
+    readers = quantized.readers(held, quantization, folder) if quantization else {}
+    for key, (path, tensor) in stored.items():
+        if key not in readers:
+            check_type(path, key, tensor)
     if "lm_head.weight" not in stored:
         config["tie_word_embeddings"] = True
-    tensors = _tensors(folder, stored, config)
+    tensors = _tensors(folder, stored, config, readers)
     vocabulary, tokenizer_files, notes = read_tokenizer(folder, described)
     totals: dict[torch.dtype, int] = {}
     for _, tensor in stored.values():
         totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.numel()
-    dtype = max(totals, key=lambda kind: totals[kind])
+    dtype = torch.bfloat16 if readers else max(totals, key=lambda kind: totals[kind])
+    told = f", of {len(readers)} quantized tensors each times its scale" if readers else ""
     count = sum(tensor.parameters for tensor in tensors)
     return Source(
         name=name,
         found=f"Hugging Face folder: {size_name(count)}, {len(files)} file(s), {count:,} "
-        f"parameters, {SHORT_NAMES[dtype]}, tokenizer {vocabulary.pieces:,} pieces",
+        f"parameters, {SHORT_NAMES[dtype]}{told}, tokenizer {vocabulary.pieces:,} pieces",
         files=dict.fromkeys([*described.files, *tokenizer_files, *files]),
         config=config,
         dtype=dtype,
@@ -71,7 +77,7 @@ def open_folder(folder: Path, name: str) -> Source:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, *, plain: bool) -> list[Path]:
     """The weight files that transformers would load: safetensors, else pickles."""
     kind = ("pytorch_model", ".bin")
     safe = any((folder / name).is_file() for name in ("model.safetensors", INDEX))
@@ -81,7 +87,7 @@ def _weight_files(folder: Path) -> list[Path]:
     files = weight_files(folder, *kind) if old and not safe else weight_files(folder)
     for path in files:
         check_pointer(path)
-    if safe:
+    if safe and plain:
         check_types(entries(folder))
     return [inside(folder, path.name) for path in files]
 
@@ -97,7 +103,10 @@ def _open_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _tensors(
-    folder: Path, stored: dict[str, tuple[Path, torch.Tensor]], config: dict[str, Any]
+    folder: Path,
+    stored: dict[str, tuple[Path, torch.Tensor]],
+    config: dict[str, Any],
+    readers: dict[str, quantized.Read],
 ) -> tuple[Tensor, ...]:
     wanted = expected.shapes(config)
     missing = [name for name in wanted if name not in stored]
@@ -112,7 +121,12 @@ def _tensors(
     if unknown:
         raise UserError(f"{folder} holds the tensor {unknown[0]}, which is not known.")
     return tuple(
-        Tensor(name, tuple(tensor.shape), tensor.dtype, partial(_read, tensor))
+        Tensor(
+            name,
+            tuple(tensor.shape),
+            None if name in readers else tensor.dtype,
+            readers.get(name) or partial(_read, tensor),
+        )
         for name in wanted
         for _, tensor in [stored[name]]
     )

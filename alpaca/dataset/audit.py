@@ -1,7 +1,8 @@
 """`python -m alpaca audit DATA`: what is wrong with an instruction data set, record by record.
 
-It never edits. `--write-clean FILE` writes a copy without the records that have one of the chosen
-findings, and `FILE`'s `.left_out.jsonl` beside it, which lists each of those with its reasons.
+It never edits the file. `--write-clean FILE` writes a copy without the records that have one of
+the chosen findings, with keys renamed or dropped as asked, and next to it `FILE`'s
+`.left_out.jsonl`, which lists the records left out with their reasons.
 """
 
 import argparse
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from alpaca import atomic
+from alpaca.datafile import read_any
 from alpaca.dataset import report
 from alpaca.dataset.findings import MEANINGS, NEAR, Audit
 from alpaca.errors import UserError
-from alpaca.records import read_raw
+from alpaca.records import text_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the report as JSON")
     add("--html", type=Path, metavar="FILE", help="write the report as one HTML page with plots")
     add("--write-clean", "--write_clean", type=Path, metavar="FILE", help="write a cleaned copy")
+    add(
+        "--rename", type=_pairs, default={}, metavar="OLD=NEW,...", help="read these keys as others"
+    )
+    add("--drop", type=_names, default=[], metavar="KEY,...", help="go without these keys")
     add("--leave_out", type=_checks, default=list(MEANINGS), metavar="CHECK,...",
         help="what the cleaned copy goes without (default: every check)")  # fmt: skip
     return made
@@ -45,14 +51,17 @@ def run(arguments: argparse.Namespace) -> None:
     name, clean = str(arguments.data), arguments.write_clean
     if clean and clean.resolve() == arguments.data.resolve():
         raise UserError("--write-clean names the data set itself.", "Give another file.")
-    items = read_raw(arguments.data)
-    if not isinstance(items, list) or not items:
+    items, shape = read_any(arguments.data)
+    if not items:
         raise UserError(f"{name} holds no records.", "Give it at least one example.")
+    items = _changed(items, arguments.rename, arguments.drop)
     try:
         from alpaca.dataset.examine import examine
     except ImportError as error:
         raise UserError(f"{error.name} is missing.", "pip install -e '.[data]'") from None
     audit = examine(items, arguments.tokenizer, arguments.max_length, arguments.near)
+    if shape:
+        audit.notices.insert(0, f"the file is JSON in another shape: {shape}; training refuses it")
     if arguments.json:
         print(json.dumps(report.as_json(audit, name)))
     else:
@@ -64,6 +73,28 @@ def run(arguments: argparse.Namespace) -> None:
         _write_clean(clean, items, left_out, as_lines=arguments.data.suffix == ".jsonl")
         if not arguments.json:
             print(f"\n{clean}: {len(items) - len(left_out):,} records; {len(left_out):,} left out")
+
+
+def _changed(items: list[Any], rename: dict[str, str], drop: Sequence[str]) -> list[Any]:
+    """The items with keys renamed and dropped; a text is never replaced by another."""
+    both = [
+        index for index, item in enumerate(items) if isinstance(item, dict)
+        for old, new in rename.items()
+        if old in item and (text_of(item.get(new)) or "").strip() and new not in rename
+    ]  # fmt: skip
+    if both:
+        listed = ", ".join(f"{old}={new}" for old, new in rename.items())
+        raise UserError(
+            f"--rename {listed}: {len(both):,} record(s) have both keys, the first is {both[0]}.",
+            "Leave the pair out of --rename, or --drop one of the keys in a copy first.",
+        )
+    return [
+        {rename.get(key, key): value
+         for key, value in sorted(item.items(), key=lambda pair: pair[0] in rename)
+         if key not in drop}
+        if type(item) is dict else item
+        for item in items
+    ]  # fmt: skip
 
 
 def _left_out(audit: Audit, checks: Sequence[str]) -> dict[int, list[str]]:
@@ -86,7 +117,15 @@ def _write_clean(
         for index, reasons in left_out.items()
     ]
     atomic.write_text(path.with_name(f"{path.stem}.left_out.jsonl"), _lines(listed))
+    stay = [_without_nan(item) for item in stay]
     atomic.write_text(path, _lines(stay) if as_lines else _dump(stay, indent=4) + "\n")
+
+
+def _without_nan(item: Any) -> Any:
+    """A record with null for NaN, which is no JSON and which other programs refuse."""
+    if not isinstance(item, dict):
+        return item
+    return {key: None if value != value else value for key, value in item.items()}
 
 
 def _lines(items: list[Any]) -> str:
@@ -99,8 +138,21 @@ def _dump(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent) if re.search("[\ud800-\udfff]", text) else text
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in _names(text)]
+    if not all(old and new for old, _, new in pairs):
+        raise argparse.ArgumentTypeError("is not OLD=NEW,...")
+    if len({new for _, _, new in pairs}) < len(pairs):
+        raise argparse.ArgumentTypeError("gives two keys one name")
+    return {old: new for old, _, new in pairs}
+
+
 def _checks(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in _names(text) if name.strip()]
     unknown = [name for name in names if name not in MEANINGS]
     if unknown:
         raise argparse.ArgumentTypeError(f"knows no check {', '.join(unknown)}")

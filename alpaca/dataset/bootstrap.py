@@ -126,8 +126,9 @@ class Bootstrap:
         kept = any(item["verdict"] == "kept" for item in judged["tasks"])
         self._barren = 0 if kept else self._barren + 1
         if self._barren >= BARREN:
+            last = entry.get("why") or f"it begins with {text[:60]!r}"
             self._failure = UserError(
-                f"The last {BARREN} replies held no task to keep.",
+                f"The last {BARREN} replies held no task to keep; of the last one: {last}.",
                 "Look at the reasons in the .dropped.jsonl file; a stronger --model may be needed.",
             )
             self.stop("failed")
@@ -175,12 +176,17 @@ class Bootstrap:
         except StoppedError:
             return
         except RefusedError as error:
+            paid = _usage(error.usage) if error.usage else {}
+            # What was paid is written down, so that it is not asked again.
+            if paid or self._answered:
+                found = {"entry": "refused", "request": number, "why": str(error)}
+                await self._write(found | paid)
             if not self._answered:
                 raise UserError(
                     f"The teacher refuses the first requests: {error}",
-                    "Change what is sent, for example: --extra '{\"max_tokens\": null}'",
+                    error.remedy
+                    or "Change what is sent, for example: --extra '{\"max_tokens\": null}'",
                 ) from None
-            await self._write({"entry": "refused", "request": number, "why": str(error)})
         else:
             # A completion goes on from its opening; one that repeats it is read all the same.
             text = start + reply.text if self.teacher.endpoint == "completion" else reply.text

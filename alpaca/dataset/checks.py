@@ -12,6 +12,8 @@ from typing import Any
 from ftfy.badness import is_bad
 
 from alpaca.dataset.findings import FIELDS, Text
+from alpaca.dataset.reply import THOUGHT_MARK
+from alpaca.records import faults, named, unread
 
 PLACEHOLDER = re.compile(
     r"\W*(?:no ?output|output|n/?a|null|nan|nil|todo|tbd|fixme|placeholder|answer|response"
@@ -21,6 +23,15 @@ PLACEHOLDER = re.compile(
 BLANK_TO_FILL = re.compile(
     r"[\[<{](?:insert|your|enter|add)\b[^\]>}\n]{0,40}[\]>}]", flags=re.IGNORECASE
 )
+# Template variables, and names in capitals where somebody's own was to be put.
+_NAME = "(?:NAME|AUTHOR|COMPANY|ORGANI[ZS]ATION|DEVELOPER|(?:BOT|MODEL|USER|ASSISTANT)[_ ]?NAME)"
+UNFILLED = re.compile(
+    r"(?<![\w}\\])\{\{\s*[A-Za-z_][\w .-]{0,38}\}\}"
+    rf"|[\[<{{]{{1,2}}{_NAME}[\]>}}]{{1,2}}"
+    r"|(?i:\b(?:(?:my|your|his|her|its) name is|i am|i'm|call me|known as"
+    rf"|(?:developed|built|created|made|trained|designed|owned) by)) [\"'*_]{{0,3}}{_NAME}\b"
+)
+TEMPLATE_CODE = re.compile(r"```|</\w+>|\{%")  # where a template's variables are the answer
 NO_INPUT = re.compile(r"\W*(?:no ?input|n/?a|none|null|nan|nil|empty)\W*", flags=re.IGNORECASE)
 
 REFUSAL = re.compile(
@@ -59,18 +70,14 @@ MERGED = re.compile(r"^\W*(?:input|output|response)\W*:", flags=re.IGNORECASE | 
 
 
 def invalid(item: Any) -> str | None:
-    """Not an object with three texts (`input` may be absent)."""
-    if not isinstance(item, dict):
-        return f"is {type(item).__name__}, not an object"
-    for field in FIELDS:
-        if field not in item and field != "input":
-            return f"has no {field}"
-        value = item.get(field, "")
-        if not isinstance(value, str):
-            return f"{field} is {type(value).__name__}, not text"
-        if re.search(r"[\ud800-\udfff]", value):
-            return f"{field} holds half of a surrogate pair"
-    return None
+    """What training refuses, but for an empty instruction, which is a check of its own."""
+    found = [why for why in faults(item) if why != "instruction: is empty"]
+    return "; ".join(found) or None
+
+
+def unread_key(item: Any) -> str | None:
+    """A key that is not read and changes what the record means."""
+    return "; ".join(f"{named(key)}: {why}" for key, why in unread(item).items()) or None
 
 
 def empty_instruction(text: Text) -> str | None:
@@ -90,9 +97,21 @@ def placeholder(text: Text) -> str | None:
         return f"the output is {output!r}"
     if given and NO_INPUT.fullmatch(given):
         return f"the input is {given!r}"
-    asked = BLANK_TO_FILL.search(text.instruction) or BLANK_TO_FILL.search(text.input)
-    blank = None if asked else BLANK_TO_FILL.search(text.output)
-    return f"the output leaves {blank[0]!r} to fill in" if blank else None
+    for pattern in (BLANK_TO_FILL, UNFILLED):
+        blank = pattern.search(text.output)
+        asked = pattern.search(text.instruction) or pattern.search(text.input)
+        code = pattern is UNFILLED and TEMPLATE_CODE.search(text.output)
+        if blank and not asked and not code:
+            return f"the output leaves {blank[0]!r} to fill in"
+    return None
+
+
+def thinking(text: Text) -> str | None:
+    """A model's thoughts left in the answer."""
+    found = THOUGHT_MARK.search(text.output)
+    if not found or THOUGHT_MARK.search(text.instruction) or THOUGHT_MARK.search(text.input):
+        return None
+    return f"the output holds {found[0]!r}"
 
 
 def refusal(text: Text) -> str | None:
@@ -163,6 +182,7 @@ CHECKS: dict[str, Callable[[Text], str | None]] = {
     "empty_instruction": empty_instruction,
     "empty_output": empty_output,
     "placeholder": placeholder,
+    "thinking": thinking,
     "refusal": refusal,
     "leaked_template": leaked_template,
     "encoding": encoding,

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from alpaca import atomic
+from alpaca.datafile import read_raw
 from alpaca.errors import UserError
-from alpaca.records import read_raw
 
 if TYPE_CHECKING:
     from alpaca.dataset.figures import Diversity

@@ -12,10 +12,10 @@ from typing import Any
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from alpaca.dataset.checks import CHECKS, invalid
+from alpaca.dataset.checks import CHECKS, invalid, unread_key
 from alpaca.dataset.findings import FIELDS, Audit, Finding, Text
 from alpaca.dataset.near import exact_duplicates, near_duplicates
-from alpaca.records import Record
+from alpaca.records import Record, notices, texts
 
 LANGUAGE_LETTERS = 25  # shorter instructions are too little to tell a language by
 LANGUAGE_CERTAINTY = 0.95
@@ -27,30 +27,33 @@ def examine(
 ) -> Audit:
     """Look at every record; tokens only with a tokenizer's folder."""
     faults = [invalid(item) for item in items]
-    texts = [_text(item, fault) for item, fault in zip(items, faults, strict=True)]
+    said = [_text(item, fault) for item, fault in zip(items, faults, strict=True)]
     findings = [Finding("invalid", index, fault) for index, fault in enumerate(faults) if fault]
+    findings += [Finding("unread_key", index, why) for index, item in enumerate(items)
+                 if (why := unread_key(item))]  # fmt: skip
     whole = [index for index, fault in enumerate(faults) if not fault]
-    findings += [finding for index in whole for finding in _alone(index, texts[index])]
-    languages, foreign = _languages(texts)
+    findings += [finding for index in whole for finding in _alone(index, said[index])]
+    languages, foreign = _languages(said)
     findings += foreign
-    findings += _duplicates(texts, threshold)
-    lengths = {f"{name} words": [len(text[place].split()) for text in texts]
+    findings += _duplicates(said, threshold)
+    lengths = {f"{name} words": [len(text[place].split()) for text in said]
                for place, name in enumerate(FIELDS)}  # fmt: skip
     if tokenizer:
-        lengths["tokens"] = _token_counts(texts, tokenizer)
+        lengths["tokens"] = _token_counts(said, tokenizer)
         findings += _too_long(lengths["tokens"], max_length)
     return Audit(
         count=len(items),
         findings=findings,
-        with_input=sum(bool(text.input.strip()) for text in texts),
+        with_input=sum(bool(text.input.strip()) for text in said),
         languages=languages,
         lengths=lengths,
         max_length=max_length if tokenizer else None,
+        notices=notices(items),
     )
 
 
 def _text(item: Any, fault: str | None) -> Text:
-    return Text("", "", "") if fault else Text(*(item.get(name, "") for name in FIELDS))
+    return Text("", "", "") if fault else Text(**texts(item))
 
 
 def _alone(index: int, text: Text) -> Iterator[Finding]:
@@ -60,14 +63,14 @@ def _alone(index: int, text: Text) -> Iterator[Finding]:
             yield Finding(name, index, detail)
 
 
-def _languages(texts: Sequence[Text]) -> tuple[dict[str, int], list[Finding]]:
+def _languages(said: Sequence[Text]) -> tuple[dict[str, int], list[Finding]]:
     """How many instructions are surely in which language, and those not in the commonest one."""
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     sure: dict[int, str] = {}
-    for index, text in enumerate(texts):
-        said = _main_script(text.instruction)
-        if sum(map(str.isalpha, said)) >= LANGUAGE_LETTERS:
-            language, certainty = identifier.classify(said)
+    for index, text in enumerate(said):
+        plain = _main_script(text.instruction)
+        if sum(map(str.isalpha, plain)) >= LANGUAGE_LETTERS:
+            language, certainty = identifier.classify(plain)
             if certainty >= LANGUAGE_CERTAINTY:
                 sure[index] = language
     counts = Counter(sure.values())
@@ -86,12 +89,12 @@ def _main_script(text: str) -> str:
     return latin if sum(map(str.isalpha, latin)) * 2 > sum(map(str.isalpha, text)) else text
 
 
-def _duplicates(texts: Sequence[Text], threshold: float) -> list[Finding]:
-    asked = [f"{text.instruction}\n{text.input}" for text in texts]
+def _duplicates(said: Sequence[Text], threshold: float) -> list[Finding]:
+    asked = [f"{text.instruction}\n{text.input}" for text in said]
     exact = dict(exact_duplicates(asked))
     found = []
     for index, first in exact.items():
-        same = texts[index].output.split() == texts[first].output.split()
+        same = said[index].output.split() == said[first].output.split()
         answer = "the same answer" if same else "another answer"
         found.append(Finding("exact_duplicate", index, f"of record {first}, {answer}", first))
     for near in near_duplicates(asked, set(exact), threshold):
@@ -100,17 +103,17 @@ def _duplicates(texts: Sequence[Text], threshold: float) -> list[Finding]:
     return found
 
 
-def _token_counts(texts: Sequence[Text], folder: Path) -> list[int]:
+def _token_counts(said: Sequence[Text], folder: Path) -> list[int]:
     """Tokens of prompt, answer and EOS of each record, as the trainer makes them."""
     from alpaca.model import load_tokenizer  # these bring PyTorch in
     from alpaca.tokens import Codec
 
     codec = Codec(load_tokenizer(folder))
     counts: list[int] = []
-    for start in range(0, len(texts), CHUNK):
-        chunk = texts[start : start + CHUNK]
+    for start in range(0, len(said), CHUNK):
+        chunk = said[start : start + CHUNK]
         # Not validated: the audit tells of what the trainer would refuse.
-        records = [Record.model_construct(**text._asdict()) for text in chunk]
+        records = [Record(**text._asdict()) for text in chunk]
         counts += [len(example.ids) for example in codec.examples(records, 1 << 40)]
     return counts
 

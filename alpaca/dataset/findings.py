@@ -6,15 +6,20 @@ No third-party import, so that `--help` and reports need nothing installed.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-FIELDS = ("instruction", "input", "output")
+from alpaca.datafile import FIELDS
+
+__all__ = ["FIELDS", "MEANINGS", "NEAR", "Audit", "Finding", "Text"]
+
 NEAR = 0.9  # ROUGE-L from which two records count as near duplicates
 
 # check: what it means, in the order of the report
 MEANINGS = {
     "invalid": "Not an object with the texts instruction, output and perhaps input.",
+    "unread_key": "Has a key that is not read and changes what the record means.",
     "empty_instruction": "Nothing is asked.",
     "empty_output": "Nothing is answered.",
     "placeholder": "Something stands where an answer or an input should.",
+    "thinking": "A model's thoughts are left in the answer.",
     "refusal": "The answer declines, or speaks as a model.",
     "leaked_template": "Prompt template or control tokens inside a field.",
     "encoding": "Characters that were lost, decoded wrongly (mojibake), or are of no use in text.",
@@ -57,6 +62,7 @@ class Audit:
     languages: dict[str, int]
     lengths: dict[str, list[int]] = field(repr=False)  # "instruction words" -> one number a record
     max_length: int | None = None
+    notices: list[str] = field(default_factory=list)  # what is read in another form, or not at all
 
     def by_check(self) -> dict[str, list[Finding]]:
         """Findings of each check that found something, in the report's order."""

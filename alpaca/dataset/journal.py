@@ -1,13 +1,16 @@
 """The append-only record of a run: every reply that was paid for, and what was made of it.
 
 One JSON object a line; a reply is synced to the disk before anything else happens to it, so a run
-that is killed at any moment goes on from its journal without asking again. The first line holds
-the settings that shape the replies: going on with others would mix two runs, and is refused.
+that is killed at any moment resumes from its journal without asking again. The first line holds
+the settings that shape the replies: resuming with others would mix two runs, and is refused. Each
+line ends in a checksum of itself, so a changed byte is found and makes no other data set.
 """
 
 import fcntl
 import json
 import os
+import re
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +18,10 @@ from typing import Any, Self
 from alpaca import atomic
 from alpaca.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+UNCHECKED = 1  # the format before lines had checksums; such journals are still read
+
+CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\Z')
 
 Entry = dict[str, Any]
 
@@ -39,7 +45,10 @@ class Journal:
         try:
             self._lock()
             lines = self._whole_lines()
-            self.entries = [self._entry(number, line) for number, line in enumerate(lines, 1)]
+            self.entries: list[Entry] = []
+            for number, line in enumerate(lines, 1):
+                begun = self.entries[0].get("format") if self.entries else None
+                self.entries.append(self._entry(number, line, checked=begun != UNCHECKED))
             if self.entries:
                 self._check(self.entries.pop(0), settings)
             else:
@@ -52,7 +61,7 @@ class Journal:
     def append(self, entry: Entry, *, durable: bool = True) -> None:
         """Add one line; `durable` returns only when it is on the disk."""
         # ASCII only: a teacher can send half a surrogate pair, which UTF-8 has no bytes for.
-        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.write(_line(entry))
         self._file.flush()
         if durable:
             os.fsync(self._file.fileno())
@@ -92,21 +101,28 @@ class Journal:
             self._file.truncate(len(whole))
         return whole.split(b"\n")[:-1]
 
-    def _entry(self, number: int, line: bytes) -> Entry:
+    def _entry(self, number: int, line: bytes, *, checked: bool) -> Entry:
+        found = CHECKSUM.search(line)
+        whole = line[: found.start()] + b"}" if found else line
         try:
-            value: Entry = json.loads(line)
-            assert isinstance(value, dict)
-        except (ValueError, AssertionError):
+            value = json.loads(whole)
+        except ValueError:
+            value = None
+        if found:
+            sound = int(found[1], 16) == zlib.crc32(whole)
+        else:
+            sound = isinstance(value, dict) and (not checked or value.get("format") == UNCHECKED)
+        if not sound or not isinstance(value, dict):
             raise UserError(
-                f"{self.path} is damaged: line {number} is not a journal entry.",
-                "Restore the file from a copy, or move it away to begin anew (and pay again).",
-            ) from None
+                f"{self.path} is damaged: line {number} is not as it was written.",
+                "Restore the file from a copy, or move it away to start over (and pay again).",
+            )
         return value
 
     def _check(self, begun: Entry, settings: Entry) -> None:
-        if begun.get("entry") != "run" or begun.get("format") != FORMAT:
+        if begun.get("entry") != "run" or begun.get("format") not in (FORMAT, UNCHECKED):
             raise UserError(
-                f"{self.path} is not a journal this version can go on with.",
+                f"{self.path} is not a journal this version can resume from.",
                 "Move it away, or give another --output.",
             )
         differing = [
@@ -117,5 +133,11 @@ class Journal:
         if differing:
             raise UserError(
                 f"{self.path} was begun with other settings: {'; '.join(differing)}.",
-                "Give the same settings to go on, or another --output to begin anew.",
+                "Give the same settings to resume, or another --output to start over.",
             )
+
+
+def _line(entry: Entry) -> bytes:
+    """An entry as its line, whose last key is the CRC-32 of the line without it."""
+    whole = json.dumps(entry).encode()
+    return b'%s, "crc32": "%08x"}\n' % (whole[:-1], zlib.crc32(whole))

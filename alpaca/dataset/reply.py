@@ -2,8 +2,8 @@
 
 Numbered blocks (`4. Instruction: ... 4. Input: ... 4. Output: ...`, with or without numbers, bold,
 headings, separators) and JSON (a list, an object holding one, one object a line, fenced or not)
-are read alike. Nothing in a reply raises; what cannot be read is left out, and of a reply that was
-cut off only the last task is.
+are read alike. A model's thoughts are left out first: drafts in them are no tasks. Nothing in a
+reply raises; what cannot be read is left out, and of a reply that was cut off only the last task.
 """
 
 import json
@@ -13,6 +13,21 @@ from typing import Any, NamedTuple
 
 FIELDS = ("instruction", "input", "output")
 NO_INPUT = {"", "-", "none", "n/a", "noinput", "no input", "null", "empty"}
+
+# How models mark their thoughts: `<think>` (DeepSeek, Qwen), `[THINK]` (Mistral), `◁think▷` (Kimi),
+# `<seed:think>`, `<|begin_of_thought|>`, and the channels of gpt-oss, of which the last is said.
+_NAME = "(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|scratchpad)"
+_OPENING = (
+    rf"<{_NAME}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
+    r"|<\|channel\|>(?:analysis|commentary)<\|message\|>"
+)
+_CLOSING = rf"</{_NAME}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>"
+THOUGHT_MARK = re.compile(f"{_OPENING}|{_CLOSING}", flags=re.IGNORECASE)
+CLOSING_MARK = re.compile(_CLOSING, flags=re.IGNORECASE)
+# A thought without another inside it.
+THOUGHT = re.compile(
+    rf"(?:{_OPENING})(?:(?!{_OPENING}).)*?(?:{_CLOSING})", flags=re.IGNORECASE | re.DOTALL
+)
 
 HEADER = re.compile(
     r"^[ \t>*_#-]*(?P<number>(?:task[ \t]*)?\d+[ \t]*[.):][ \t]*)?[*_]*"
@@ -38,7 +53,21 @@ class Task(NamedTuple):
 
 def parse(text: str, *, cut: bool = False) -> list[Task]:
     """Read every task of a reply, in its order; `cut` says that it ended at the token limit."""
+    text = spoken(text)
     return _from_blocks(text, cut) or _from_json(text)
+
+
+def spoken(text: str) -> str:
+    """A reply without its thoughts: those with both marks, all before a lone closing one, and all
+    after a lone opening one (a reply that was cut while it thought).
+    """
+    while (shorter := THOUGHT.sub("\n", text)) != text:
+        text = shorter
+    marks = list(THOUGHT_MARK.finditer(text))
+    closing = [mark.end() for mark in marks if CLOSING_MARK.fullmatch(mark[0])]
+    text = text[closing[-1] :] if closing else text
+    opening = THOUGHT_MARK.search(text)
+    return text[: opening.start()] if opening else text
 
 
 def block(number: int, task: Task) -> str:

@@ -21,6 +21,7 @@ def as_text(audit: Audit, items: Sequence[Any], name: str) -> str:
     if shares:
         counted = ", ".join(f"{language} {count:,}" for language, count in shares)
         lines.append(f"instructions long enough to tell a language by: {counted}")
+    lines += audit.notices
     found = audit.by_check()
     if not found:
         return "\n".join([*lines, "no findings"])
@@ -40,6 +41,7 @@ def as_json(audit: Audit, name: str) -> dict[str, Any]:
         "records": audit.count,
         "with_input": audit.with_input,
         "languages": audit.languages,
+        "notices": audit.notices,
         "counts": {check: len(findings) for check, findings in audit.by_check().items()},
         "findings": [
             {key: value for key, value in asdict(finding).items() if value is not None}
@@ -63,7 +65,8 @@ def as_html(audit: Audit, items: Sequence[Any], name: str) -> str:
         f"<style>{STYLE}</style></head><body>\n<h1>Audit of {escape(name)}</h1>\n"
         f"<p>{audit.count:,} records, {audit.with_input:,} with an input; "
         f"{clean:,} without a finding.</p>\n"
-        f"<h2>Findings</h2>{bars([(check, len(rows)) for check, rows in found.items()])}\n"
+        + "".join(f"<p>{escape(text)}</p>\n" for text in audit.notices)
+        + f"<h2>Findings</h2>{bars([(check, len(rows)) for check, rows in found.items()])}\n"
         f'<h2>Lengths</h2><div class="charts">{"".join(plots)}</div>\n'
         f"<h2>Languages of the instructions</h2>{bars(list(audit.languages.items())[:12])}\n"
         + "".join(_section(check, rows, items) for check, rows in found.items())

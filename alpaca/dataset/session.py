@@ -133,7 +133,7 @@ def _key() -> str:
     """The endpoint's key, from the environment only, so that it stands in no shell history."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY holds characters no key has.", "Set it anew.")
+        raise UserError("OPENAI_API_KEY holds characters no key has.", "Set it again.")
     return key
 
 

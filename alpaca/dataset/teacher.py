@@ -9,6 +9,7 @@ retried inside the client library, so that every attempt is seen and counted her
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ FIRST_PAUSE = 0.5  # seconds
 LONGEST_PAUSE = 60.0
 PASSING = {408, 409, 425, 429}  # and every 5xx
 NO_KEY = "none"  # local servers want no key, the client library wants something
+SHORT_KEY = 8  # characters; real keys have more
 CHARACTERS_PER_TOKEN = 4  # where the endpoint reports no usage
 
 
@@ -48,7 +50,16 @@ class Reply:
 
 
 class RefusedError(Exception):
-    """The endpoint will never answer this one request (HTTP 400 or 422, a content filter)."""
+    """Asking this one request again would not help (HTTP 400 or 422, a filter, thoughts alone).
+
+    `usage` is set when it was paid all the same; `remedy` says what to change.
+    """
+
+    def __init__(self, why: str, usage: Usage | None = None, remedy: str = "") -> None:
+        """`why` is a clause."""
+        super().__init__(why)
+        self.usage = usage
+        self.remedy = remedy
 
 
 class StoppedError(Exception):
@@ -151,12 +162,21 @@ class Teacher:
         except (TimeoutError, openai.APITimeoutError):
             raise _PassingError(f"no reply within {self.timeout:g} s") from None
         except openai.APIStatusError as error:
-            raise self._verdict(error) from None
+            after = retry_after(error.response.headers, time.time())
+            raise self._verdict(error.status_code, error.message, error.body, after) from None
         except openai.APIConnectionError as error:
             raise _PassingError(f"connection failed ({error.__cause__ or error})") from None
         except (openai.APIError, ValueError) as error:
             raise _PassingError(f"the reply is not JSON ({error})") from None
-        return _read(answer, prompt)
+        failed = _error_in(answer)
+        if failed is not None:  # OpenRouter and others answer 200 where their own provider failed
+            code = str(failed.get("code", ""))
+            said = f"{failed.get('message') or failed}"
+            raise self._verdict(int(code) if code.isdigit() else 500, said, failed, None)
+        try:
+            return _read(answer, prompt)
+        except RefusedError as error:
+            raise RefusedError(self._redact(str(error)), error.usage, error.remedy) from None
 
     async def _send(self, prompt: str, opening: str) -> ChatCompletion | Completion:
         if self.endpoint == "chat":
@@ -168,29 +188,37 @@ class Teacher:
             model=self.model, prompt=prompt + opening, extra_body=self.body
         )
 
-    def _verdict(self, error: openai.APIStatusError) -> Exception:
-        """What an HTTP error means: try again, give this request up, or give up."""
-        said = self._redact(f"HTTP {error.status_code}: {error.message}"[:400])
-        quota = "insufficient_quota" in json.dumps(error.body, default=str)
-        if error.status_code in PASSING or error.status_code >= 500:
+    def _verdict(self, status: int, message: str, body: Any, after: float | None) -> Exception:
+        """What an error means: try again, give this request up, or give up."""
+        said = self._redact(f"HTTP {status}: {message}")[:400]
+        quota = "insufficient_quota" in json.dumps(body, default=str)
+        if status in PASSING or status >= 500:
             if not quota:
-                return _PassingError(said, retry_after(error.response.headers, time.time()))
-        elif error.status_code in (400, 422):
+                return _PassingError(said, after)
+        elif status in (400, 422):
             return RefusedError(said)
         remedy = {
             401: "Set OPENAI_API_KEY to a key this endpoint accepts.",
             403: "The key may not use this model: check both.",
             404: "Check --teacher (it usually ends in /v1), --model and --endpoint.",
+            402: "The account has no credit left; run the same command again when it has.",
+            413: "Ask for less at once: a smaller --per_request.",
             429: "The account's quota is used up; run the same command again when it is not.",
         }
         return UserError(
             f"The teacher at {self.url} refuses: {said}",
-            remedy.get(error.status_code, "Check --teacher, --model and OPENAI_API_KEY."),
+            remedy.get(status, "Check --teacher, --model and OPENAI_API_KEY."),
         )
 
     def _redact(self, text: str) -> str:
-        """Servers quote keys in their errors; nothing we print or write may hold one."""
-        return text.replace(self.key, "[key]") if self.key != NO_KEY else text
+        """Servers quote keys in their errors; nothing we print or write may hold one.
+
+        A key too short to be one is a word of its own, or it would be found inside others.
+        """
+        if self.key == NO_KEY:
+            return text
+        key = re.escape(self.key)
+        return re.sub(key if len(self.key) >= SHORT_KEY else rf"(?<!\w){key}(?!\w)", "[key]", text)
 
 
 def base_url(text: str) -> str:
@@ -227,20 +255,59 @@ def retry_after(headers: Any, now: float) -> float | None:
     return None
 
 
+def _error_in(answer: ChatCompletion | Completion) -> dict[str, Any] | None:
+    """The error that a reply with status 200 holds, in itself or in its choice."""
+    choices = getattr(answer, "choices", None)
+    for holder in (answer, choices[0] if isinstance(choices, list) and choices else None):
+        error = getattr(holder, "error", None)
+        if error:
+            return error if isinstance(error, dict) else {"message": str(error)}
+    return None
+
+
 def _read(answer: ChatCompletion | Completion, prompt: str) -> Reply:
     """The text of a completion object, which the client library builds without validation."""
     choices = getattr(answer, "choices", None)
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = getattr(choice, "message", None)
-    text = getattr(choice, "text", None) or getattr(message, "content", None) or ""
+    content = getattr(choice, "text", None) or getattr(message, "content", None)
+    text = _text(content)
     usage = _usage(getattr(answer, "usage", None), prompt, text)
     finish = getattr(choice, "finish_reason", None)
-    if isinstance(text, str) and text.strip():
+    if text.strip():
         return Reply(text, finish == "length", usage)
+    why, remedy = _without_text(message, content, finish, usage)
+    if why:
+        raise RefusedError(f"the reply has no text: {why}", usage, remedy)
+    raise _PassingError("the reply is empty" if choice else "the reply has no choices", usage=usage)
+
+
+def _text(content: Any) -> str:
+    """Content as text; of a list of parts, the parts of text (not those of thinking)."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+def _without_text(message: Any, content: Any, finish: Any, usage: Usage) -> tuple[str, str]:
+    """Why a reply has no text, where asking again would cost the same and give the same."""
+    thinking = 'Less thinking, for example: --extra \'{"reasoning_effort": "low"}\''
+    if finish == "length":
+        return f"its {usage.tokens_out:,} tokens went elsewhere (finish_reason length)", (
+            f"Raise --max_tokens, and give another --output. {thinking}."
+        )
     if finish == "content_filter":
-        raise RefusedError("the endpoint's content filter removed the reply")
-    why = "the reply is empty" if choice else "the reply has no choices"
-    raise _PassingError(why, usage=usage)
+        return "the endpoint's content filter removed it", ""
+    if getattr(message, "refusal", None):
+        return f"the model declined ({message.refusal})", ""
+    if getattr(message, "tool_calls", None):
+        return "it calls a tool", "Ask a model or an endpoint that has no tools."
+    if any(getattr(message, name, None) for name in ("reasoning_content", "reasoning")):
+        return "it holds reasoning alone", f"{thinking}; give another --output."
+    if content and not isinstance(content, str):
+        return f"its content is {str(content)[:80]}", "Ask an endpoint that answers with text."
+    return "", ""
 
 
 def _usage(reported: Any, prompt: str, text: str) -> Usage:

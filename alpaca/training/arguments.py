@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from alpaca.errors import UserError
+from alpaca.training import schedules
+from alpaca.training.schedules import SHAPES
 
 # adamw_hf and adamw_torch, the defaults of 2023, are the same optimizer
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_hf", "adamw_8bit")
@@ -22,7 +24,7 @@ SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
 
 
 def flag(default: Any, text: str, *choices: str) -> Any:
-    """A field with its line of `--help` and, where there are, its allowed values."""
+    """A field with its line of `--help` ("": named in another's) and its allowed values, if any."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -43,10 +45,16 @@ class Arguments:
     per_device_train_batch_size: int = flag(4, "examples a device takes at once")
     gradient_accumulation_steps: int = flag(8, "batches that make one optimizer step")
     learning_rate: float = flag(2e-5, "peak of the schedule")
-    lr_scheduler_type: str = flag("cosine", "schedule", "cosine", "linear", "constant")
+    lr_scheduler_type: str = flag(
+        "cosine", "schedule; settings: --lr_scheduler_kwargs JSON", *SHAPES
+    )
+    lr_scheduler_kwargs: str = flag("", "")
     warmup_ratio: float = flag(0.03, "share of all steps in which the learning rate rises")
     warmup_steps: float = flag(0.0, "the same as a number of steps, or a share below 1; wins")
     weight_decay: float = flag(0.0, "AdamW's weight decay (not on norms and biases)")
+    adam_beta1: float = flag(0.9, "AdamW's; as --adam_beta2 [0.999] and --adam_epsilon [1e-08]")
+    adam_beta2: float = flag(0.999, "")
+    adam_epsilon: float = flag(1e-8, "")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: they are not")
     seed: int = flag(42, "decides the order of the data")
 
@@ -58,8 +66,12 @@ class Arguments:
     report_to: str = flag("none", "log elsewhere too", "none", "tensorboard", "wandb", "trackio")
 
     bf16: bool | None = flag(
-        None, "compute in bf16 where the hardware is fast at it; not given: on a GPU that is"
+        None, "compute in bf16 where the hardware is fast at it; not given: on such a GPU"
     )
+    dither_masters: bool = flag(
+        True, "where bf16 is computed: fp32 masters keep updates too small for bf16"
+    )
+    export_dtype: str = flag("bf16", "type of the exported weights", "bf16", "fp16", "fp32")
     tf32: bool = flag(False, "allow TF32 matrix products (Ampere and newer GPUs)")
     fsdp: str = flag("full_shard auto_wrap", "how to shard; see below")
     fsdp_transformer_layer_cls_to_wrap: str = flag(
@@ -84,6 +96,13 @@ class Arguments:
         """The one word of `fsdp` that names a way to shard."""
         words = [word for word in self.fsdp.split() if word in SHARDINGS]
         return words[0] if words else SHARDINGS[0]
+
+    @property
+    def schedule_settings(self) -> dict[str, Any]:
+        """What `lr_scheduler_kwargs` holds; raises UserError where the shape takes it not."""
+        return schedules.settings(
+            self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate
+        )
 
     @property
     def pack_tokens(self) -> int:
@@ -123,9 +142,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="train.py",
         usage="train.py [--FLAG VALUE ...]",
-        description="Fine-tune a LLaMA-family model on Alpaca-format data.",
-        epilog="One process:   python train.py --data_path alpaca_data.json\n"
-        f"--fsdp: one of {', '.join(SHARDINGS)}; with offload, weights wait in CPU memory\n"
+        description="Fine-tune a LLaMA-family model: python train.py --data_path alpaca_data.json",
+        epilog=f"--fsdp: one of {', '.join(SHARDINGS)}; with offload, weights wait in CPU memory\n"
+        f"--lr_scheduler_type: one of {', '.join(SHAPES)}\n"
         "Also accepted: " + ", ".join(f"--{name}" for name in [*RENAMED, *WITHOUT_EFFECT]),
         formatter_class=_Formatter,
         allow_abbrev=False,
@@ -137,7 +156,9 @@ def parser() -> argparse.ArgumentParser:
             default=spec.default,
             choices=spec.metadata["choices"] or None,
             metavar=name.rpartition("_")[2].upper(),
-            help=f"{spec.metadata['help']} [{spec.default}]",
+            help=f"{spec.metadata['help']} [{spec.default}]"
+            if spec.metadata["help"]
+            else argparse.SUPPRESS,
         )
     return made
 
@@ -146,7 +167,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """One line a flag, so that all of them fit on one screen."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=44, width=120)
+        super().__init__(prog, max_help_position=48, width=124)
 
 
 def _flags() -> list[tuple[str, Any, dataclasses.Field[Any]]]:
@@ -196,6 +217,12 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
         kept.append(f"--{name}{equals}{value}")
     arguments = Arguments(**vars(parser().parse_args(kept)))
     check(arguments)
+    if arguments.lr_scheduler_type in schedules.WITHOUT_WARMUP:
+        notices += [
+            f"{word} has no effect: --lr_scheduler_type {arguments.lr_scheduler_type} has no "
+            "warm-up; constant_with_warmup has one"
+            for word in (word.partition("=")[0] for word in kept) if word.startswith("--warmup_")
+        ]  # fmt: skip
     return arguments, notices
 
 
@@ -249,10 +276,14 @@ def _check_numbers(arguments: Arguments) -> None:
             raise UserError(f"--{name} must be a finite number, not {getattr(arguments, name)}.")
     for name in (
         "learning_rate", "weight_decay", "max_grad_norm", "seed", "warmup_steps",
-        "max_tokens_per_pack",
+        "max_tokens_per_pack", "adam_epsilon",
     ):  # fmt: skip
         if getattr(arguments, name) < 0:
             raise UserError(f"--{name} must not be negative: {getattr(arguments, name)}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(arguments, name)}.")
+    assert isinstance(arguments.schedule_settings, dict)
     if not 0 <= arguments.warmup_ratio <= 1:
         raise UserError(f"--warmup_ratio must be in [0, 1], not {arguments.warmup_ratio}.")
 

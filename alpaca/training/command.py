@@ -33,7 +33,7 @@ from alpaca.training import (
 )  # fmt: skip
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus, open_corpus, split
-from alpaca.training.export import export, rehearse
+from alpaca.training.export import Rounding, export, rehearse
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
 from alpaca.training.meeting import on_first_rank
@@ -70,6 +70,7 @@ def run(arguments: Arguments) -> None:
         plan = on_first_rank(lambda: _plan(arguments, data, dtype))
         if main:
             _tell(arguments, data, schedule, dtype, codec)
+        rounded = Rounding.of(arguments.export_dtype, dtype, arguments.seed)
         module = sharding.build(arguments.model_name_or_path, mesh, dtype, device, arguments)
         once = sharding.reduces_once(module, mesh, arguments)
         trainer = Trainer(
@@ -77,18 +78,25 @@ def run(arguments: Arguments) -> None:
         )
         newest = on_first_rank(lambda: checkpoint.newest(arguments.output_dir, identity))
         if newest is None:
-            _rehearse(arguments, module, codec)
+            _rehearse(arguments, module, codec, rounded)
         with explained_disk_errors(arguments.output_dir, AGAIN):
             result = trainer.train(newest)
-            facts = {
-                "run": identity, "base": _base(arguments), "result": dataclasses.asdict(result),
-            }  # fmt: skip
-            export(module.model, codec, arguments.output_dir, facts)
+
+            def facts(written: Path) -> dict[str, Any]:
+                nonlocal result
+                result = trainer.measure_export(written)
+                return {
+                    "run": identity, "base": _base(arguments), "result": dataclasses.asdict(result),
+                }  # fmt: skip
+
+            export(module.model, codec, arguments.output_dir, rounded, facts)
         sample = _sample(trainer, codec)
         if main:
             _illustrate(arguments.output_dir)
             print(sample)
             print(telling.summary(result, dist.get_world_size(), arguments.output_dir))
+            if (warning := telling.changed_by_export(result, rounded.facts)) is not None:
+                print(warning)
             print("\n".join(planning.compare(plan, result)))
     except StoppedError as stopped:
         if main:
@@ -143,17 +151,22 @@ def _split(arguments: Arguments, codec: Codec) -> Data:
     """The data set, with what is held out of it or read beside it."""
     corpus = _open(arguments, arguments.data_path, codec)
     train, held_out = split(corpus, arguments.eval_fraction, arguments.seed)
-    if not train and not held_out:
-        raise UserError(
-            f"No example of {arguments.data_path} has an answer token left after truncation.",
-            f"Raise --model_max_length (now {arguments.model_max_length}).",
-        )
+    if not train:
+        raise _without_targets(arguments, arguments.data_path)
     if arguments.eval_data_path:
         other = _open(arguments, arguments.eval_data_path, codec)
-        return Data(corpus, train, other, range(len(other)))
-    if not train:
-        raise UserError("--eval_fraction leaves nothing to train on.", "Lower it.")
+        evaluated, _ = split(other, 0.0, arguments.seed)
+        if not evaluated:
+            raise _without_targets(arguments, arguments.eval_data_path)
+        return Data(corpus, train, other, evaluated)
     return Data(corpus, train, corpus, held_out)
+
+
+def _without_targets(arguments: Arguments, data: Path) -> UserError:
+    return UserError(
+        f"No example of {data} has an answer token left after truncation.",
+        f"Raise --model_max_length (now {arguments.model_max_length}).",
+    )
 
 
 def _identity(
@@ -162,6 +175,7 @@ def _identity(
     """What makes two runs the same run, whatever the number of ranks and the paths."""
     tokenizer = codec.tokenizer.backend_tokenizer.to_str()
     held_out = arguments.eval_data_path
+    dithered = sharding.Dither.of(arguments, dtype) is not None
     return {
         "data_sha256": sha256(arguments.data_path),
         "eval_data_sha256": sha256(held_out) if held_out else None,
@@ -174,8 +188,10 @@ def _identity(
         "model_max_length": arguments.model_max_length,
         "joint_tokenization": arguments.joint_tokenization,
         "weight_decay": arguments.weight_decay,
+        "adam": [arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon],
         "max_grad_norm": arguments.max_grad_norm,
         "moments": "8bit" if arguments.optim == "adamw_8bit" else "fp32",
+        **({"dither_masters": True} if dithered else {}),
     }
 
 
@@ -201,7 +217,9 @@ def _already_done(arguments: Arguments, identity: dict[str, Any]) -> bool:
     finish_install(folder)
     found = passport.read(folder)
     if found is not None and found.get("run") == identity:
-        return True
+        held = found.get("export", {}).get("dtype", "bf16")
+        if held == arguments.export_dtype:
+            return True
     if arguments.overwrite_output_dir:
         if not _resumable(folder, identity):
             checkpoint.clear(folder)
@@ -243,12 +261,12 @@ def _base(arguments: Arguments) -> dict[str, Any]:
     return {"folder": folder.name, "files": dict(zip(names, hashes, strict=True))}
 
 
-def _rehearse(arguments: Arguments, module: TargetLoss, codec: Codec) -> None:
+def _rehearse(arguments: Arguments, module: TargetLoss, codec: Codec, rounded: Rounding) -> None:
     """Refuse now what would fail at the end: no permission to write, or no space for the model."""
     folder = arguments.output_dir
     try:
         with explained_disk_errors(folder, AGAIN):
-            rehearse(module.model, codec, folder)
+            rehearse(module.model, codec, folder, rounded)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error}", "Name another --output_dir."
@@ -269,6 +287,8 @@ def _tell(
     arguments: Arguments, data: Data, schedule: Schedule, dtype: torch.dtype, codec: Codec
 ) -> None:
     corpus = data.corpus
+    for notice in dict.fromkeys([*corpus.notices, *data.other.notices]):
+        print(f"train: {notice}")
     for kind, name in enumerate(("without input", "with input")):
         shown = next((i for i in data.train if corpus.kinds[i] == kind), None)
         if shown is not None:
@@ -281,6 +301,12 @@ def _tell(
         f"{corpus.without_targets} of them left without an answer token (not trained on)",
         flush=True,
     )
+    if data.other is not corpus and data.other.without_targets:
+        print(
+            f"train: {data.other.without_targets} of {len(data.other)} examples of "
+            f"{arguments.eval_data_path} have no answer token left (not evaluated)",
+            flush=True,
+        )
     if corpus.empty_outputs:
         print(
             f"train: {corpus.empty_outputs} example(s) have an empty output and teach to answer "

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from alpaca import atomic
+from alpaca.errors import UserError
 from alpaca.passport import sha256
 from alpaca.prompt import template_hash
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # a plan reads these arrays without waiting for transformers
     from alpaca.tokens import Codec
 
 CHUNK = 2000
-FORMAT = 1
+FORMAT = 2  # of the arrays, and of what is read as a record
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Corpus:
 
     ids: int32 (tokens,), offsets: int64 (examples + 1,), prompt_lengths: int32 (examples,),
     kinds: uint8 (examples,), 0 without and 1 with input; prefix_lengths: for each kind, how many
-    leading tokens all its examples share; empty_outputs: examples whose answer is the EOS alone.
+    leading tokens all its examples share; empty_outputs: examples whose answer is the EOS alone;
+    notices: what `read_records` said of the file.
     """
 
     ids: npt.NDArray[np.int32]
@@ -45,6 +47,7 @@ class Corpus:
     prefix_lengths: tuple[int, int]
     truncated: int
     empty_outputs: int = 0
+    notices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -69,9 +72,19 @@ class Corpus:
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the examples to train on and of those held out; none without targets."""
+    """Indices of the examples to train on and of those held out; none without targets.
+
+    Raises:
+        UserError: `fraction` of them is none, or all.
+    """
     usable = [i for i in range(len(corpus)) if corpus.targets(i) > 0]
     count = round(fraction * len(usable))
+    if usable and fraction and count in (0, len(usable)):
+        nothing = "nothing to evaluate on" if not count else "nothing to train on"
+        raise UserError(
+            f"--eval_fraction {fraction} of {len(usable):,} examples leaves {nothing}.",
+            f"One example is {1 / len(usable):.2g} of them; or give --eval_data_path.",
+        )
     order = [int(i) for i in np.random.default_rng([seed]).permutation(usable)]
     return sorted(order[count:]), sorted(order[:count])
 
@@ -84,13 +97,15 @@ def open_corpus(
     Raises:
         UserError: as `read_records`.
     """
-    from alpaca.records import read_records  # here: what packs arrays needs no pydantic
+    from alpaca.records import read_records  # here: what packs arrays reads no file
 
     folder = tokens_folder(data, codec, cache, max_length, joint=joint)
     if not folder.exists():
         with _lock(folder.with_suffix(".lock")):
             if not folder.exists():  # another rank may have made it while this one waited
-                _build(folder, read_records(data), codec, max_length, joint)
+                notices: list[str] = []
+                records = read_records(data, notices.append)
+                _build(folder, records, notices, codec, max_length, joint)
     return load(folder)
 
 
@@ -118,8 +133,9 @@ def tokens_folder(
 
 
 def _build(
-    folder: Path, records: "Sequence[Record]", codec: "Codec", max_length: int, joint: bool
-) -> None:
+    folder: Path, records: "Sequence[Record]", notices: list[str], codec: "Codec",
+    max_length: int, joint: bool,
+) -> None:  # fmt: skip
     ids: list[npt.NDArray[np.int32]] = []
     lengths, prompts, truncated = [0], [], 0
     for start in tqdm(range(0, len(records), CHUNK), desc="tokenize", unit="chunk", disable=None):
@@ -138,6 +154,7 @@ def _build(
             "prefix_lengths": _shared(ids, prompts, kinds),
             "truncated": truncated,
             "empty_outputs": sum(not record.output for record in records),
+            "notices": notices,
         }
         (partial / "facts.json").write_text(json.dumps(facts))
 
@@ -156,7 +173,8 @@ def load(folder: Path) -> Corpus:
         kinds=array("kinds"),
         prefix_lengths=tuple(facts["prefix_lengths"]),
         truncated=facts["truncated"],
-        empty_outputs=facts.get("empty_outputs", 0),  # older ones were refused with an empty one
+        empty_outputs=facts["empty_outputs"],
+        notices=tuple(facts["notices"]),
     )
 
 

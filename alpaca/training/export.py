@@ -1,11 +1,16 @@
-"""The trained model as a folder other programs load: bf16 safetensors, tokenizer, passport.
+"""The trained model as a folder other programs load: safetensors, tokenizer, passport.
 
 Tensors are gathered and written one at a time, so neither a device nor the host ever holds a full
 copy. The folder is written aside, read back and compared, and only then moved to its place.
+
+A run that computed in fp32 used more digits than a 16-bit export holds: it is rounded by chance,
+which keeps the mean of each small update. A run that computed in bf16 used the nearest bf16 numbers
+of its masters, so those are exported.
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from alpaca import description, golden, passport, shards, stored
+from alpaca import description, golden, passport, rounding, shards, stored
 from alpaca.description import vocabulary_of
 from alpaca.errors import UserError
 from alpaca.model import install, staging
@@ -24,7 +29,46 @@ from alpaca.shards import Shard
 from alpaca.tokens import Codec
 from alpaca.training.meeting import on_first_rank
 
-DTYPE = torch.bfloat16
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How fp32 masters become exported weights: to the nearest of `dtype`, or by chance."""
+
+    dtype: torch.dtype
+    seed: int | None = None  # None: to the nearest
+
+    @classmethod
+    def of(cls, export_dtype: str, compute: torch.dtype, seed: int) -> "Rounding":
+        """By chance where the run computed in fp32, with digits that the export's type lacks."""
+        return cls(DTYPES[export_dtype], seed if compute == torch.float32 else None)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """For the passport."""
+        way = "nearest" if self.seed is None else "stochastic"
+        names = {kind: name for name, kind in DTYPES.items()}
+        exact = self.dtype == torch.float32
+        return {"dtype": names[self.dtype], "rounding": "none" if exact else way}
+
+    def apply(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """A whole fp32 tensor, on the CPU, as it is exported.
+
+        Raises:
+            UserError: it holds a number that the type cannot.
+        """
+        if self.seed is None:
+            rounded = whole.to(self.dtype)
+        else:
+            rounded = rounding.stochastic(whole, self.dtype, self.seed, f"export {name}")
+        if self.dtype == torch.float16 and rounded.isinf().any():
+            largest = float(whole.abs().max())
+            raise UserError(
+                f"{name} holds {largest:.6g}; the largest number of fp16 is 65504.",
+                "Export with --export_dtype bf16.",
+            )
+        return rounded
 
 
 @dataclass(frozen=True)
@@ -45,24 +89,31 @@ class Weight:
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         return whole.detach()
 
-    def value(self, dtype: torch.dtype) -> torch.Tensor:
-        """The parameter whole, in `dtype`, on the CPU."""
-        return self.gather().to("cpu", dtype).contiguous()
 
-
-def export(model: PreTrainedModel, codec: Codec, folder: Path, facts: dict[str, Any]) -> None:
+def export(
+    model: PreTrainedModel,
+    codec: Codec,
+    folder: Path,
+    rounded: Rounding,
+    facts: Callable[[Path], dict[str, Any]],
+) -> None:
     """Write the model folder; every rank calls this, rank 0 writes.
+
+    `facts` gets the folder that is written, before it is in its place, and returns what the
+    passport holds of the run; every rank calls it.
 
     Raises:
         UserError: what was written does not read back.
         OSError: the disk refused it. Both on every rank.
     """
     partial = on_first_rank(lambda: staging(folder))
-    planned, meant = _write(model, codec, partial)
+    planned, meant = _write(model, codec, partial, rounded)
+    told = facts(partial)
 
     def finish() -> None:
         proofs = {"tensors": golden.all_tensor_hashes(partial), "golden": golden.record(partial)}
-        read = passport.write(partial, made_by="train", **facts, **proofs)["files"]
+        written = passport.write(partial, made_by="train", **told, export=rounded.facts, **proofs)
+        read = written["files"]
         shards.check(planned, partial)
         for shard in planned:
             if read[shard.name] != meant[shard.name]:
@@ -75,32 +126,32 @@ def export(model: PreTrainedModel, codec: Codec, folder: Path, facts: dict[str, 
     on_first_rank(finish)
 
 
-def rehearse(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
+def rehearse(model: PreTrainedModel, codec: Codec, folder: Path, rounded: Rounding) -> None:
     """Write an export and delete it: what would fail at the end of a run fails before its start.
 
     Raises:
         OSError: on every rank, where the disk refuses it.
     """
     partial = on_first_rank(lambda: staging(folder))
-    _write(model, codec, partial)
+    _write(model, codec, partial, rounded)
     on_first_rank(lambda: shutil.rmtree(partial))
 
 
 @torch.no_grad()
 def _write(
-    model: PreTrainedModel, codec: Codec, folder: Path
+    model: PreTrainedModel, codec: Codec, folder: Path, rounded: Rounding
 ) -> tuple[list[Shard[Weight]], dict[str, str]]:
     """Write weights, configuration and tokenizer; returns the files and the SHA-256 of each."""
     weights = [Weight(name, parameter) for name, parameter in model.named_parameters()]
-    planned = shards.plan(weights, DTYPE)
+    planned = shards.plan(weights, rounded.dtype)
     remaining = iter(weights)
 
     def gathered(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
         assert next(remaining) is weight
-        return weight.value(dtype)
+        return rounded.apply(weight.name, weight.gather().cpu()).contiguous()
 
     meant: dict[str, str] = {}
-    failure: OSError | None = None
+    failure: OSError | UserError | None = None
     if dist.get_rank() == 0:
         total = sum(shard.data_bytes for shard in planned)
         try:
@@ -109,8 +160,8 @@ def _write(
                     meant[shard.name] = shards.write(shard, folder, gathered, bar.update)
             if len(planned) > 1:
                 (folder / stored.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
-            description.write(folder, model.config, vocabulary_of(codec), DTYPE)
-        except OSError as error:
+            description.write(folder, model.config, vocabulary_of(codec), rounded.dtype)
+        except (OSError, UserError) as error:
             shutil.rmtree(folder, ignore_errors=True)  # or it would keep the disk full
             failure = error
     for weight in remaining:  # every rank gathers each, whatever became of rank 0's disk
@@ -119,6 +170,6 @@ def _write(
     return planned, meant
 
 
-def _raise(failure: OSError | None) -> None:
+def _raise(failure: OSError | UserError | None) -> None:
     if failure is not None:
         raise failure

@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from alpaca.errors import UserError
-from alpaca.training import checkpoint, flops, loss, optimizer, packing
+from alpaca.training import checkpoint, flops, loss, optimizer, packing, sharding
 from alpaca.training.arguments import Arguments
 from alpaca.training.corpus import Corpus
 from alpaca.training.loss import TargetLoss
@@ -28,6 +29,7 @@ from alpaca.training.reporting import Reporter, open_reporter
 from alpaca.training.signals import STOP, Requests, StoppedError
 from alpaca.training.steps import Schedule
 from alpaca.training.telling import Journal
+from alpaca.training.updates import Counts, UpdateSample, UpdateWatch
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,11 @@ class Trainer:
         self.data = data
         self.schedule = schedule
         self.device = device
+        self.compute = compute
         self.identity = run
         self.reduces_once = reduces_once
         self.optimizer = optimizer.build(module, arguments)
+        self.sample = UpdateSample(module, compute)
         self.requests = Requests()
         self.progress = Progress()
         self.work = flops.Work.of(module.model)
@@ -85,12 +89,16 @@ class Trainer:
             meta = checkpoint.load(newest, self.module, self.optimizer)
             self.progress = Progress(**meta["progress"])
         earlier, started = self.progress.seconds, time.monotonic()
+        self.sample.count()  # from here on
+        watch = UpdateWatch(self.compute)
         reporter = self.reporter(resumed=newest is not None)
         with Journal(folder, self.schedule.steps, self.progress.steps, reporter) as journal:
             if newest is None:
                 self.evaluate(journal)
             for step in range(self.progress.steps, self.schedule.steps):
-                line, wanted = self.step(step)
+                line, wanted, counts = self.step(step)
+                if line["lr"] and (told := watch.warning(counts)):
+                    journal.tell(told)
                 self.progress = self.progress.after(line, earlier + time.monotonic() - started)
                 journal.step(line, write=(step + 1) % self.arguments.logging_steps == 0)
                 if self.due(self.arguments.eval_strategy, self.arguments.eval_steps, last=True):
@@ -104,8 +112,11 @@ class Trainer:
                     raise StoppedError(self.requests.number, self.progress.steps)
         return self.progress
 
-    def step(self, step: int) -> tuple[dict[str, Any], int]:
-        """One optimizer step; returns its log line, and what signals asked of any rank."""
+    def step(self, step: int) -> tuple[dict[str, Any], int, Counts]:
+        """One optimizer step.
+
+        Returns its log line, what signals asked of any rank, and how many weights changed.
+        """
         started = time.monotonic()
         corpus = self.data.corpus
         members = [self.data.train[i] for i in self.schedule.indices(step)]
@@ -130,9 +141,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         ranks = self.gather(
-            total.item(), tokens, work, self.peak, memory(self.device), self.requests.wanted
-        )
+            total.item(), tokens, work, self.peak, memory(self.device), self.requests.wanted,
+            *self.sample.count().tolist(),
+        )  # fmt: skip
         mean, computed, useful, peak = (float(column) for column in ranks[:, :4].sum(0))
+        counts = Counts(*ranks[:, 6:].sum(0).tolist())
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise UserError(
                 f"Step {step + 1}: the loss is {mean}, the gradient's norm {norm}.",
@@ -155,8 +168,11 @@ class Trainer:
             "tokens_per_second": round(computed / seconds, 1),
             "mfu": round(useful / seconds / peak, 4),
             "memory": int(ranks[:, 4].max()),
+            "masters_changed": round(counts.masters / counts.sampled, 6),
+            "weights_changed": round(counts.computed / counts.sampled, 6),
+            "weights_due": round(counts.due / counts.sampled, 6),
         }
-        return line, int(ranks[:, 5].max())
+        return line, int(ranks[:, 5].max()), counts
 
     def shares(self, corpus: Corpus, members: Sequence[int]) -> list[list[int]]:
         """The examples of each of this rank's packs in a step."""
@@ -167,31 +183,54 @@ class Trainer:
             shares = packing.batches(members, arguments.per_device_train_batch_size, ranks)
         return shares[dist.get_rank()]
 
+    @cached_property
+    def held_out_shares(self) -> list[list[int]]:
+        """The packs of an evaluation; thousands of examples take seconds to place."""
+        return self.shares(self.data.other, self.data.held_out)
+
     def pack(self, corpus: Corpus, share: Sequence[int], members: Sequence[int]) -> packing.Pack:
         """A share laid out; a rank without examples still takes part in every collective."""
         if share:
             return packing.build(corpus, share, padded=not self.arguments.packing)
         return packing.idle(corpus, members[0])
 
-    @torch.no_grad()
     def evaluate(self, journal: Journal) -> None:
-        """Write the mean loss over the held-out examples' target tokens, where there are any."""
-        corpus, members = self.data.other, self.data.held_out
-        if not members:
+        """Write the held-out loss into the log, where there are held-out examples."""
+        mean = self.held_out_loss()
+        if mean is None:
             return
-        self.module.eval()
-        total = 0.0
-        for share in self.shares(corpus, members):
-            pack = self.pack(corpus, share, members)
-            total += float(loss.run(self.module, pack, self.device, self.lengths))
-        self.module.train()
-        targets = max(1, sum(corpus.targets(i) for i in members))
-        mean = float(self.gather(total).sum()) / targets
         journal.write({"step": self.progress.steps, "eval_loss": mean})
         if self.progress.steps:
             self.progress = dataclasses.replace(self.progress, eval_loss_after=mean)
         else:
             self.progress = dataclasses.replace(self.progress, eval_loss_before=mean)
+
+    def measure_export(self, folder: Path) -> Progress:
+        """The finished run, with the held-out loss of its exported weights; a collective call.
+
+        They are read back into the sharded model, in place of its masters. Without held-out
+        examples, or where a host does not see the folder, nothing is measured.
+        """
+        seen = bool(self.gather(float(any(folder.glob("*.safetensors")))).all())
+        if not self.data.held_out or not seen:
+            return self.progress
+        sharding.load(self.module.model, folder)
+        return dataclasses.replace(self.progress, eval_loss_exported=self.held_out_loss())
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float | None:
+        """Mean loss over the held-out examples' target tokens; None where there are none."""
+        corpus, members = self.data.other, self.data.held_out
+        if not members:
+            return None
+        self.module.eval()
+        total = 0.0
+        for share in self.held_out_shares:
+            pack = self.pack(corpus, share, members)
+            total += float(loss.run(self.module, pack, self.device, self.lengths))
+        self.module.train()
+        targets = max(1, sum(corpus.targets(i) for i in members))
+        return float(self.gather(total).sum()) / targets
 
     @torch.no_grad()
     def answer(self, prompt: Sequence[int], eos: int, limit: int = 32) -> list[int]:

@@ -19,12 +19,14 @@ def build(module: torch.nn.Module, arguments: Arguments) -> torch.optim.Optimize
         },
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    rate, epsilon = arguments.learning_rate, arguments.adam_epsilon
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
     if arguments.optim == "adamw_8bit":
         from torchao.optim import AdamW8bit
 
-        made: torch.optim.Optimizer = AdamW8bit(groups, lr=arguments.learning_rate)
+        made: torch.optim.Optimizer = AdamW8bit(groups, lr=rate, betas=betas, eps=epsilon)
         return made
-    return torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

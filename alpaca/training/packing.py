@@ -6,8 +6,11 @@ Positions are those the example would have alone, and an example's queries see i
 its own tokens only, so losses and gradients are those of the padded recipe, step by step.
 """
 
+import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,7 @@ import numpy.typing as npt
 from alpaca.training.corpus import Corpus
 
 Ints = npt.NDArray[np.int64]
+ONE_BY_ONE = 32  # numbers of packs tried in turn; more than a training step ever needs
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,7 @@ def distribute(
     kinds = corpus.kinds[chunk].astype(np.int64)
     own = corpus.offsets[chunk + 1] - corpus.offsets[chunk] - shared[kinds]
     order = np.lexsort((chunk, -own))
-    count = max(1, -(-int(own.sum() + shared.sum()) // (capacity * world_size)))
-    while (
-        placed := _place(own[order], kinds[order], shared, capacity, count * world_size)
-    ) is None:
-        count += 1
+    count, placed = _search(own[order], kinds[order], shared, capacity, world_size)
     packs = [chunk[order[placed == pack]].tolist() for pack in range(count * world_size)]
     return [packs[rank::world_size] for rank in range(world_size)]
 
@@ -132,20 +132,72 @@ def batches(members: Sequence[int], batch: int, world_size: int) -> list[list[li
     return [pieces[rank::world_size] for rank in range(world_size)]
 
 
+def _search(
+    own: Ints, kinds: Ints, shared: Ints, capacity: int, world_size: int
+) -> tuple[int, Ints]:
+    """The fewest packs a rank that hold the examples as `_place` places them, and their packs.
+
+    Tried one by one, as more packs may fail where fewer do not; a large set, such as one held out,
+    needs hundreds more than the least, and from `ONE_BY_ONE` on the range is halved.
+    """
+
+    def placed(count: int) -> Ints | None:
+        return _place(own, kinds, shared, capacity, count * world_size)
+
+    least = max(1, -(-_fewest(own, kinds, shared, capacity) // world_size))
+    for count in range(least, least + ONE_BY_ONE):
+        if (found := placed(count)) is not None:
+            return count, found
+    failed, step = count, ONE_BY_ONE
+    while (found := placed(failed + step)) is None:
+        failed, step = failed + step, 2 * step
+    count = failed + step
+    while count - failed > 1:
+        middle = (failed + count) // 2
+        if (fewer := placed(middle)) is None:
+            failed = middle
+        else:
+            count, found = middle, fewer
+    return count, found
+
+
 def _place(own: Ints, kinds: Ints, shared: Ints, capacity: int, packs: int) -> Ints | None:
     """For each example, longest first, its pack: the one it leaves emptiest; None: no room."""
-    load = np.zeros(packs, dtype=np.int64)
-    missing = np.repeat(shared[:, None], packs, axis=1)  # prefix tokens a pack doesn't hold yet
+    prefixes = shared.tolist()
+    # By which prefixes they hold (bit 0: without input, bit 1: with), packs as (tokens, number).
+    heaps: list[list[tuple[int, int]]] = [[(0, pack) for pack in range(packs)], [], [], []]
     placed = np.empty(len(own), dtype=np.int64)
     for at, (size, kind) in enumerate(zip(own.tolist(), kinds.tolist(), strict=True)):
-        after = load + missing[kind]
-        best = int(after.argmin())
-        if after[best] + size > capacity:
+        bit, prefix = 1 << kind, prefixes[kind]
+        best = None
+        for held, heap in enumerate(heaps):
+            if heap:
+                load, pack = heap[0]
+                after = (load if held & bit else load + prefix, pack, held)
+                best = after if best is None or after < best else best
+        assert best is not None
+        load, pack, held = best
+        if load + size > capacity:
             return None
-        load[best] = after[best] + size
-        missing[kind, best] = 0
-        placed[at] = best
+        heapq.heappop(heaps[held])
+        heapq.heappush(heaps[held | bit], (load + size, pack))
+        placed[at] = pack
     return placed
+
+
+def _fewest(own: Ints, kinds: Ints, shared: Ints, capacity: int) -> int:
+    """A number of packs that no way of placing gets below: the search for one starts there.
+
+    A pack pays the prefix of a kind that it holds, so it has room for `capacity - shared[kind]`
+    tokens of examples; and it holds at most one example of more than half of that.
+    """
+    rooms = capacity - shared
+    filled = Fraction(0)
+    for kind, room in enumerate(rooms.tolist()):
+        tokens = int(own[kinds == kind].sum())
+        filled += Fraction(tokens, room) if tokens else 0
+    halves = int((2 * own > rooms[kinds]).sum())
+    return max(1, math.ceil(filled), halves)
 
 
 def padded_tokens(corpus: Corpus, members: Sequence[int], batch: int) -> int:

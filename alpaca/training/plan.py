@@ -17,6 +17,7 @@ from alpaca.training.plan_memory import Memory, Setting
 from alpaca.training.plan_time import Time
 from alpaca.training.shapes import Shape
 
+EXPORT_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes an element
 SHARD_BYTES = 5_000_000_000  # largest file of an export, as in alpaca/shards.py
 # What a rank's process takes of the node's memory beside its tensors: Python, torch, CUDA's
 # libraries and pinned buffers; measured without CUDA (see plan_memory), an allowance with it.
@@ -118,7 +119,7 @@ def make(shape: Shape, arguments: Arguments, machine: Machine, work: Work) -> Pl
     if not machine.device.cuda and compiles:
         runtime += plan_memory.COMPILER
     memory = plan_memory.peak(shape, work.largest, chosen, runtime)
-    exported = export_bytes(shape)
+    exported = export_bytes(shape, arguments.export_dtype)
     checkpoint = checkpoint_bytes(shape, chosen)
     return Plan(
         parameters=shape.parameters,
@@ -126,7 +127,7 @@ def make(shape: Shape, arguments: Arguments, machine: Machine, work: Work) -> Pl
         setting=chosen,
         work=work,
         memory=memory,
-        host=host_bytes(shape, chosen, machine, memory),
+        host=host_bytes(shape, chosen, machine, memory, exported),
         checkpoint=checkpoint,
         export=exported,
         disk=disk_bytes(arguments, work, checkpoint, exported),
@@ -158,13 +159,15 @@ def setting(shape: Shape, arguments: Arguments, machine: Machine) -> Setting:
     )
 
 
-def host_bytes(shape: Shape, chosen: Setting, machine: Machine, memory: Memory) -> int:
+def host_bytes(
+    shape: Shape, chosen: Setting, machine: Machine, memory: Memory, exported: int
+) -> int:
     """RAM of one node: its processes, what is offloaded, and a shard of the export."""
     if not machine.device.cuda:
         return machine.ranks * memory.total
     state = plan_memory.state_bytes(shape.parameters, chosen.optimizer)
     offloaded = state * machine.ranks // chosen.shards if chosen.offload else 0
-    return machine.ranks * CUDA_HOST + offloaded + min(SHARD_BYTES, 2 * shape.parameters)
+    return machine.ranks * CUDA_HOST + offloaded + min(SHARD_BYTES, exported)
 
 
 def checkpoint_bytes(shape: Shape, chosen: Setting) -> int:
@@ -190,31 +193,36 @@ def disk_bytes(arguments: Arguments, work: Work, checkpoint: int, exported: int)
     return max(min(limit + 1, written) * checkpoint, min(limit, written) * checkpoint + exported)
 
 
-def export_bytes(shape: Shape) -> int:
-    """Size of the exported weights to the byte: bf16 safetensors files, and their index.
+def export_bytes(shape: Shape, dtype: str = "bf16") -> int:
+    """Size of the exported weights to the byte: safetensors files of `dtype`, and their index.
 
     A file is 8 bytes, a JSON header padded to a multiple of 8, and the tensors in the model's
     order (huggingface/safetensors, README, "Format").
     """
+    itemsize = EXPORT_SIZES[dtype]
     files: list[dict[str, tuple[int, ...]]] = [{}]
     held = 0
     for name, dimensions in shape.tensors().items():
-        size = 2 * math.prod(dimensions)
+        size = itemsize * math.prod(dimensions)
         if held and held + size > SHARD_BYTES:
             files.append({})
             held = 0
         files[-1][name] = dimensions
         held += size
-    total = sum(_file_bytes(tensors) for tensors in files)
+    total = sum(_file_bytes(tensors, dtype) for tensors in files)
     return total if len(files) == 1 else total + _index_bytes(files, total)
 
 
-def _file_bytes(tensors: dict[str, tuple[int, ...]]) -> int:
+def _file_bytes(tensors: dict[str, tuple[int, ...]], dtype: str) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, dimensions in tensors.items():
-        end = at + 2 * math.prod(dimensions)
-        header[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [at, end]}
+        end = at + EXPORT_SIZES[dtype] * math.prod(dimensions)
+        header[name] = {
+            "dtype": dtype.upper().replace("FP", "F"),
+            "shape": dimensions,
+            "data_offsets": [at, end],
+        }
         at = end
     length = len(json.dumps(header, separators=(",", ":")))
     return 8 + -(-length // 8) * 8 + at

@@ -19,7 +19,7 @@ from alpaca.prompt import template_hash
 from alpaca.records import read_records
 from alpaca.training import gpus, plan, plan_data, plan_remedies, shapes, steps
 from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus, load, split
+from alpaca.training.corpus import FORMAT, Corpus, load, split
 from alpaca.training.gpus import Device
 from alpaca.training.plan import Machine, Plan
 from alpaca.training.plan_data import Work
@@ -92,6 +92,7 @@ def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
         read_records(arguments.data_path)  # explains what is wrong
     described = [tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json")]
     parts = [
+        FORMAT,
         sha256(arguments.data_path),
         [sha256(path) for path in described if path.is_file()],
         template_hash(),

@@ -10,7 +10,8 @@ from typing import Any
 class Progress:
     """Totals and latest figures of a run.
 
-    Losses are means over target tokens, None without held-out data. `padded_tokens` is what the
+    Losses are means over target tokens, None without held-out data; `eval_loss_exported` is that
+    of the written folder, whose weights are rounded to its type. `padded_tokens` is what the
     padded recipe would have computed for the same steps, `prefix_tokens_saved` what a pack without
     a shared prefix would have more. `step_seconds` is the part of `seconds` that steps took, `mfu`
     the mean over it; `memory` the highest peak of a rank, in bytes (on the GPU where there is one).
@@ -20,6 +21,7 @@ class Progress:
     loss: float = math.nan
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
+    eval_loss_exported: float | None = None
     seconds: float = 0.0
     step_seconds: float = 0.0
     tokens: int = 0

@@ -4,7 +4,9 @@ No rank ever holds the whole model: each reads from the safetensors files only t
 One process is a group of one, so there is a single code path from a laptop to many nodes.
 """
 
+import math
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from alpaca import ram, stored
+from alpaca import ram, rounding, stored
 from alpaca.errors import UserError
 from alpaca.model import check_folder
 from alpaca.shards import finite
@@ -86,7 +88,7 @@ def build(
     for name, buffer in buffers.items():  # rotary frequencies: computed, not stored in the files
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, buffer.to(device))  # computing is done there
-    load(model, folder)
+    load(model, folder, Dither.of(arguments, dtype))
     return module
 
 
@@ -146,9 +148,25 @@ def decoder_layers(model: PreTrainedModel, named: str = "") -> list[torch.nn.Mod
     return [module for module in model.modules() if type(module).__name__ in classes]
 
 
+@dataclass(frozen=True)
+class Dither:
+    """What `rounding.dither` needs to know of a run."""
+
+    compute: torch.dtype
+    seed: int
+
+    @classmethod
+    def of(cls, arguments: Arguments, compute: torch.dtype) -> "Dither | None":
+        """None where the run computes in its masters' own type, or the user asked for none."""
+        wanted = arguments.dither_masters and compute != torch.float32
+        return cls(compute, arguments.seed) if wanted else None
+
+
 @torch.no_grad()
-def load(model: PreTrainedModel, folder: Path) -> None:
+def load(model: PreTrainedModel, folder: Path, dither: Dither | None = None) -> None:
     """Fill every parameter's local shard from the folder's safetensors files.
+
+    With `dither`, trainable parameters become dithered masters of what the files hold.
 
     Raises:
         UserError: a tensor is missing, its shape differs, or, on every rank alike, it holds NaN or
@@ -161,7 +179,7 @@ def load(model: PreTrainedModel, folder: Path) -> None:
             # Opened anew for each tensor: what was read of a mapped file counts as resident.
             with safe_open(entry.path, framework="pt") as file:
                 parameter = parameters.pop(name)
-                _fill(name, parameter, file.get_slice(name), entry.path)
+                _fill(name, parameter, file.get_slice(name), entry.path, dither)
             if not finite(parameter.to_local()):
                 spoilt.append(f"{entry.path}: {name}")
     if parameters:
@@ -179,7 +197,9 @@ def load(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def _fill(name: str, parameter: torch.nn.Parameter, source: object, path: Path) -> None:
+def _fill(
+    name: str, parameter: torch.nn.Parameter, source: object, path: Path, dither: Dither | None
+) -> None:
     shape = list(parameter.shape)
     found = source.get_shape()  # type: ignore[attr-defined]
     if found != shape:
@@ -192,4 +212,9 @@ def _fill(name: str, parameter: torch.nn.Parameter, source: object, path: Path) 
         parameter.shape, parameter.device_mesh, parameter.placements
     )
     rows = slice(offset[0], offset[0] + local[0])
-    parameter.to_local().copy_(source[rows])  # type: ignore[index]
+    values: torch.Tensor = source[rows]  # type: ignore[index]
+    if dither is not None and parameter.requires_grad:
+        kind, values = values.dtype, values.float().contiguous()
+        first = offset[0] * math.prod(shape[1:])
+        rounding.dither(values, kind, dither.compute, dither.seed, name, first)
+    parameter.to_local().copy_(values)

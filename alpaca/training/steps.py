@@ -5,13 +5,15 @@ hardware sees the same data in the same order.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from alpaca.training.arguments import Arguments
+from alpaca.training.schedules import SHAPES, WITHOUT_WARMUP
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Schedule:
     seed: int
     peak: float
     shape: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -41,19 +44,9 @@ class Schedule:
         return [int(i) for i in order[place * self.batch : (place + 1) * self.batch]]
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up from 0, then the chosen shape down to 0.
-
-        As in transformers' `get_cosine_schedule_with_warmup`, step 0 of a warm-up has rate 0.
-        """
-        if step < self.warmup:
-            return self.peak * step / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        factors = {
-            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-            "linear": 1 - progress,
-            "constant": 1.0,
-        }
-        return self.peak * factors[self.shape]
+        """The rate of a step: the peak, by the shape's share (`alpaca.training.schedules`)."""
+        share = SHAPES[self.shape]
+        return self.peak * share(step, self.warmup, self.steps, self.peak, **self.settings)
 
 
 @lru_cache(maxsize=2)
@@ -73,12 +66,14 @@ def schedule(arguments: Arguments, examples: int, world_size: int) -> Schedule:
         steps = math.ceil(arguments.num_train_epochs * per_epoch)
     share = arguments.warmup_steps if arguments.warmup_steps < 1 else 0.0
     warmup = int(arguments.warmup_steps) or math.ceil((share or arguments.warmup_ratio) * steps)
+    shape = arguments.lr_scheduler_type
     return Schedule(
         examples=examples,
         batch=batch,
         steps=steps,
-        warmup=warmup,
+        warmup=0 if shape in WITHOUT_WARMUP else warmup,
         seed=arguments.seed,
         peak=arguments.learning_rate,
-        shape=arguments.lr_scheduler_type,
+        shape=shape,
+        settings=arguments.schedule_settings,
     )

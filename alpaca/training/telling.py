@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from alpaca.tokens import Codec
 
 
+EXPORT_TOLERANCE = 0.01  # nats of held-out loss
+
+
 class Journal:
     """The log and the progress bar of a run; a resumed run goes on where its checkpoint was."""
 
@@ -62,6 +65,11 @@ class Journal:
         )
         self.bar.update()
 
+    def tell(self, message: str) -> None:
+        """Print a warning without breaking the progress bar."""
+        if self.main:
+            tqdm.write(f"train: warning: {message}")
+
     def write(self, line: dict[str, Any]) -> None:
         """Append one line to the log."""
         if self.main:
@@ -101,8 +109,23 @@ def summary(result: Progress, ranks: int, folder: Path) -> str:
     ]
     if result.eval_loss_before is not None and result.eval_loss_after is not None:
         held = f"{result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after"
+        if result.eval_loss_exported is not None:
+            held += f", {result.eval_loss_exported:.4f} in the exported folder"
         rows.insert(3, ("held-out loss", held))
     return "\n".join(["train: done", *(f"    {name:<18} {value}" for name, value in rows)])
+
+
+def changed_by_export(result: Progress, export: dict[str, str]) -> str | None:
+    """A warning where the exported folder's held-out loss is not the one that was trained to."""
+    trained, exported = result.eval_loss_after, result.eval_loss_exported
+    if trained is None or exported is None or abs(exported - trained) <= EXPORT_TOLERANCE:
+        return None
+    return (
+        f"train: warning: the held-out loss of the exported folder is {exported:.4f}, the "
+        f"trainer's {trained:.4f}: the weights were rounded to {export['dtype']} "
+        f"({export['rounding']}); the same command with --overwrite_output_dir --export_dtype fp32 "
+        "exports them as they were trained"
+    )
 
 
 def clock(seconds: float) -> str:

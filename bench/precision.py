@@ -1,0 +1,236 @@
+"""What a recipe learns in fp32 and in bf16, as the held-out loss of the model that is kept.
+
+    python bench/precision.py --data alpaca_data.json --results bench/precision.jsonl
+
+For each learning rate and number of steps, the same examples in the same order five ways:
+
+    fp32      masters and computing in fp32; also its export, rounded to the nearest and by chance
+    plain     fp32 masters, computing in bf16
+    dithered  the same, masters dithered (train.py's default)
+    pure      weights, moments and computing in bf16
+    sft       TRL's SFTTrainer, bf16=True: fp32 masters under autocast
+
+Also, to decide what to dither: `matrices` leaves norms as they are, `layers` embeddings too.
+
+The result of a way is the share of fp32's decrease in held-out loss, each measured from the base in
+the type that the way computes in. Finished cells are kept in --results and not run again. On a CPU
+without bf16 instructions products of bf16 numbers are computed in fp32 and rounded once. Last line:
+JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bf16_products import products
+from peers import ROOT, environment
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM
+
+from alpaca import rounding
+from alpaca.model import load_tokenizer
+from alpaca.tokens import Codec
+from alpaca.training import attention, sharding, steps
+from alpaca.training.arguments import Arguments
+from alpaca.training.corpus import Corpus, open_corpus, split
+from alpaca.training.loop import Data, Trainer
+from alpaca.training.loss import TargetLoss
+
+CPU = torch.device("cpu")
+WAYS = ("fp32", "plain", "dithered", "pure", "sft")
+DITHERED = ("dithered", "matrices", "layers")
+BF16 = torch.bfloat16
+
+
+def parse() -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--model", type=Path, default=Path("weights/smollm2-135m"))
+    options.add_argument("--data", type=Path, default=Path("data/seed_tasks.jsonl"))
+    options.add_argument("--results", type=Path, default=Path("bench/precision.jsonl"))
+    options.add_argument("--rates", default="1e-4,2e-5,5e-6,1e-6")
+    options.add_argument("--steps", default="12,50,200")
+    options.add_argument("--ways", default=",".join(WAYS))
+    options.add_argument("--batch", type=int, default=8, help="examples a step")
+    options.add_argument("--held_out", type=int, default=0, help="0: all of the 15%%")
+    options.add_argument("--max_length", type=int, default=512)
+    return options.parse_args()
+
+
+class Bench:
+    """The data, and one cell after the other."""
+
+    def __init__(self, options: argparse.Namespace, corpus: Corpus, mesh: DeviceMesh) -> None:
+        """Hold 15% of the corpus out."""
+        self.options = options
+        self.mesh = mesh
+        train, held_out = split(corpus, 0.15, 42)
+        held_out = held_out[: options.held_out] if options.held_out else held_out
+        self.data = Data(corpus, train, corpus, held_out)
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What cells must share to be compared."""
+        options = self.options
+        return {
+            "model": options.model.name, "data": options.data.name, "batch": options.batch,
+            "held_out": len(self.data.held_out), "max_length": options.max_length,
+        }  # fmt: skip
+
+    def arguments(self, rate: float, count: int, **more: Any) -> Arguments:
+        """The flags of a run."""
+        return Arguments(
+            model_name_or_path=self.options.model, learning_rate=rate, max_steps=count,
+            per_device_train_batch_size=self.options.batch, gradient_accumulation_steps=1,
+            model_max_length=self.options.max_length, **more,
+        )  # fmt: skip
+
+    def trainer(self, way: str, rate: float, count: int) -> Trainer:
+        """A trainer before its first step."""
+        arguments = self.arguments(rate, count, dither_masters=way in DITHERED)
+        compute = torch.float32 if way == "fp32" else BF16
+        if way == "pure":
+            loaded = AutoModelForCausalLM.from_pretrained(
+                self.options.model, dtype=BF16, attn_implementation=attention.NAME
+            )
+            module = TargetLoss(loaded.train())
+        else:
+            folder = self.options.model
+            module = sharding.build(folder, self.mesh, compute, CPU, arguments)
+        if way in ("matrices", "layers"):
+            keep_base(module, self.options.model, embeddings=way == "layers")
+        schedule = steps.schedule(arguments, len(self.data.train), 1)
+        return Trainer(
+            arguments, module, self.data, schedule, CPU, compute, {},
+            reduces_once=way != "pure",
+        )  # fmt: skip
+
+    def cell(self, way: str, rate: float, count: int) -> dict[str, Any]:
+        """Train one way and measure what is kept."""
+        started = time.monotonic()
+        with products():
+            if way == "sft":
+                losses = self.sft(rate, count)
+            else:
+                losses = self.ours(self.trainer(way, rate, count), way, count)
+        spent = round(time.monotonic() - started)
+        return {"way": way, "rate": rate, "steps": count, **losses, "seconds": spent}
+
+    def ours(self, trainer: Trainer, way: str, count: int) -> dict[str, float | None]:
+        """Held-out losses before and after our own steps."""
+        losses = {"before": trainer.held_out_loss()}
+        for step in range(count):
+            trainer.step(step)
+        losses["after"] = trainer.held_out_loss()
+        if way == "fp32":
+            masters = [p.detach().clone() for p in trainer.module.parameters()]
+            for how in ("nearest", "stochastic"):
+                put_exported(trainer.module, masters, how)
+                losses[how] = trainer.held_out_loss()
+        return losses
+
+    def sft(self, rate: float, count: int) -> dict[str, float | None]:
+        """SFTTrainer's masters, measured in our bf16 forward pass as the other ways are."""
+        trainer = self.trainer("plain", rate, count)
+        losses = {"before": trainer.held_out_loss()}
+        corpus, train = self.data.corpus, self.data.train
+        order = [train[i] for step in range(count) for i in trainer.schedule.indices(step)]
+        with tempfile.TemporaryDirectory() as work:
+            examples = [example(corpus, i) for i in order]
+            (Path(work) / "examples.json").write_text(json.dumps(examples))
+            command = [
+                environment(), ROOT / "bench/precision_worker.py", self.options.model.resolve(),
+                work, rate, count, self.options.batch, trainer.schedule.warmup,
+                torch.get_num_threads(),
+            ]  # fmt: skip
+            subprocess.run(list(map(str, command)), check=True, cwd=work)
+            held = load_file(Path(work) / "weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in trainer.module.model.named_parameters():
+                parameter.to_local().copy_(held[name])  # type: ignore[attr-defined]
+        losses["after"] = trainer.held_out_loss()
+        return losses
+
+
+def keep_base(module: TargetLoss, folder: Path, *, embeddings: bool) -> None:
+    """Take the dither off norms and biases, and off the embeddings (and a tied head)."""
+    held = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in module.model.named_parameters():
+            if parameter.ndim == 1 or (embeddings and "embed" in name):
+                parameter.to_local().copy_(held[name])  # type: ignore[attr-defined]
+
+
+def put_exported(module: TargetLoss, masters: list[torch.Tensor], how: str) -> None:
+    """Give the model the weights that a bf16 export of `masters` would hold."""
+    with torch.no_grad():
+        for (name, parameter), master in zip(module.named_parameters(), masters, strict=True):
+            whole = master.full_tensor()  # type: ignore[attr-defined]
+            rounded = rounding.stochastic(whole, BF16, 42, name) if how == "stochastic" else whole
+            parameter.to_local().copy_(rounded.to(BF16))  # type: ignore[attr-defined]
+
+
+def example(corpus: Corpus, index: int) -> dict[str, list[int]]:
+    """One example as SFTTrainer takes it."""
+    ids = [int(i) for i in corpus.example(index)]
+    prompt = int(corpus.prompt_lengths[index])
+    return {"input_ids": ids, "completion_mask": [0] * prompt + [1] * (len(ids) - prompt)}
+
+
+def shares(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each way's share of fp32's decrease, a row for each learning rate and length."""
+    rows = []
+    for rate, count in sorted({(c["rate"], c["steps"]) for c in cells}, reverse=True):
+        found = {c["way"]: c for c in cells if (c["rate"], c["steps"]) == (rate, count)}
+        if "fp32" not in found:
+            continue
+        base = found["fp32"]
+        whole = base["before"] - base["after"]
+        row: dict[str, Any] = {"rate": rate, "steps": count, "fp32_decrease": round(whole, 5)}
+        for how in ("nearest", "stochastic"):
+            row[f"fp32_export_{how}"] = round((base["before"] - base[how]) / whole, 3)
+        for way in (*WAYS[1:], *DITHERED[1:]):
+            if way in found:
+                row[way] = round((found[way]["before"] - found[way]["after"]) / whole, 3)
+        rows.append(row)
+    return rows
+
+
+def missing(options: argparse.Namespace, cells: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    """The cells still to be run, short runs first."""
+    done = {(c["way"], c["rate"], c["steps"]) for c in cells}
+    for count in map(int, options.steps.split(",")):
+        for rate in map(float, options.rates.split(",")):
+            for way in options.ways.split(","):
+                if (way, rate, count) not in done:
+                    yield way, rate, count
+
+
+def main() -> None:
+    options = parse()
+    codec = Codec(load_tokenizer(options.model))
+    mesh = sharding.start(CPU)
+    with tempfile.TemporaryDirectory() as cache:
+        corpus = open_corpus(options.data, codec, Path(cache), options.max_length)
+        bench = Bench(options, corpus, mesh)
+        held = options.results.read_text().splitlines() if options.results.exists() else []
+        cells = [c for c in map(json.loads, held) if c["setting"] == bench.setting]
+        for way, rate, count in missing(options, cells):
+            cell = {**bench.cell(way, rate, count), "setting": bench.setting}
+            cells.append(cell)
+            with open(options.results, "a") as file:
+                print(json.dumps(cell), file=file)
+            print({k: v for k, v in cell.items() if k != "setting"}, flush=True)
+    for row in shares(cells):
+        print(row)
+    print(json.dumps({"setting": bench.setting, "rows": shares(cells)}))
+
+
+if __name__ == "__main__":
+    main()
