@@ -26,7 +26,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -810,7 +810,7 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-families-") as name:
         data = Path(name, "two.json")
-        write(data, [record.model_dump() for record in RECORDS])
+        write(data, [asdict(record) for record in RECORDS])
         os.chdir(name)  # tokenized data is cached there
         for number, family in enumerate(chosen):
             found[family.name] = check(family, Path(name, str(number)), data)
