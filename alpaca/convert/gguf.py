@@ -89,7 +89,7 @@ def _tensors(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> tupl
         Tensor(
             name,
             _shape(stored[other]),
-            FLOAT_TYPES.get(stored[other].tensor_type.name, torch.float32),
+            FLOAT_TYPES.get(stored[other].tensor_type.name),
             partial(_read, stored[other], heads.get(row.gguf)),
         )
         for (name, other), row in zip(wanted.items(), rows.values(), strict=True)

@@ -15,7 +15,7 @@ from alpaca.convert.bytelevel import PATTERNS, byte_level
 from alpaca.convert.params import llama3_scaling
 from alpaca.convert.sentencepieces import sentencepiece_bpe
 from alpaca.convert.source import llama_config
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 
 CONTROL, USER_DEFINED = 3, 4  # token types

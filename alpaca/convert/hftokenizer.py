@@ -1,8 +1,9 @@
 """The tokenizer of a Hugging Face folder, whatever year it is from.
 
-`tokenizer.model`, where there is one, is the original and is read first: files derived from it in
-early 2023 carry empty or swapped special tokens. Tokens added later, like Alpaca's `[PAD]`, come
-from `added_tokens.json` or `tokenizer_config.json`.
+SentencePiece's `tokenizer.model`, where there is one, is the original and is read first: files
+derived from it in early 2023 carry empty or swapped special tokens. What was decided later stands
+in the JSON files: added tokens (Alpaca's `[PAD]`, ChatML's `<|im_end|>`), which of them are BOS and
+EOS, whether a text starts with BOS or with a space.
 """
 
 import json
@@ -11,46 +12,100 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from alpaca.convert.hfsettings import Settings
 from alpaca.convert.vocabularies import read_vocabulary
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.description import SENTENCEPIECE, Vocabulary, is_tiktoken, sentencepiece_file
 from alpaca.errors import UserError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 FILES = (
-    "tokenizer.model",
+    SENTENCEPIECE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
 )
+# Key of tokenizer_config.json -> what becomes of it. Any other key is named.
+KEYS = {
+    **dict.fromkeys(ROLES, "used"),
+    "add_bos_token": "used",
+    "add_prefix_space": "used with tokenizer.model; tokenizer.json says it itself",
+    "added_tokens_decoder": "used",
+    "add_eos_token": "not needed: EOS ends every training example, and no prompt",
+    "additional_special_tokens": "not needed: tokenizer.json says which tokens are special",
+    "extra_special_tokens": "not needed: tokenizer.json says which tokens are special",
+    "model_specific_special_tokens": "not needed: tokenizer.json says which tokens are special",
+    "auto_map": "dropped: no code of a folder is run",
+    "backend": "dropped: of the program that wrote the file",
+    "chat_template": "replaced by the Alpaca template",
+    "clean_up_tokenization_spaces": "replaced: decoding gives the text back",
+    "errors": "not needed: a tokenizer.json decodes what is no UTF-8 by itself",
+    "is_local": "dropped: of the program that wrote the file",
+    "legacy": "not needed: tokenizer.model or tokenizer.json says it",
+    "local_files_only": "dropped: of the program that wrote the file",
+    "max_length": "dropped: a writer's own truncation",
+    "model_input_names": "dropped: decoders take ids",
+    "model_max_length": "replaced by the model's context",
+    "name_or_path": "dropped: where it once was",
+    "pad_to_multiple_of": "dropped: nothing is padded",
+    "pad_token_type_id": "dropped: nothing is padded",
+    "padding_side": "dropped: nothing is padded",
+    "padding": "dropped: nothing is padded",
+    "processor_class": "dropped: text only",
+    "return_token_type_ids": "dropped: decoders take ids",
+    "sp_model_kwargs": "not needed: empty in every published model",
+    "spaces_between_special_tokens": "not needed: tokenizer.json decodes by itself",
+    "special_tokens_map_file": "dropped: where it once was",
+    "split_special_tokens": "not needed: a text never turns into control tokens",
+    "stride": "dropped: a writer's own truncation",
+    "tokenizer_class": "replaced by PreTrainedTokenizerFast",
+    "tokenizer_file": "dropped: where it once was",
+    "trust_remote_code": "dropped: no code of a folder is run",
+    "truncation_side": "dropped: a writer's own truncation",
+    "truncation_strategy": "dropped: a writer's own truncation",
+    "use_default_system_prompt": "replaced by the Alpaca template",
+    "use_fast": "dropped: what is written is the fast form",
+    "vocab_file": "dropped: where it once was",
+}
+# Keys that change the ids of a text in a way that is not done here, when they are set.
+REFUSED = ("do_lower_case", "remove_space", "keep_accents")
 
 
 def read_tokenizer(
-    folder: Path, config: dict[str, Any], rows: int
-) -> tuple[Vocabulary, list[Path]]:
-    """The tokenizer of a folder whose embedding has `rows` rows, and the files it came from.
+    folder: Path, settings: Settings
+) -> tuple[Vocabulary, list[Path], tuple[str, ...]]:
+    """The tokenizer of a folder, the files it came from, and notes for people.
 
     Raises:
         UserError: there is none, it is damaged, or it has more tokens than the model.
     """
     files = [folder / name for name in FILES if (folder / name).is_file()]
     held = {path.name: _read_object(path) for path in files if path.suffix == ".json"}
-    roles = _roles(held)
-    if (folder / "tokenizer.model").is_file():
-        vocabulary = _from_model(folder, held, roles)
-    elif (folder / "tokenizer.json").is_file():
-        vocabulary = _from_json(folder, roles, config)
-    else:
-        raise UserError(
-            f"There is no tokenizer in {folder}.",
-            "Put its tokenizer.model or tokenizer.json there.",
-        )
+    said = held.get("tokenizer_config.json", {})
+    for key in REFUSED:
+        if said.get(key):
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'} sets {key}, which is not done here.",
+                "Is it the tokenizer of a LLaMA, SmolLM, Mistral or Qwen model?",
+            )
+    base = _base(folder, said)
+    for index, token in sorted(_added(held).items()):
+        if base.backend.token_to_id(token.content) is None:
+            add = base.backend.add_special_tokens if token.special else base.backend.add_tokens
+            add([token])
+        if base.backend.token_to_id(token.content) != index:
+            raise UserError(f"{folder}: the added token {token.content!r} cannot have id {index}.")
+    vocabulary, notes = _with_roles(folder, base, _roles(held), settings, said.get("add_bos_token"))
+    rows = settings.config["vocab_size"]
     if vocabulary.pieces > rows:
         raise UserError(
             f"The tokenizer of {folder} has {vocabulary.pieces:,} tokens, the model {rows:,} rows.",
             "Put this model's own tokenizer there.",
         )
-    return vocabulary, files
+    unknown = ", ".join(key for key in said if key not in KEYS and key not in REFUSED)
+    if unknown:
+        notes += (f"note: not taken over from tokenizer_config.json, not known here: {unknown}",)
+    return vocabulary, files, notes
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -59,6 +114,47 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}", "Fetch the file again.") from None
     return value if isinstance(value, dict) else {}
+
+
+def _base(folder: Path, said: dict[str, Any]) -> Vocabulary:
+    """The vocabulary without what the JSON files add; eos is empty where no file says it."""
+    original, written = folder / SENTENCEPIECE, folder / "tokenizer.json"
+    if original.is_file():
+        try:
+            if is_tiktoken(original):
+                chat = "eot_id" in str(said.get("eos_token", ""))
+                return read_vocabulary(original, folder.name, chat)[0]
+            return read_vocabulary(
+                original, folder.name, None, leading_space=said.get("add_prefix_space")
+            )[0]
+        except UserError:
+            if not written.is_file():
+                raise
+    if not written.is_file():
+        raise UserError(
+            f"There is no tokenizer in {folder}.",
+            "Put its tokenizer.model or tokenizer.json there.",
+        )
+    try:
+        backend = Tokenizer.from_file(str(written))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise UserError(f"{written} is damaged: {error}", "Fetch the file again.") from None
+    return Vocabulary(backend, bos=None, eos="", sentencepiece=sentencepiece_file(folder))
+
+
+def _added(held: dict[str, dict[str, Any]]) -> dict[int, AddedToken]:
+    """Id -> token of what was added after the vocabulary was made."""
+    added = {
+        int(index): AddedToken(token, normalized=False, special=True)
+        for token, index in held.get("added_tokens.json", {}).items()
+    }
+    listed = held.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    for index, entry in listed.items():
+        flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+        added[int(index)] = AddedToken(
+            entry["content"], **{flag: bool(entry.get(flag, flag == "special")) for flag in flags}
+        )
+    return added
 
 
 def _roles(held: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -73,56 +169,45 @@ def _roles(held: dict[str, dict[str, Any]]) -> dict[str, str]:
     return found
 
 
-def _from_model(folder: Path, held: dict[str, dict[str, Any]], roles: dict[str, str]) -> Vocabulary:
-    chat = "eot_id" in roles.get("eos_token", "")
-    base, _ = read_vocabulary(folder / "tokenizer.model", folder.name, chat)
-    for index, token in sorted(_added(held).items()):
-        if base.backend.token_to_id(token) is None:
-            base.backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        if base.backend.token_to_id(token) != index:
-            raise UserError(f"{folder}: the added token {token!r} cannot have id {index}.")
-    pad = roles.get("pad_token")
-    known = pad is not None and base.backend.token_to_id(pad) is not None
-    return Vocabulary(
-        base.backend,
-        bos=base.bos,
-        eos=base.eos,
-        unk=base.unk,
-        pad=pad if known else None,
-        stops=base.stops,
-    )
+def _with_roles(
+    folder: Path, base: Vocabulary, roles: dict[str, str], settings: Settings, adds: Any
+) -> tuple[Vocabulary, tuple[str, ...]]:
+    """The vocabulary with its control tokens, and what was not believed.
 
-
-def _added(held: dict[str, dict[str, Any]]) -> dict[int, str]:
-    """Id -> token of what was added after the vocabulary was made."""
-    added = {int(index): token for token, index in held.get("added_tokens.json", {}).items()}
-    listed = held.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
-    return added | {int(index): entry["content"] for index, entry in listed.items()}
-
-
-def _from_json(folder: Path, roles: dict[str, str], config: dict[str, Any]) -> Vocabulary:
-    path = folder / "tokenizer.json"
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise UserError(f"{path} is damaged: {error}", "Fetch the file again.") from None
-    present = {
-        role: token for role, token in roles.items() if backend.token_to_id(token) is not None
+    `adds`: add_bos_token, where it is said. An end that is the vocabulary's own BOS or unknown
+    token is one of early 2023's wrong ids: answers that never stop.
+    """
+    backend = base.backend
+    never_ends = {token for token in (base.bos, base.unk) if token is not None}
+    named = {
+        role: token
+        for role, token in roles.items()
+        if backend.token_to_id(token) is not None
+        and not (role == "eos_token" and token in never_ends)
+        and not (role == "bos_token" and base.bos is not None and token in (base.eos, base.unk))
     }
-    stops = config.get("eos_token_id")
-    listed = stops if isinstance(stops, list) else [stops] if isinstance(stops, int) else []
-    tokens = [token for index in listed if (token := backend.id_to_token(index)) is not None]
-    eos = present.get("eos_token") or (tokens[0] if tokens else None)
-    if eos is None:
+    listed = [backend.id_to_token(index) for index in settings.ends]
+    refused = sorted(never_ends & set(listed))
+    ends = [token for token in listed if token is not None and token not in never_ends]
+    eos = named.get("eos_token") or base.eos or (ends[0] if ends else "")
+    if not eos:
         raise UserError(f"{folder} does not say which token ends a text (eos_token).")
-    bos = present.get("bos_token")
-    starts = backend.encode("a").ids[:1]
-    return Vocabulary(
+    bos = named.get("bos_token", base.bos)
+    if isinstance(adds, bool):
+        adds_bos = adds and bos is not None
+    elif base.bos is not None:
+        adds_bos = base.adds_bos
+    else:
+        adds_bos = bos is not None and backend.encode("a").ids[:1] == [backend.token_to_id(bos)]
+    made = Vocabulary(
         backend,
         bos=bos,
         eos=eos,
-        unk=present.get("unk_token"),
-        pad=present.get("pad_token"),
-        adds_bos=bos is not None and starts == [backend.token_to_id(bos)],
-        stops=(eos, *(token for token in tokens if token != eos)),
+        unk=named.get("unk_token", base.unk),
+        pad=named.get("pad_token"),
+        adds_bos=adds_bos,
+        stops=tuple(dict.fromkeys([eos, *base.stops, *ends])),
+        sentencepiece=base.sentencepiece,
     )
+    wrong = f"note: {', '.join(refused)} ends no answer, whatever config.json says of its id"
+    return made, (wrong,) if refused else ()

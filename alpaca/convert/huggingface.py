@@ -1,10 +1,10 @@
 """Hugging Face folders, old and new: `.bin` or safetensors shards, the class names of early 2023.
 
-Tensors already have their names; what changes is everything around them: pickles become
-safetensors, buffers that are no weights are dropped, class names and token ids are put right.
+Tensors already have their names, of whichever architecture is served here; what changes is
+everything around them: pickles become safetensors, buffers that are no weights are dropped, class
+names and token ids are put right.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alpaca.convert import names, quantized
+from alpaca.convert import expected, quantized
 from alpaca.convert.families import size_name
 from alpaca.convert.folders import inside
+from alpaca.convert.hfsettings import read_settings
 from alpaca.convert.hftokenizer import read_tokenizer
 from alpaca.convert.pickles import check_type, open_pickle
-from alpaca.convert.source import SHORT_NAMES, Source, Tensor, llama_config
+from alpaca.convert.source import SHORT_NAMES, Source, Tensor
 from alpaca.errors import UserError
 from alpaca.stored import (
     INDEX,
-    check_config,
     check_pointer,
     check_types,
     differing_head,
@@ -29,16 +29,6 @@ from alpaca.stored import (
     weight_files,
 )
 
-# Old name in config.json -> today's.
-RENAMED = {"max_sequence_length": "max_position_embeddings"}
-SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "rms_norm_eps",
-)
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 
 
@@ -46,12 +36,10 @@ def open_folder(folder: Path, name: str) -> Source:
     """Describe a Hugging Face folder as a source; `name` is the folder to write.
 
     Raises:
-        UserError: a file is missing or damaged, or the model is not of the LLaMA architecture.
+        UserError: a file is missing or damaged, or the model is of a kind that is not served here.
     """
-    raw = read_json(folder / "config.json")
-    quantization = quantized.settings(raw, folder / "config.json")
-    check_config(raw, folder / "config.json")
-    config = _config(folder, raw)
+    described = read_settings(folder)
+    config, quantization = described.config, described.quantization
     files = _weight_files(folder, plain=quantization is None)
     stored: dict[str, tuple[Path, torch.Tensor]] = {}
     held: dict[str, torch.Tensor] = {}
@@ -64,10 +52,10 @@ def open_folder(folder: Path, name: str) -> Source:
     for key, (path, tensor) in stored.items():
         if key not in readers:
             check_type(path, key, tensor)
-    tied = bool(raw.get("tie_word_embeddings")) or "lm_head.weight" not in stored
-    config["tie_word_embeddings"] = tied
-    tensors = _tensors(folder, stored, config, tied, readers)
-    vocabulary, tokenizer_files = read_tokenizer(folder, raw, config["vocab_size"])
+    if "lm_head.weight" not in stored:
+        config["tie_word_embeddings"] = True
+    tensors = _tensors(folder, stored, config, readers)
+    vocabulary, tokenizer_files, notes = read_tokenizer(folder, described)
     totals: dict[torch.dtype, int] = {}
     for _, tensor in stored.values():
         totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.numel()
@@ -78,53 +66,14 @@ def open_folder(folder: Path, name: str) -> Source:
         name=name,
         found=f"Hugging Face folder: {size_name(count)}, {len(files)} file(s), {count:,} "
         f"parameters, {SHORT_NAMES[dtype]}{told}, tokenizer {vocabulary.pieces:,} pieces",
-        files=dict.fromkeys([folder / "config.json", *tokenizer_files, *files]),
+        files=dict.fromkeys([*described.files, *tokenizer_files, *files]),
         config=config,
         dtype=dtype,
         tensors=tensors,
         vocabulary=vocabulary,
         facts={"family": "Hugging Face", "size": size_name(count), "parameters": count},
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the folder; raises UserError when it is not one."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing.", "It belongs to a Hugging Face folder.")
-    check_pointer(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}", "Fetch the file again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object.", "Fetch the file again.")
-    return value
-
-
-def _config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    raw |= {new: raw[old] for old, new in RENAMED.items() if old in raw and new not in raw}
-    kind = str(raw.get("model_type", "")).lower()
-    if kind != "llama":
-        raise UserError(
-            f"{folder / 'config.json'} describes a {kind or 'nameless'} model with settings that "
-            "are not plain LLaMA.",
-            "Folders of another architecture need no conversion when they hold safetensors.",
-        )
-    for key in SHAPE:
-        if not isinstance(raw.get(key), int | float):
-            raise UserError(f"{folder / 'config.json'} lacks {key}.", "Fetch the file again.")
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
-    plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
-    return llama_config(
-        **{key: raw[key] for key in SHAPE},
-        num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        rope_scaling=None if plain else scaling,
-        attention_bias=bool(raw.get("attention_bias")),
-        mlp_bias=bool(raw.get("mlp_bias")),
+        generation=described.generation,
+        notes=(*described.notes, *notes),
     )
 
 
@@ -157,12 +106,11 @@ def _tensors(
     folder: Path,
     stored: dict[str, tuple[Path, torch.Tensor]],
     config: dict[str, Any],
-    tied: bool,
     readers: dict[str, quantized.Read],
 ) -> tuple[Tensor, ...]:
-    biased = [part for part in ("attention", "mlp") if config[f"{part}_bias"]]
-    wanted = names.with_biases(names.rows(config["num_hidden_layers"], tied), biased)
+    wanted = expected.shapes(config)
     missing = [name for name in wanted if name not in stored]
+    tied = config["tie_word_embeddings"]
     unknown = sorted(set(stored) - set(wanted) - ({"lm_head.weight"} if tied else set()))
     if tied and "lm_head.weight" in stored:
         (_, head), (_, table) = stored["lm_head.weight"], stored["model.embed_tokens.weight"]
@@ -176,7 +124,7 @@ def _tensors(
         Tensor(
             name,
             tuple(tensor.shape),
-            torch.float32 if name in readers else tensor.dtype,
+            None if name in readers else tensor.dtype,
             readers.get(name) or partial(_read, tensor),
         )
         for name in wanted

@@ -18,7 +18,7 @@ from alpaca.convert.params import Params, config, read_params, recognize
 from alpaca.convert.pickles import check_type
 from alpaca.convert.source import SHORT_NAMES, Source, Tensor, unpermute
 from alpaca.convert.vocabularies import read_vocabulary
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 
 Shards = dict[Path, dict[str, torch.Tensor]]

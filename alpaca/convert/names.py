@@ -4,7 +4,6 @@ The Hugging Face names are what is written; the Meta and GGUF names are what is 
 Sources: Meta's `llama` reference code (parallel layers), the GGUF specification.
 """
 
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,8 +30,8 @@ LAYER = (
     Row("self_attn.v_proj", "attention.wv", "attn_v", 0),
     Row("self_attn.o_proj", "attention.wo", "attn_output", 1),
     Row("mlp.gate_proj", "feed_forward.w1", "ffn_gate", 0),
-    Row("mlp.down_proj", "feed_forward.w2", "ffn_down", 1),
     Row("mlp.up_proj", "feed_forward.w3", "ffn_up", 0),
+    Row("mlp.down_proj", "feed_forward.w2", "ffn_down", 1),
     Row("input_layernorm", "attention_norm", "attn_norm", None),
     Row("post_attention_layernorm", "ffn_norm", "ffn_norm", None),
 )
@@ -65,14 +64,3 @@ def to_dialect(layers: int, tied: bool, dialect: Dialect) -> dict[str, str]:
             prefix = _LAYER_PREFIX[dialect].format(name.split(".")[2])
         translated[name] = f"{prefix}{getattr(row, dialect)}.weight"
     return translated
-
-
-def with_biases(names: Iterable[str], parts: Collection[str]) -> list[str]:
-    """HF names with those of the biases of some parts ("attention", "mlp") of every layer."""
-    biased = tuple({"attention": "self_attn", "mlp": "mlp"}[part] for part in parts)
-    found = []
-    for name in names:
-        found.append(name)
-        if any(f".{part}." in name for part in biased):
-            found.append(f"{name.removesuffix('weight')}bias")
-    return found

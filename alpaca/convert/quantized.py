@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from alpaca.errors import UserError
-from alpaca.stored import CONVERTIBLE, PLAIN, quantization
+from alpaca.stored import CONVERTIBLE, PLAIN, check_config, quantization
 
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 NUMBERS = (torch.float8_e4m3fn, torch.int8)
@@ -36,6 +36,8 @@ def settings(raw: dict[str, Any], where: Path) -> dict[str, Any] | None:
     method = quantization(raw)
     if method is None:
         return None
+    if not method.endswith(CONVERTIBLE):
+        check_config(raw, where)  # refuses it as every other program does
     found = raw.pop("quantization_config", None) or raw.pop("compression_config", None)
     kind = found.get("quant_method") if isinstance(found, dict) else None
     groups = (found.get("config_groups") or {}) if isinstance(found, dict) else {}

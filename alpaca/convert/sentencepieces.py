@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -21,8 +21,10 @@ SPACE = "\u2581"  # ▁
 Piece = tuple[str, float, int]  # text, score, kind
 
 
-def read_sentencepiece(path: Path) -> Vocabulary:
+def read_sentencepiece(path: Path, *, leading_space: bool | None = None) -> Vocabulary:
     """The vocabulary of a `tokenizer.model`, with the special ids it names.
+
+    `leading_space` overrides what the file says of a space before every text.
 
     Raises:
         UserError: the file is damaged, or not the plain BPE that LLaMA uses.
@@ -50,10 +52,14 @@ def read_sentencepiece(path: Path) -> Vocabulary:
     if len(special) != 3:
         raise UserError(f"{path} lacks <unk>, <s> or </s>.", "Is it this model's?")
     return Vocabulary(
-        sentencepiece_bpe(pieces, leading_space=rules.add_dummy_prefix),
+        sentencepiece_bpe(
+            pieces,
+            leading_space=rules.add_dummy_prefix if leading_space is None else leading_space,
+        ),
         unk=special[0],
         bos=special[1],
         eos=special[2],
+        sentencepiece=path,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 from alpaca.shards import finite
 
@@ -24,12 +24,12 @@ SHORT_NAMES = {kind: short for short, kind in DTYPES.items()}
 class Tensor:
     """One tensor of the output: `read(dtype)` gets it, contiguous, of `shape`.
 
-    `stored` is the type it is read from (fp32 where it is dequantized).
+    `stored` is the type it is read from; None where it is dequantized.
     """
 
     name: str
     shape: tuple[int, ...]
-    stored: torch.dtype
+    stored: torch.dtype | None
     read: Callable[[torch.dtype], torch.Tensor]
 
     @property
@@ -52,14 +52,22 @@ class Tensor:
             "The source was damaged before it was published or copied: fetch it again.",
         )
 
+    def exact(self, dtype: torch.dtype) -> torch.dtype:
+        """`dtype`, if it holds the numbers as they are stored, else the type they are stored in."""
+        if self.stored in (None, dtype):
+            return dtype
+        value = self.read(self.stored)
+        return dtype if torch.equal(value.to(dtype).to(self.stored), value) else self.stored
+
 
 @dataclass(frozen=True)
 class Source:
     """A model found on disk, ready to be written as a clean folder.
 
-    `name`: of the folder to write. `found`: one line for people. `dtype`: what `--dtype keep`
-    means. `files`: everything read, with the MD5 it should have where a checklist says so.
-    `config`: config.json without the token ids and dtype, which follow from the rest.
+    `name`: of the folder to write. `found`: one line for people. `notes`: more of them, about what
+    is not taken over. `dtype`: the type of most numbers. `files`: everything read, with the MD5 it
+    should have where a checklist says so. `config`: config.json without the token ids and dtype,
+    which follow from the rest. `generation`: generation_config.json, likewise.
     """
 
     name: str
@@ -70,6 +78,8 @@ class Source:
     tensors: tuple[Tensor, ...]
     vocabulary: Vocabulary
     facts: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:

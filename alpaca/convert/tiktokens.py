@@ -5,17 +5,15 @@ The control tokens are not in the file; their names and order are code in Meta's
 """
 
 import base64
-import re
 from pathlib import Path
 
 from tokenizers import AddedToken
 
 from alpaca.convert.bytelevel import byte_level, spell
 from alpaca.convert.sentencepieces import pairs
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 
-FIRST_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 RESERVED = 256
 NAMED = (
     "begin_of_text",
@@ -37,12 +35,6 @@ def special_tokens() -> list[str]:
     """The 256 control tokens in order of id."""
     rest = [f"reserved_special_token_{2 + number}" for number in range(RESERVED - len(NAMED))]
     return [f"<|{name}|>" for name in [*NAMED, *rest]]
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Whether a tokenizer file is of Llama 3's kind."""
-    with open(path, "rb") as file:
-        return FIRST_LINE.match(file.read(1024)) is not None
 
 
 def read_tiktoken(path: Path, *, instruct: bool) -> Vocabulary:

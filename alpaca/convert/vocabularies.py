@@ -5,20 +5,23 @@ from pathlib import Path
 
 from alpaca.convert.families import Tokenizer
 from alpaca.convert.sentencepieces import read_sentencepiece
-from alpaca.convert.tiktokens import is_tiktoken, read_tiktoken
-from alpaca.convert.vocabulary import Vocabulary
+from alpaca.convert.tiktokens import read_tiktoken
+from alpaca.description import Vocabulary, is_tiktoken
 from alpaca.errors import UserError
 
 CHAT = re.compile(r"instruct|chat", re.IGNORECASE)
 
 
-def read_vocabulary(path: Path, model: str, instruct: bool | None) -> tuple[Vocabulary, Tokenizer]:
+def read_vocabulary(
+    path: Path, model: str, instruct: bool | None, *, leading_space: bool | None = None
+) -> tuple[Vocabulary, Tokenizer]:
     """The vocabulary in a file, and its kind.
 
     Args:
         path: a `tokenizer.model`.
         model: name of the model's folder, which says whether it is a chat model...
         instruct: ...unless this says so.
+        leading_space: whether a text starts with a space; None takes it from the file.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -28,6 +31,6 @@ def read_vocabulary(path: Path, model: str, instruct: bool | None) -> tuple[Voca
             f"{path} is missing.", "Put the tokenizer.model that came with the model there."
         )
     if not is_tiktoken(path):
-        return read_sentencepiece(path), "sentencepiece"
+        return read_sentencepiece(path, leading_space=leading_space), "sentencepiece"
     chat = CHAT.search(model) is not None if instruct is None else instruct
     return read_tiktoken(path, instruct=chat), "tiktoken"

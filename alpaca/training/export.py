@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from alpaca import golden, passport, rounding, shards, stored
+from alpaca import description, golden, passport, rounding, shards, stored
+from alpaca.description import vocabulary_of
 from alpaca.errors import UserError
 from alpaca.model import install, staging
-from alpaca.prompt import chat_template
 from alpaca.shards import Shard
 from alpaca.tokens import Codec
 from alpaca.training.meeting import on_first_rank
@@ -160,7 +160,7 @@ def _write(
                     meant[shard.name] = shards.write(shard, folder, gathered, bar.update)
             if len(planned) > 1:
                 (folder / stored.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
-            _describe(model, codec, folder, rounded.dtype)
+            description.write(folder, model.config, vocabulary_of(codec), rounded.dtype)
         except (OSError, UserError) as error:
             shutil.rmtree(folder, ignore_errors=True)  # or it would keep the disk full
             failure = error
@@ -173,16 +173,3 @@ def _write(
 def _raise(failure: OSError | UserError | None) -> None:
     if failure is not None:
         raise failure
-
-
-def _describe(model: PreTrainedModel, codec: Codec, folder: Path, dtype: torch.dtype) -> None:
-    config = model.config
-    config.dtype = dtype
-    config.bos_token_id, config.eos_token_id = codec.tokenizer.bos_token_id, codec.eos
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
-    ).save_pretrained(folder)
-    codec.tokenizer.chat_template = chat_template(adds_bos=codec.bos is not None)
-    codec.tokenizer.save_pretrained(folder)
