@@ -93,6 +93,27 @@ def stochastic(values: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tens
     return result.view(values.shape)
 
 
+class Error:
+    """How far rounded tensors are from what they were, all of them together."""
+
+    def __init__(self) -> None:
+        """Nothing is measured yet."""
+        self.squares = 0.0
+        self.missed = 0.0
+
+    def add(self, exact: Tensor, rounded: Tensor) -> None:
+        """Count one tensor, fp32 on the CPU, and its rounding."""
+        for at, part in _chunks(exact.contiguous()):
+            other = rounded.reshape(-1)[at : at + part.numel()].float()
+            self.squares += float(part.square().sum(dtype=torch.float64))
+            self.missed += float((part - other).square().sum(dtype=torch.float64))
+
+    @property
+    def relative(self) -> float:
+        """Norm of the difference over the norm of the whole; 0 where nothing was rounded."""
+        return (self.missed / self.squares) ** 0.5 if self.squares else 0.0
+
+
 def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
     assert flat.dtype == torch.float32
     flat = flat.view(-1)

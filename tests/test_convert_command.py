@@ -140,3 +140,18 @@ def test_model_that_lies_in_unconverted_weights_itself_gets_a_name(
                          "--output_dir", tmp_path / "out")  # fmt: skip
     assert code == 0, said
     assert (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_what_a_narrower_type_loses_is_measured_and_said(tiny_model: Path, tmp_path: Path) -> None:
+    words = ["--input_dir", tiny_model, "--output_dir", tmp_path, "--no-tokenizer"]
+    code, said = convert(*words, "--dtype", "bf16")
+    assert code == 0, said
+    exact = torch.cat(
+        [value.flatten() for value in load_file(tiny_model / "model.safetensors").values()]
+    )
+    lost = float((exact - exact.bfloat16().float()).norm() / exact.norm())
+    assert 0.0005 < lost < 0.002
+    assert f"Rounded to bf16, which is {lost:.2%} from the source's numbers" in said
+    code, said = convert(*words, "--force")
+    assert code == 0
+    assert "Rounded" not in said

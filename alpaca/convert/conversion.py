@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from alpaca import atomic, description, golden, passport, shards, stored
+from alpaca import atomic, description, golden, passport, rounding, shards, stored
 from alpaca.atomic import free_disk
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
@@ -103,7 +103,13 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
         journal = Journal(journal_path, partial, made_from)
         kept = journal.keep(planned)
         _check_disk(planned, kept, final)
-        sources = _write_shards(source, planned, kept, journal)
+        error = rounding.Error()
+        sources = _write_shards(source, planned, kept, journal, error)
+        if error.relative:
+            print(
+                f"Rounded to {SHORT_NAMES[dtype]}, which is {error.relative:.2%} from the source's "
+                "numbers (relative norm of the difference)."
+            )
         _write_texts(source, partial, planned, dtype)
         facts = {**source.facts, "dtype": SHORT_NAMES[dtype], "sources": sources}
         told = {"made_from": made_from, "golden": golden.record(partial)}
@@ -126,9 +132,20 @@ def _kept(source: Source) -> dict[str, torch.dtype]:
 
 
 def _write_shards(
-    source: Source, planned: list[Shard[Tensor]], kept: set[str], journal: Journal
+    source: Source,
+    planned: list[Shard[Tensor]],
+    kept: set[str],
+    journal: Journal,
+    error: rounding.Error,
 ) -> dict[str, Any]:
-    """Write what is missing while the source files are hashed beside it; return their hashes."""
+    """Write what is missing while the source files are hashed; return their hashes.
+
+    `error` counts what rounding loses in the shards written now.
+    """
+
+    def value(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return tensor.value(dtype, error)
+
     total = sum(shard.data_bytes for shard in planned)
     done = sum(shard.data_bytes for shard in planned if shard.name in kept)
     stop = threading.Event()
@@ -140,7 +157,7 @@ def _write_shards(
         try:
             for shard in planned:
                 if shard.name not in kept:
-                    sha256 = shards.write(shard, journal.partial, Tensor.value, bar.update)
+                    sha256 = shards.write(shard, journal.partial, value, bar.update)
                     journal.add(shard.name, sha256)
                 _results(checks, only_done=True)
             return _results(checks)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from alpaca import rounding
 from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 from alpaca.shards import finite
@@ -37,9 +38,13 @@ class Tensor:
         """How many numbers it holds."""
         return torch.Size(self.shape).numel()
 
-    def value(self, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor in `dtype`; raises UserError where it holds NaN or infinite numbers."""
-        value = self.read(dtype)
+    def value(self, dtype: torch.dtype, error: rounding.Error | None = None) -> torch.Tensor:
+        """The tensor in `dtype`; `error` counts what is lost where the type rounds it.
+
+        Raises:
+            UserError: it holds NaN or infinite numbers, or some too large for fp16.
+        """
+        value = self._rounded(dtype, error) if error is not None else self.read(dtype)
         if finite(value):
             return value
         if dtype == torch.float16 and self.stored != dtype and finite(self.read(torch.float32)):
@@ -51,6 +56,14 @@ class Tensor:
             f"{self.name} holds NaN or infinite numbers.",
             "The source was damaged before it was published or copied: fetch it again.",
         )
+
+    def _rounded(self, dtype: torch.dtype, error: rounding.Error) -> torch.Tensor:
+        if dtype in (self.stored, torch.float32):
+            return self.read(dtype)
+        exact = self.read(torch.float32)
+        value = exact.to(dtype)
+        error.add(exact, value)
+        return value
 
     def exact(self, dtype: torch.dtype) -> torch.dtype:
         """`dtype`, if it holds the numbers as they are stored, else the type they are stored in."""
