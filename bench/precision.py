@@ -1,6 +1,7 @@
 """What a recipe learns in fp32 and in bf16, as the held-out loss of the model that is kept.
 
     python bench/precision.py --data alpaca_data.json --results bench/precision.jsonl
+    python bench/precision.py --data alpaca_data.json --time 5      # seconds a step instead
 
 For each learning rate and number of steps, the same examples in the same order five ways:
 
@@ -20,6 +21,7 @@ JSON.
 
 import argparse
 import json
+import statistics
 import subprocess
 import tempfile
 import time
@@ -60,6 +62,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--batch", type=int, default=8, help="examples a step")
     options.add_argument("--held_out", type=int, default=0, help="0: all of the 15%%")
     options.add_argument("--max_length", type=int, default=512)
+    options.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="time steps instead")
     return options.parse_args()
 
 
@@ -183,6 +186,32 @@ def example(corpus: Corpus, index: int) -> dict[str, list[int]]:
     return {"input_ids": ids, "completion_mask": [0] * prompt + [1] * (len(ids) - prompt)}
 
 
+def times(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Seconds of a bf16 step with dithered and plain masters, in turn; and of counting changes."""
+    trainers = {way: bench.trainer(way, 2e-5, rounds + 1) for way in ("plain", "dithered")}
+    spent: dict[str, list[float]] = {way: [] for way in trainers}
+    counting = []
+    for step in range(rounds + 1):
+        for way, trainer in trainers.items():
+            started = time.perf_counter()
+            with products():
+                trainer.step(step)
+            if step:  # the first allocates
+                spent[way].append(time.perf_counter() - started)
+            started = time.perf_counter()
+            trainer.sample.count()
+            counting.append(time.perf_counter() - started)
+        print({way: round(s[-1], 3) for way, s in spent.items() if s}, flush=True)
+    pairs = zip(spent["dithered"], spent["plain"], strict=True)
+    return {
+        "dithered_vs_plain": round(statistics.median(one / other for one, other in pairs), 4),
+        "counting_vs_step": round(
+            statistics.median(counting) / statistics.median(spent["plain"]), 5
+        ),
+        "seconds": {way: round(statistics.median(s), 3) for way, s in spent.items()},
+    }
+
+
 def shares(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each way's share of fp32's decrease, a row for each learning rate and length."""
     rows = []
@@ -219,6 +248,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         corpus = open_corpus(options.data, codec, Path(cache), options.max_length)
         bench = Bench(options, corpus, mesh)
+        if options.time:
+            print(json.dumps(times(bench, options.time)))
+            return
         held = options.results.read_text().splitlines() if options.results.exists() else []
         cells = [c for c in map(json.loads, held) if c["setting"] == bench.setting]
         for way, rate, count in missing(options, cells):

@@ -6,13 +6,15 @@ The tests compute in bf16 whatever the processor is fast at (ALPACA_CPU_BF16=1).
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import set_eos
-from training_runs import lines, losses, master_weights, start, train, wait_until
+from training_runs import ROOT, lines, losses, master_weights, start, train, wait_until
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -88,6 +90,38 @@ def test_dithered_masters_learn_what_fp32_learns_and_plain_ones_do_not(
     assert fp32 > 0.01
     assert 0.9 < dithered / fp32 < 1.1
     assert plain / fp32 < 0.7
+
+
+@pytest.mark.slow
+def test_with_eight_bit_moments_and_weight_decay_as_much_is_learned(
+    base: Path, tmp_path: Path
+) -> None:
+    more = ["--optim", "adamw_8bit", "--weight_decay", 0.1]
+    apart = {"PYTHONPATH": str(ROOT / ".venv/apart")}
+    for way, words in WAYS.items():
+        done = train(*flags(base, tmp_path / way, *words, *more), **BF16, **apart)
+        assert done.returncode == 0, done.stderr
+    fp32, plain, dithered = (learned(tmp_path / way) for way in ("fp32", "plain", "dithered"))
+    assert 0.9 < dithered / fp32 < 1.1
+    assert plain / fp32 < 0.7
+
+
+@pytest.mark.slow
+def test_on_a_real_model_dithered_masters_learn_what_fp32_learns(
+    smollm: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "bench/precision.py", "--model", smollm, "--steps", "50", "--rates", "2e-5",
+        "--ways", "fp32,plain,dithered", "--batch", "2", "--held_out", "24",
+        "--results", tmp_path / "cells.jsonl",
+    ]  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["fp32_decrease"] > 0.02
+    assert 0.9 < row["dithered"] < 1.1
+    assert row["plain"] < 0.7
 
 
 def test_the_first_step_is_that_of_the_base_model_bit_for_bit(
@@ -180,7 +214,7 @@ def start_masters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def untouched(base: Path, folder: Path, *more: object, ranks: int = 0) -> dict[str, torch.Tensor]:
-    words = ["--bf16", "True", "--learning_rate", 0, "--max_steps", 1, *more]
+    words = ["--bf16", "True", "--learning_rate", 0, "--max_steps", 1, "--eval_fraction", 0, *more]
     done = train(*flags(base, folder / "out", *words), ranks=ranks, **BF16)
     assert done.returncode == 0, done.stderr
     return master_weights(folder / "out", folder)
@@ -263,6 +297,29 @@ def test_an_export_in_another_type_loads_in_it_with_the_runs_loss(
     assert told["eval_loss_exported"] == pytest.approx(told["eval_loss_after"], abs=0.005)
     again = train(*words, **BF16)
     assert "already holds the model of exactly this run" in again.stdout
+
+
+@pytest.mark.parametrize("how", ["no_shard", "shard_grad_op"])
+def test_an_fp32_export_holds_the_masters_however_they_are_sharded(
+    base: Path, tmp_path: Path, how: str
+) -> None:
+    words = [
+        *WAYS["dithered"],
+        "--export_dtype",
+        "fp32",
+        "--fsdp",
+        how,
+        "--max_steps",
+        3,
+        "--eval_fraction",
+        0.02,
+    ]
+    done = train(*flags(base, tmp_path / "out", *words), **BF16)
+    assert done.returncode == 0, done.stderr
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for name, master in master_weights(tmp_path / "out", tmp_path).items():
+        assert exported[name.removeprefix("model.")].equal(master)
+        assert not master.bfloat16().float().equal(master)
 
 
 def test_weights_beyond_fp16_are_refused_before_training(base: Path, tmp_path: Path) -> None:

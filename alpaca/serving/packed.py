@@ -16,6 +16,7 @@ from torch import nn
 
 ROWS = 16  # the row count oneDNN's layout is chosen for; it serves all others
 HALF = torch.finfo(torch.float16)
+AVX2_ROWS = 6
 FARTHEST = 100  # so that the scale, its inverse and products with it are ordinary fp32 numbers
 
 
@@ -36,8 +37,25 @@ class HalfLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), both fp32."""
-        product: torch.Tensor = self.product(inputs, self.packed)
+        product: torch.Tensor
+        rows = inputs.numel() // self.in_features
+        extra = padding(rows)
+        if extra:
+            flat = nn.functional.pad(inputs.reshape(rows, -1), (0, 0, 0, extra))
+            product = self.product(flat, self.packed)[:rows].view(*inputs.shape[:-1], -1)
+        else:
+            product = self.product(inputs, self.packed)
         return product if self.scale == 1 else product.mul_(self.scale)
+
+
+def padding(rows: int) -> int:
+    """Rows to add so that FBGEMM computes each row as it would among any others.
+
+    Without AVX-512 it takes six rows at a time, and the rest together; a rest of one or two rows
+    goes through a kernel that rounds differently.
+    """
+    rest = rows % AVX2_ROWS
+    return 3 - rest if rest in (1, 2) and torch.backends.cpu.get_cpu_capability() == "AVX2" else 0
 
 
 class BlockedLinear(nn.Module):

@@ -89,6 +89,7 @@ def run(arguments: Arguments) -> None:
                     "run": identity, "base": _base(arguments), "result": dataclasses.asdict(result),
                 }  # fmt: skip
 
+            sharding.reshard(module)
             export(module.model, codec, arguments.output_dir, rounded, facts)
         sample = _sample(trainer, codec)
         if main:

@@ -16,7 +16,12 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -110,6 +115,16 @@ def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, arguments: A
             layer.compile(dynamic=False)  # else two lengths make one slower, general shape
         fully_shard(layer, **options)
     fully_shard(module, **options)
+
+
+def reshard(module: torch.nn.Module) -> None:
+    """Let parameters be the fp32 shards again, where a forward pass left gathered ones.
+
+    `shard_grad_op` and `no_shard` keep them for a backward pass that an evaluation does not have.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> bool:
