@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from bf16_products import products
+from matplotlib.figure import Figure
 from peers import ROOT, environment
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,6 +63,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--batch", type=int, default=8, help="examples a step")
     options.add_argument("--held_out", type=int, default=0, help="0: all of the 15%%")
     options.add_argument("--max_length", type=int, default=512)
+    options.add_argument("--write", action="store_true", help="put the results into docs/ instead")
     options.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="time steps instead")
     return options.parse_args()
 
@@ -231,6 +233,55 @@ def shares(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+COLUMNS = {
+    "plain": "bf16, plain masters",
+    "dithered": "bf16, dithered masters",
+    "pure": "pure bf16",
+    "sft": "SFTTrainer, bf16",
+    "fp32_export_nearest": "fp32, exported to the nearest bf16",
+    "fp32_export_stochastic": "fp32, exported by chance",
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The shares as a table of docs/precision.md."""
+    heads = ["learning rate", "steps", "fp32's decrease", *COLUMNS.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [f"{row['rate']:g}", str(row["steps"]), f"{row['fp32_decrease']:.4f}"]
+        cells += [f"{row[name]:.2f}" if name in row else "" for name in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The shares over the learning rate, a panel for each number of steps."""
+    counts = sorted({row["steps"] for row in rows})
+    figure = Figure(figsize=(4.5 * len(counts), 3.8), layout="constrained")
+    for axes, count in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
+        for name, label in COLUMNS.items():
+            points = sorted((r["rate"], r[name]) for r in rows if r["steps"] == count and name in r)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", label=label)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel="learning rate", title=f"{count} steps", ylim=(-0.2, 1.3))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("share of fp32's decrease in held-out loss")
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def write(cells: list[dict[str, Any]]) -> None:
+    """Put table and plot into docs/."""
+    rows = shares(cells)
+    page = ROOT / "docs/precision.md"
+    start, end = "<!-- precision: begin -->\n", "<!-- precision: end -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{start}{table(rows)}\n{end}{after}", encoding="utf-8")
+    draw(rows, ROOT / "docs/precision.svg")
+
+
 def missing(options: argparse.Namespace, cells: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
     """The cells still to be run, short runs first."""
     done = {(c["way"], c["rate"], c["steps"]) for c in cells}
@@ -253,6 +304,9 @@ def main() -> None:
             return
         held = options.results.read_text().splitlines() if options.results.exists() else []
         cells = [c for c in map(json.loads, held) if c["setting"] == bench.setting]
+        if options.write:
+            write(cells)
+            return
         for way, rate, count in missing(options, cells):
             cell = {**bench.cell(way, rate, count), "setting": bench.setting}
             cells.append(cell)
