@@ -32,10 +32,17 @@ OTHER_NAMES = {
 # Keys, by their letters, that say what the three fields do not; an empty value says nothing.
 ASKED_ABOUT = (
     "context", "passage", "paragraph", "document", "article", "background", "evidence",
-    "knowledge", "facts", "schema", "table", "code", "question", "query", "prompt",
+    "knowledge", "facts", "schema", "table", "code", "question", "query", "prompt", "inputtext",
+    "instructioncontext", "ctx", "sourcetext", "sentence",
 )  # fmt: skip
 CHANGES_MEANING = {
     "history": "what was said before, which the template has no place for",
+    "chathistory": "what was said before, which the template has no place for",
+    "previou": "what was said before, which the template has no place for",
+    "previousturn": "what was said before, which the template has no place for",
+    "prevturn": "what was said before, which the template has no place for",
+    "systeminstruction": "how to behave, which the template has no place for",
+    "imagepath": "a picture, which a model of text does not see",
     "conversation": "what was said before, which the template has no place for",
     "message": "what was said before, which the template has no place for",
     "dialog": "what was said before, which the template has no place for",
@@ -223,12 +230,16 @@ def similar(key: str) -> str | None:
 
 
 def _said(text: str | None, held: dict[str, str]) -> bool:
-    """Whether a text is in the record already: within a field, or as the prompt around them."""
+    """Whether a text is in the record already: within a field, or as the prompt around them.
+
+    One in the answer, such as its code, is no text to answer about: as input it would be copied.
+    """
     if text is None:
         return False
     plain = " ".join(text.split())
     asked = [" ".join(held[name].split()) for name in ("instruction", "input")]
-    return any(plain in part for part in asked) or all(part in plain for part in asked)
+    answer = " ".join(held["output"].split())
+    return any(plain in part for part in (*asked, answer)) or all(part in plain for part in asked)
 
 
 def named(key: str) -> str:
@@ -363,9 +374,13 @@ def _check_keys(path: Path, items: list[Any]) -> None:
     if flags:
         command = audit_command(path, *flags, "--leave_out", checks)
         remedy += f"\n  A copy that {' and '.join(how)}:\n    {command}"
+    remedy += _leaving_out(path, items, checks)
+    if verdicts := sorted({key for key, _ in counts if letters(key) in VERDICTS}):
+        command = audit_command(path, "--drop", ",".join(verdicts))
+        remedy += f"\n  Where {' and '.join(verdicts)} is a class and no verdict:\n    {command}"
     raise UserError(
         f"{path}: keys that are not read change what records mean:\n    " + "\n    ".join(listed),
-        remedy + _leaving_out(path, items, checks),
+        remedy,
     )
 
 

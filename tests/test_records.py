@@ -221,8 +221,9 @@ def test_a_rejected_answer_is_not_trained_as_a_good_one(
     bad, good = {**GOOD, "output": "Go away.", key: verdict}, {**GOOD, key: True}
     message = refusal(write(tmp_path, json.dumps([bad, good]), "d.json").relative_to(tmp_path))
     assert f"{key} (1 of 2 records, first record 0): " in message
-    [command] = proposed(message)
+    command, dropping = proposed(message)
     assert run(command) == [Record(**GOOD)]
+    assert f"--drop {key}" in " ".join(dropping)
 
 
 def test_a_label_that_is_the_answer_rejects_nothing(tmp_path: Path) -> None:
@@ -352,3 +353,29 @@ def test_unicode_line_separators_do_not_split_a_jsonl_record(tmp_path: Path) -> 
     record = {**GOOD, "output": "one\u2028two\x85three"}
     path = write(tmp_path, json.dumps(record, ensure_ascii=False))
     assert read_records(path)[0].output == record["output"]
+
+
+def test_a_class_that_looks_like_a_verdict_is_told_how_to_be_dropped(tmp_path: Path) -> None:
+    items = [
+        {"instruction": "Which?", "input": "t", "output": name, "label": number}
+        for number, name in enumerate(("negative", "positive"))
+    ]
+    path = write(tmp_path, json.dumps(items), "classes.json")
+    with pytest.raises(UserError, match="Where label is a class and no verdict") as refused:
+        read_records(path)
+    assert "--drop label" in str(refused.value).rpartition("no verdict")[2]
+
+
+def test_a_text_that_the_answer_holds_is_not_asked_about(tmp_path: Path) -> None:
+    items = [{"instruction": "Print 0.", "output": "Here:\nprint(0)", "code": "print(0)"}]
+    path = write(tmp_path, json.dumps(items), "code.json")
+    assert [record.input for record in read_records(path)] == [""]
+
+
+@pytest.mark.parametrize(
+    "key", ["chat_history", "previous_turns", "ctx", "input_text", "image_path"]
+)
+def test_other_spellings_of_what_changes_the_meaning_are_refused(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, json.dumps([{**GOOD, key: "It rained all of last week."}]), "one.json")
+    with pytest.raises(UserError, match=key):
+        read_records(path)

@@ -176,7 +176,16 @@ def _identity(
     """What makes two runs the same run, whatever the number of ranks and the paths."""
     tokenizer = codec.tokenizer.backend_tokenizer.to_str()
     held_out = arguments.eval_data_path
-    dithered = sharding.Dither.of(arguments, dtype) is not None
+    planned = dataclasses.asdict(schedule)
+    # Settings that came later are named where they are not what they were before: older runs of the
+    # same recipe stay the same runs.
+    later = {
+        "settings": planned.pop("settings") or None,
+        "adam": None if _usual_adam(arguments) else [
+            arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon
+        ],
+        "dither_masters": sharding.Dither.of(arguments, dtype) is not None or None,
+    }  # fmt: skip
     return {
         "data_sha256": sha256(arguments.data_path),
         "eval_data_sha256": sha256(held_out) if held_out else None,
@@ -184,16 +193,21 @@ def _identity(
         "tokenizer_sha256": passport.text_sha256(tokenizer),
         "template_sha256": template_hash(),
         "compute": str(dtype).removeprefix("torch."),
-        **dataclasses.asdict(schedule),
+        **planned,
         "eval_fraction": arguments.eval_fraction,
         "model_max_length": arguments.model_max_length,
         "joint_tokenization": arguments.joint_tokenization,
         "weight_decay": arguments.weight_decay,
-        "adam": [arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon],
         "max_grad_norm": arguments.max_grad_norm,
         "moments": "8bit" if arguments.optim == "adamw_8bit" else "fp32",
-        **({"dither_masters": True} if dithered else {}),
+        **{name: value for name, value in later.items() if value is not None},
     }
+
+
+def _usual_adam(arguments: Arguments) -> bool:
+    usual = Arguments()
+    names = ("adam_beta1", "adam_beta2", "adam_epsilon")
+    return all(getattr(arguments, name) == getattr(usual, name) for name in names)
 
 
 def _plan(arguments: Arguments, data: Data, dtype: torch.dtype) -> Plan | None:

@@ -183,10 +183,33 @@ def load(model: PreTrainedModel, folder: Path, dither: Dither | None = None) -> 
 
     With `dither`, trainable parameters become dithered masters of what the files hold.
 
+    A collective call.
+
     Raises:
-        UserError: a tensor is missing, its shape differs, or, on every rank alike, it holds NaN or
-            infinite numbers; the message names it.
+        UserError: a tensor is missing, its shape differs, or it holds NaN or infinite numbers; the
+            message names it. On every rank, also where only one of them met it.
     """
+    failure: UserError | None = None
+    spoilt: list[str] = []
+    try:
+        spoilt = _fill_all(model, folder, dither)
+    except UserError as error:
+        failure = error
+    known: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(known, (failure and (failure.happened, failure.remedy), spoilt))
+    for told, _ in known:
+        if told:
+            raise UserError(*told)
+    if spoilt := sorted({name for _, names in known for name in names}):
+        raise UserError(
+            f"{spoilt[0]} holds NaN or infinite numbers"
+            + (f", and so do {len(spoilt) - 1} tensors more." if spoilt[1:] else "."),
+            "Fetch or convert the weights again.",
+        )
+
+
+def _fill_all(model: PreTrainedModel, folder: Path, dither: Dither | None) -> list[str]:
+    """Fill this rank's shards; returns the tensors whose rows here hold NaN or infinities."""
     spoilt = []
     parameters = dict(model.named_parameters())
     for name, entry in stored.tensors(folder).items():
@@ -202,14 +225,7 @@ def load(model: PreTrainedModel, folder: Path, dither: Dither | None = None) -> 
             f"{folder} lacks {len(parameters)} tensor(s), the first is {min(parameters)}.",
             "Is a shard missing? Convert the weights again.",
         )
-    known: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(known, spoilt)  # a rank sees its own rows only
-    if spoilt := sorted({name for names in known for name in names}):
-        raise UserError(
-            f"{spoilt[0]} holds NaN or infinite numbers"
-            + (f", and so do {len(spoilt) - 1} tensors more." if spoilt[1:] else "."),
-            "Fetch or convert the weights again.",
-        )
+    return spoilt
 
 
 def _fill(
