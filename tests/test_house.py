@@ -102,7 +102,7 @@ def test_every_module_starts_with_what_it_is_for() -> None:
 
 def test_readme_file_map_matches_the_tree() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count("\n") <= 150
+    assert readme.count("\n") <= 160
     section = readme.partition("## File map")[2].partition("\n## ")[0]
     named = set()
     for first, others in re.findall(r"^    ([\w./-]+)((?:, [\w./-]+)*) ", section, re.MULTILINE):
