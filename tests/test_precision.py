@@ -261,7 +261,7 @@ def test_a_dithered_run_stopped_and_resumed_ends_bit_for_bit_as_one_that_was_not
     undisturbed, _ = runs["dithered"]
     out = tmp_path / "out"
     words = flags(base, out, *WAYS["dithered"])
-    job = start(["env", "ALPACA_CPU_BF16=1", "python", "train.py", *words])
+    job = start(["env", "ALPACA_CPU_BF16=1", sys.executable, "train.py", *words])
     wait_until(lambda: (out / "log.jsonl").exists() and len(lines(out)) > 20, job)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=120)
