@@ -22,6 +22,8 @@ from alpaca.errors import UserError
 SHARD_BYTES = 5_000_000_000
 PIECE = 16 << 20  # bytes hashed and written in one go
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as flags say them
+SHORT_NAMES = {kind: short for short, kind in DTYPES.items()}
 
 
 class Spec(Protocol):

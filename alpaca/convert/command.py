@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Here, not above: they import torch and transformers, which --help need not wait for.
     from alpaca.convert.conversion import Layout, convert, write_tokenizer
     from alpaca.convert.find import find, open_source
-    from alpaca.convert.source import DTYPES
+    from alpaca.shards import DTYPES
 
     folder = find(arguments.input_dir, arguments.model_size)
     source = open_source(arguments.input_dir, folder, instruct=arguments.instruct)

@@ -28,11 +28,11 @@ from alpaca.atomic import free_disk
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
 from alpaca.convert.journal import Journal
-from alpaca.convert.source import SHORT_NAMES, Source, Tensor
+from alpaca.convert.source import Source, Tensor
 from alpaca.errors import UserError
 from alpaca.model import explained_disk_errors
 from alpaca.prompt import template_hash
-from alpaca.shards import Shard
+from alpaca.shards import SHORT_NAMES, Shard
 
 MADE_BY = "convert"
 AGAIN = "Free some space and run the same command again; finished shards are kept."

@@ -18,8 +18,9 @@ from alpaca.convert.folders import inside
 from alpaca.convert.hfsettings import read_settings
 from alpaca.convert.hftokenizer import read_tokenizer
 from alpaca.convert.pickles import check_type, open_pickle
-from alpaca.convert.source import SHORT_NAMES, Source, Tensor
+from alpaca.convert.source import Source, Tensor
 from alpaca.errors import UserError
+from alpaca.shards import SHORT_NAMES
 from alpaca.stored import (
     INDEX,
     check_pointer,

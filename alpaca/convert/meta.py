@@ -16,10 +16,11 @@ from alpaca.convert.families import size_name
 from alpaca.convert.metafiles import check_sizes, open_shards, shard_files
 from alpaca.convert.params import Params, config, read_params, recognize
 from alpaca.convert.pickles import check_type
-from alpaca.convert.source import SHORT_NAMES, Source, Tensor, unpermute
+from alpaca.convert.source import Source, Tensor, unpermute
 from alpaca.convert.vocabularies import read_vocabulary
 from alpaca.description import Vocabulary
 from alpaca.errors import UserError
+from alpaca.shards import SHORT_NAMES
 
 Shards = dict[Path, dict[str, torch.Tensor]]
 ROTARY_TABLE = "rope.freqs"  # LLaMA 1 and 2 carry it; transformers computes its own

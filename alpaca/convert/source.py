@@ -16,10 +16,6 @@ from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 from alpaca.shards import finite
 
-# --dtype and its torch type
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHORT_NAMES = {kind: short for short, kind in DTYPES.items()}
-
 
 @dataclass(frozen=True)
 class Tensor:

@@ -25,11 +25,9 @@ from alpaca import description, golden, passport, rounding, shards, stored
 from alpaca.description import vocabulary_of
 from alpaca.errors import UserError
 from alpaca.model import install, staging
-from alpaca.shards import Shard
+from alpaca.shards import DTYPES, SHORT_NAMES, Shard
 from alpaca.tokens import Codec
 from alpaca.training.meeting import on_first_rank
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,8 @@ class Rounding:
     def facts(self) -> dict[str, str]:
         """For the passport."""
         way = "nearest" if self.seed is None else "stochastic"
-        names = {kind: name for name, kind in DTYPES.items()}
         exact = self.dtype == torch.float32
-        return {"dtype": names[self.dtype], "rounding": "none" if exact else way}
+        return {"dtype": SHORT_NAMES[self.dtype], "rounding": "none" if exact else way}
 
     def apply(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """A whole fp32 tensor, on the CPU, as it is exported.
