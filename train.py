@@ -13,7 +13,7 @@ from typing import NoReturn
 from cog import Input, Path
 
 from alpaca.errors import exit_code
-from alpaca.training import arguments, fsdp_config
+from alpaca.recipe import arguments, fsdp_config
 
 ROOT = LocalPath(__file__).resolve().parent
 LARGEST = 9007199254740991  # 2^53 - 1: larger whole numbers are rounded on their way in JSON

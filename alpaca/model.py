@@ -5,7 +5,6 @@ opened with safetensors only, never as pickles, and no code from a folder is eve
 """
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers import (
 
 from alpaca import atomic, stored
 from alpaca.errors import UserError
+from alpaca.recipe import rules
 
 STAGING = ".model.partial"
 READY = ".ready"
@@ -155,16 +155,11 @@ def load_model(
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The type to compute in: bf16 where the hardware multiplies it fast, else fp32.
-
-    CPUs without AMX or AVX512-BF16 emulate bf16 products at about 1% of their fp32 rate
-    (measured), so there fp32 is the fast choice. ALPACA_CPU_BF16=1 computes in bf16 all the same,
-    to try its numbers out.
-    """
+    """The type to compute in: bf16 where the hardware multiplies it fast, else fp32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    fast = fast or os.environ.get("ALPACA_CPU_BF16") == "1"
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        fast = rules.cpu_multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 

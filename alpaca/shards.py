@@ -6,7 +6,6 @@ it writes. Reading back, in `check`, goes through the library itself.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +16,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from safetensors import safe_open
 
+from alpaca import layout
 from alpaca.errors import UserError
+from alpaca.layout import SHARD_BYTES, TYPE_NAMES
 
-SHARD_BYTES = 5_000_000_000
 PIECE = 16 << 20  # bytes hashed and written in one go
-NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as flags say them
 SHORT_NAMES = {kind: short for short, kind in DTYPES.items()}
+NAMES = {kind: TYPE_NAMES[short] for short, kind in DTYPES.items()}  # as safetensors says them
 
 
 class Spec(Protocol):
@@ -55,24 +55,12 @@ class Shard(Generic[T]):
         return self.others.get(tensor.name, self.dtype)
 
     def _bytes(self, tensor: Spec) -> int:
-        return torch.Size(tensor.shape).numel() * self.kind(tensor).itemsize
+        return layout.tensor_bytes(tensor.shape, NAMES[self.kind(tensor)])
 
     @property
     def header(self) -> bytes:
-        """The file's first bytes: length, names, shapes, offsets; padded to 8 bytes."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for tensor in self.tensors:
-            end = start + self._bytes(tensor)
-            entries[tensor.name] = {
-                "dtype": NAMES[self.kind(tensor)],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
-            start = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        """The file's first bytes."""
+        return layout.header({t.name: (t.shape, NAMES[self.kind(t)]) for t in self.tensors})
 
     @property
     def data_bytes(self) -> int:
@@ -103,33 +91,21 @@ def plan(
     They become `dtype`, those that `others` names the type it gives.
     """
     others = others or {}
-    groups: list[list[T]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        size = torch.Size(tensor.shape).numel() * others.get(tensor.name, dtype).itemsize
-        if groups[-1] and filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
-        filled += size
-    total = len(groups)
+
+    def size(tensor: T) -> int:
+        return layout.tensor_bytes(tensor.shape, NAMES[others.get(tensor.name, dtype)])
+
+    groups = layout.deal(tensors, size, limit)
+    names = layout.file_names(len(groups))
     return [
-        Shard(
-            f"model-{number:05}-of-{total:05}.safetensors" if total > 1 else "model.safetensors",
-            tuple(group),
-            dtype,
-            others,
-        )
-        for number, group in enumerate(groups, start=1)
+        Shard(name, tuple(group), dtype, others) for name, group in zip(names, groups, strict=True)
     ]
 
 
-def index(shards: Sequence[Shard[Any]]) -> dict[str, Any]:
-    """The content of model.safetensors.index.json."""
-    return {
-        "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
-        "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
-    }
+def index(shards: Sequence[Shard[Any]]) -> str:
+    """The text of model.safetensors.index.json."""
+    names = {shard.name: [tensor.name for tensor in shard.tensors] for shard in shards}
+    return layout.index(names, sum(shard.data_bytes for shard in shards))
 
 
 def write(

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.errors import UserError
+from alpaca.layout import INDEX
 
-INDEX = "model.safetensors.index.json"
 FLOATS = {"BF16": 2, "F16": 2, "F32": 4}  # types of plain weights, and their bytes
 PIECE = 1 << 20  # bytes compared in one go
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library

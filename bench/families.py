@@ -54,6 +54,7 @@ from alpaca.convert.bytelevel import PATTERNS  # noqa: E402
 from alpaca.errors import UserError  # noqa: E402
 from alpaca.model import load_tokenizer  # noqa: E402
 from alpaca.prompt import render  # noqa: E402
+from alpaca.recipe.arguments import parse  # noqa: E402
 from alpaca.records import Record  # noqa: E402
 from alpaca.serving import loading  # noqa: E402
 from alpaca.serving.request import Request, Sampling  # noqa: E402
@@ -61,7 +62,6 @@ from alpaca.serving.stream import TextStream, token_bytes  # noqa: E402
 from alpaca.serving.weights import Weights  # noqa: E402
 from alpaca.tokens import Codec  # noqa: E402
 from alpaca.training import command, shapes  # noqa: E402
-from alpaca.training.arguments import parse  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"

@@ -22,9 +22,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from alpaca.training import attention, flops, packing, sharding, steps
-from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus
+from alpaca.recipe import packing, steps
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.corpus import Corpus
+from alpaca.training import attention, flops, sharding
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
 

@@ -25,9 +25,9 @@ from train_step import LENGTH, packed, parse, timed
 from transformers import AutoModelForCausalLM
 
 from alpaca.model import load_tokenizer
+from alpaca.recipe.corpus import Corpus, open_corpus
 from alpaca.tokens import Codec
 from alpaca.training import attention
-from alpaca.training.corpus import Corpus, open_corpus
 from alpaca.training.loss import TargetLoss
 
 ROOT = Path(__file__).resolve().parent.parent

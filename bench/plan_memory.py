@@ -29,7 +29,8 @@ SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
 }  # fmt: skip
 PROGRAM = """
 import sys
-from alpaca.training import arguments, command
+from alpaca.recipe import arguments
+from alpaca.training import command
 parsed, _ = arguments.parse(sys.argv[1:])
 command.run(parsed)
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]

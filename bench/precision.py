@@ -39,10 +39,11 @@ from transformers import AutoModelForCausalLM
 
 from alpaca import rounding
 from alpaca.model import load_tokenizer
+from alpaca.recipe import steps
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.corpus import Corpus, open_corpus, split
 from alpaca.tokens import Codec
-from alpaca.training import attention, sharding, steps
-from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus, open_corpus, split
+from alpaca.training import attention, sharding
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
 

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from alpaca.model import load_tokenizer
+from alpaca.recipe.corpus import open_corpus
 from alpaca.records import Record, read_records
 from alpaca.tokens import Codec
-from alpaca.training.corpus import open_corpus
 
 SEEDS = Path(__file__).resolve().parent.parent / "data/seed_tasks.jsonl"
 

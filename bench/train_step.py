@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.model import load_tokenizer
+from alpaca.recipe import packing
+from alpaca.recipe.corpus import Corpus, open_corpus
 from alpaca.tokens import Codec
-from alpaca.training import attention, flops, loss, packing
-from alpaca.training.corpus import Corpus, open_corpus
+from alpaca.training import attention, flops, loss
 from alpaca.training.loss import TargetLoss
 
 CPU = torch.device("cpu")

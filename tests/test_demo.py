@@ -5,8 +5,8 @@ from pathlib import Path
 
 from alpaca.cli import VERBS
 from alpaca.convert import command, download
+from alpaca.recipe.arguments import Arguments
 from alpaca.serving import weights
-from alpaca.training.arguments import Arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 

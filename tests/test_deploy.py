@@ -13,7 +13,8 @@ import yaml
 from kubeflow_trainer_api import models
 from nodes import losses, start, wait_until
 
-from alpaca.training import arguments, checkpoint
+from alpaca.recipe import arguments
+from alpaca.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SBATCH = ROOT / "deploy/slurm/train.sbatch"

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from alpaca.training.meeting import meet
+from alpaca.training.rendezvous import meet
 
 
 @pytest.fixture

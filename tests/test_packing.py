@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.model import load_tokenizer
+from alpaca.recipe import packing
+from alpaca.recipe.corpus import Corpus, open_corpus
 from alpaca.tokens import Codec
-from alpaca.training import attention, loss, packing
-from alpaca.training.corpus import Corpus, open_corpus
+from alpaca.training import attention, loss
 from alpaca.training.loss import TargetLoss
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,12 +12,13 @@ import transformers
 
 from alpaca import shards, stored
 from alpaca.errors import UserError
-from alpaca.training import gpus, plan, plan_memory, plan_time, shapes
-from alpaca.training.arguments import Arguments
-from alpaca.training.plan import Machine
-from alpaca.training.plan_data import Load, Work
-from alpaca.training.plan_memory import Setting
-from alpaca.training.plan_remedies import enough_nodes, remedies
+from alpaca.plan import devices, disk, duration, plan, shapes
+from alpaca.plan import memory as plan_memory
+from alpaca.plan.memory import Setting
+from alpaca.plan.plan import Machine
+from alpaca.plan.remedies import enough_nodes, remedies
+from alpaca.plan.workload import Load, Work
+from alpaca.recipe.arguments import Arguments
 
 # From the model cards and papers: the number of elements in the published weight files.
 PUBLISHED = {
@@ -88,14 +89,14 @@ def test_the_published_run_fits_on_cards_where_it_ran_out_of_memory_in_2023() ->
     arguments = Arguments(bf16=True)
     full = Load(2048, 2600, 1600, repeated=True)
     for card, fits in (("a100-40", True), ("a100-80", True), ("rtx-4090", False)):
-        machine = Machine(gpus.named(card), ranks=8)
+        machine = Machine(devices.named(card), ranks=8)
         counted = dataclasses.replace(work(2048, 1600), largest=full)
         made = plan.make(shapes.KNOWN["llama-7b"], arguments, machine, counted)
         assert made.fits == fits, (card, made.memory)
 
 
 def test_remedies_fit_and_the_cheapest_comes_first() -> None:
-    shape, machine = shapes.KNOWN["llama-7b"], Machine(gpus.named("rtx-4090"), ranks=8)
+    shape, machine = shapes.KNOWN["llama-7b"], Machine(devices.named("rtx-4090"), ranks=8)
     arguments = Arguments(bf16=True)
 
     def count(other: Arguments) -> Work:
@@ -119,7 +120,7 @@ def test_remedies_fit_and_the_cheapest_comes_first() -> None:
 
 
 def test_a_run_that_nothing_makes_fit_has_no_remedy() -> None:
-    shape, machine = shapes.KNOWN["llama-3.1-405b"], Machine(gpus.named("t4"), host=64 * 10**9)
+    shape, machine = shapes.KNOWN["llama-3.1-405b"], Machine(devices.named("t4"), host=64 * 10**9)
     counted = work(512, 400)
     assert not plan.make(shape, Arguments(), machine, counted).fits
     assert remedies(shape, Arguments(), machine, lambda _: counted) == []
@@ -148,7 +149,7 @@ def test_each_saving_saves(saving: dict[str, object]) -> None:
 def test_time_counts_what_is_computed_twice() -> None:
     """6 operations for each parameter and token; 8 with checkpointing; the vocabulary apart."""
     shape, counted = shapes.KNOWN["llama-7b"], work(2048, 0)
-    plain, again = (plan_time.flops(shape, counted, repeated) for repeated in (False, True))
+    plain, again = (duration.flops(shape, counted, repeated) for repeated in (False, True))
     layers = shape.parameters - shape.root_parameters
     assert plain == pytest.approx(6 * layers * 2048, rel=0.01)
     assert again / plain == pytest.approx(8 / 6)
@@ -163,8 +164,8 @@ class Tensor(NamedTuple):
 def test_the_exports_size_is_that_of_the_files_the_exporter_lays_out(name: str) -> None:
     tensors = [Tensor(*item) for item in shapes.KNOWN[name].tensors().items()]
     laid_out = shards.plan(tensors, torch.bfloat16)
-    index = json.dumps(shards.index(laid_out), indent=1) if len(laid_out) > 1 else ""
-    assert plan.export_bytes(shapes.KNOWN[name]) == sum(s.size for s in laid_out) + len(index)
+    index = shards.index(laid_out) if len(laid_out) > 1 else ""
+    assert disk.export_bytes(shapes.KNOWN[name]) == sum(s.size for s in laid_out) + len(index)
 
 
 @pytest.mark.parametrize("kind", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config"])
@@ -184,7 +185,7 @@ def test_three_nodes_are_faster_than_one_and_copies_cost_traffic() -> None:
     """A node's data leaves it through the network of all its cards, not of one."""
     shape, counted = shapes.KNOWN["llama-7b"], work(8 * 2048 * 600, 8 * 1600 * 600)
     arguments = Arguments(bf16=True)
-    cards = gpus.named("a100-80")
+    cards = devices.named("a100-80")
     packs = dataclasses.replace(counted, steps=600, packs=600)
     one = plan.make(shape, arguments, Machine(cards, 8), packs)
     three = plan.make(shape, arguments, Machine(cards, 8, nodes=3),
@@ -194,10 +195,10 @@ def test_three_nodes_are_faster_than_one_and_copies_cost_traffic() -> None:
     assert one.time.seconds / 3.2 < three.time.seconds < one.time.seconds / 2
     setting = plan.setting(shape, arguments, Machine(cards, 8))
     copied = dataclasses.replace(setting, shards=1)
-    assert plan_time.traffic(shape, packs, copied, 300e9, 8, 1) > 0
+    assert duration.traffic(shape, packs, copied, 300e9, 8, 1) > 0
     across = dataclasses.replace(setting, shards=8)
-    within = plan_time.traffic(shape, packs, across, 300e9, 8, 1)
-    assert plan_time.traffic(shape, packs, across, 300e9, 24, 3) > within
+    within = duration.traffic(shape, packs, across, 300e9, 8, 1)
+    assert duration.traffic(shape, packs, across, 300e9, 24, 3) > within
 
 
 @pytest.mark.parametrize(
@@ -213,14 +214,14 @@ def test_disk_is_counted_for_the_worst_moment(
     flags: dict[str, Any], checkpoints: int, exports: int
 ) -> None:
     counted = dataclasses.replace(work(2048, 1600), steps=100)
-    needed = plan.disk_bytes(Arguments(**flags), counted, 1000, 10)
+    needed = disk.disk_bytes(Arguments(**flags), counted, 1000, 10)
     assert needed == checkpoints * 1000 + exports * 10
 
 
 def test_fewer_checkpoints_are_a_remedy_for_a_small_disk() -> None:
     shape = shapes.KNOWN["llama-7b"]
     counted = dataclasses.replace(work(2048, 1600), steps=10_000)
-    machine = Machine(gpus.named("a100-80"), 8, disk=200 * 10**9)
+    machine = Machine(devices.named("a100-80"), 8, disk=200 * 10**9)
     arguments = Arguments(bf16=True, save_total_limit=5)
     first = remedies(shape, arguments, machine, lambda _: counted)[0]
     assert first.flags == "--save_total_limit 1"

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alpaca.model import load_tokenizer
+from alpaca.plan import workload
+from alpaca.recipe import packing, steps
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.corpus import Corpus, open_corpus, split
 from alpaca.records import read_records
 from alpaca.tokens import Codec
-from alpaca.training import packing, plan_data, steps
-from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus, open_corpus, split
 
 SEEDS = Path(__file__).resolve().parent.parent / "data" / "seed_tasks.jsonl"
 
@@ -64,7 +65,7 @@ def trained(corpus: Corpus, arguments: Arguments, ranks: int) -> dict[str, int]:
 def counted(corpus: Corpus, arguments: Arguments, ranks: int) -> dict[str, int]:
     members, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     schedule = steps.schedule(arguments, len(members), ranks)
-    work = plan_data.count(corpus, members, schedule, arguments, ranks)
+    work = workload.count(corpus, members, schedule, arguments, ranks)
     assert work.exact
     assert work.steps == schedule.steps
     return {
@@ -104,7 +105,7 @@ def test_the_largest_pack_of_real_data_is_found(tiny_model: Path, tmp_path: Path
     members, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     assert len(members) == 216
     schedule = steps.schedule(arguments, len(members), 1)
-    work = plan_data.count(corpus, members, schedule, arguments, 1)
+    work = workload.count(corpus, members, schedule, arguments, 1)
     tokens, keys = 0, 0
     for step in range(schedule.steps):
         chunk = [members[i] for i in schedule.indices(step)]
@@ -122,7 +123,7 @@ def test_sampled_steps_estimate_what_all_steps_compute(tiny_model: Path, tmp_pat
     arguments = Arguments(gradient_accumulation_steps=1, num_train_epochs=4)
     schedule = steps.schedule(arguments, len(corpus), 1)
     whole, part = (
-        plan_data.count(corpus, range(len(corpus)), schedule, arguments, 1, most=most)
+        workload.count(corpus, range(len(corpus)), schedule, arguments, 1, most=most)
         for most in (10_000, 300)
     )
     assert whole.exact
@@ -136,10 +137,10 @@ def test_sampled_steps_estimate_what_all_steps_compute(tiny_model: Path, tmp_pat
 def test_estimated_lengths_repeat_the_data_set_to_the_size_asked_for() -> None:
     records = read_records(SEEDS)
     arguments = Arguments()
-    once = plan_data.estimated(records, arguments)
-    many = plan_data.estimated(records, arguments, 10 * len(records))
+    once = workload.estimated(records, arguments)
+    many = workload.estimated(records, arguments, 10 * len(records))
     assert len(once) == len(records)
     assert len(many) == 10 * len(records)
     assert int(many.offsets[-1]) == 10 * int(once.offsets[-1])
     longest = dataclasses.replace(arguments, model_max_length=64)
-    assert max(np.diff(plan_data.estimated(records, longest).offsets)) == 64
+    assert max(np.diff(workload.estimated(records, longest).offsets)) == 64

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca.cli import main
 from alpaca.errors import UserError
+from alpaca.recipe.corpus import open_corpus
 from alpaca.records import Record, named, read_records
 from alpaca.tokens import Codec
-from alpaca.training.corpus import open_corpus
 
 GOOD = {"instruction": "Say hi.", "input": "", "output": "hi"}
 filled = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)

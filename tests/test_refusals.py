@@ -24,12 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from alpaca import golden, model, passport, stored
 from alpaca.cli import main
 from alpaca.errors import UserError
+from alpaca.plan import shapes
+from alpaca.recipe import arguments, packing
 from alpaca.serving import loading
 from alpaca.serving.attention import Piece
 from alpaca.serving.cache import Capacity
 from alpaca.serving.forward import Batch, SlotModel
 from alpaca.serving.weights import Weights
-from alpaca.training import arguments, attention, command, packing, shapes
+from alpaca.training import attention, command
 from alpaca.training.loss import TargetLoss
 
 

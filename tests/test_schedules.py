@@ -10,10 +10,10 @@ from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from alpaca.errors import UserError
+from alpaca.recipe.arguments import Arguments, parse
+from alpaca.recipe.schedules import SHAPES
+from alpaca.recipe.steps import schedule
 from alpaca.training import optimizer
-from alpaca.training.arguments import Arguments, parse
-from alpaca.training.schedules import SHAPES
-from alpaca.training.steps import schedule
 
 FOLLOW_THE_LOSS = {"reduce_lr_on_plateau", "greedy"}
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alpaca.training.arguments import Arguments
-from alpaca.training.steps import schedule
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.steps import schedule
 
 RECIPE = Arguments(per_device_train_batch_size=4, gradient_accumulation_steps=8)
 

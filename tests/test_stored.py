@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from training_runs import train
 
-from alpaca import golden, passport, stored, verify
+from alpaca import golden, layout, passport, stored, verify
 from alpaca.cli import main
 from alpaca.errors import UserError
 from alpaca.serving import loading
@@ -56,7 +56,7 @@ def older_shard_count(folder: Path, held: Tensors) -> None:
 def tensor_in_the_other_file(folder: Path, held: Tensors) -> None:
     """The index names the right files, and for each tensor the wrong one of them."""
     older_shard_count(folder, held)
-    path = folder / stored.INDEX
+    path = folder / layout.INDEX
     where = json.loads(path.read_text())["weight_map"]
     first, second = sorted(set(where.values()))
     index(folder, {name: second if file == first else first for name, file in where.items()})
@@ -169,7 +169,7 @@ def test_an_index_that_is_no_index_is_explained(
 ) -> None:
     folder = copied(tiny_model, tmp_path / "model")
     (folder / "model.safetensors").unlink()
-    (folder / stored.INDEX).write_bytes(content)
+    (folder / layout.INDEX).write_bytes(content)
     with pytest.raises(UserError, match=r"index\.json (is damaged|lists no files)"):
         stored.tensors(folder)
 
@@ -189,7 +189,7 @@ def test_shards_without_an_index_are_refused_as_transformers_refuses_them(
 ) -> None:
     folder = copied(tiny_model, tmp_path / "model")
     older_shard_count(folder, tensors(folder))
-    (folder / stored.INDEX).unlink()
+    (folder / layout.INDEX).unlink()
     with pytest.raises(UserError, match=r"neither model.safetensors nor model.safetensors.index"):
         stored.tensors(folder)
 

@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from alpaca import passport, rounding
 from alpaca.model import load_tokenizer
 from alpaca.prompt import render, template_hash
+from alpaca.recipe import packing
 from alpaca.records import read_records
 from alpaca.tokens import Codec
-from alpaca.training import attention, packing
+from alpaca.training import attention
 from alpaca.training.loss import TargetLoss
 
 SEEDS = ROOT / "data/seed_tasks.jsonl"

@@ -11,8 +11,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
 from alpaca.model import load_tokenizer
+from alpaca.recipe.arguments import Arguments, check_packages, parse
 from alpaca.training import command, compatibility
-from alpaca.training.arguments import Arguments, check_packages, parse
 
 
 @pytest.mark.parametrize(

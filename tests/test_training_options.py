@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import ROOT, lines, losses, train
 
 from alpaca.errors import UserError
-from alpaca.training import fsdp_config
-from alpaca.training.arguments import Arguments, parse
+from alpaca.recipe import fsdp_config
+from alpaca.recipe.arguments import Arguments, parse
 
 APART = ROOT / ".venv" / "apart"  # where script/setup puts torchao
 

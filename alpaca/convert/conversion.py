@@ -23,13 +23,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from alpaca import atomic, description, golden, passport, rounding, shards, stored
+from alpaca import atomic, description, golden, passport, rounding, shards
 from alpaca.atomic import free_disk
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
 from alpaca.convert.journal import Journal
 from alpaca.convert.source import Source, Tensor
 from alpaca.errors import UserError
+from alpaca.layout import INDEX, SHARD_BYTES
 from alpaca.model import explained_disk_errors
 from alpaca.prompt import template_hash
 from alpaca.shards import SHORT_NAMES, Shard
@@ -44,7 +45,7 @@ class Layout:
     """The user's choices: the type of the weights (None keeps it), and the largest file."""
 
     dtype: torch.dtype | None = None
-    shard_bytes: int = shards.SHARD_BYTES
+    shard_bytes: int = SHARD_BYTES
 
 
 def convert(source: Source, output: Path, layout: Layout, *, force: bool = False) -> Path:
@@ -206,8 +207,7 @@ def _write_texts(
     source: Source, partial: Path, planned: list[Shard[Tensor]], dtype: torch.dtype
 ) -> None:
     if len(planned) > 1:
-        text = json.dumps(shards.index(planned), indent=2, sort_keys=True)
-        atomic.write_text(partial / stored.INDEX, text + "\n")
+        atomic.write_text(partial / INDEX, shards.index(planned))
     # A copy all the way down: transformers writes into the dictionaries it is given.
     config = AutoConfig.for_model(**deepcopy(source.config))
     description.write(partial, config, source.vocabulary, dtype, source.generation)

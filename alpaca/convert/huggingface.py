@@ -20,9 +20,9 @@ from alpaca.convert.hftokenizer import read_tokenizer
 from alpaca.convert.pickles import check_type, open_pickle
 from alpaca.convert.source import Source, Tensor
 from alpaca.errors import UserError
+from alpaca.layout import INDEX
 from alpaca.shards import SHORT_NAMES
 from alpaca.stored import (
-    INDEX,
     check_pointer,
     check_types,
     differing_head,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from alpaca.training.packing import Segment
+from alpaca.recipe.packing import Segment
 
 NAME = "alpaca_packed"
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from alpaca import atomic
 from alpaca.atomic import free_disk
 from alpaca.errors import UserError
-from alpaca.training.meeting import on_first_rank
+from alpaca.training.rendezvous import on_first_rank
 
 PREFIX = "checkpoint-"
 META = "run.json"

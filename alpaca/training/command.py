@@ -19,27 +19,20 @@ from alpaca.model import (
     load_tokenizer,
 )
 from alpaca.passport import sha256
+from alpaca.plan import devices, planner, report
+from alpaca.plan.plan import Plan
 from alpaca.prompt import template_hash
+from alpaca.recipe import rules, steps
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.corpus import Corpus, open_corpus, split
+from alpaca.recipe.steps import Schedule
 from alpaca.tokens import Codec
-from alpaca.training import (
-    checkpoint,
-    compatibility,
-    gpus,
-    plan_command,
-    planning,
-    sharding,
-    steps,
-    telling,
-)  # fmt: skip
-from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus, open_corpus, split
+from alpaca.training import checkpoint, compatibility, run_log, sharding
 from alpaca.training.export import Rounding, export, rehearse
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
-from alpaca.training.meeting import on_first_rank
-from alpaca.training.plan import Plan
+from alpaca.training.rendezvous import on_first_rank
 from alpaca.training.signals import StoppedError
-from alpaca.training.steps import Schedule
 
 AGAIN = "Free some space and run the same command again: it goes on from the last checkpoint."
 
@@ -95,10 +88,10 @@ def run(arguments: Arguments) -> None:
         if main:
             _illustrate(arguments.output_dir)
             print(sample)
-            print(telling.summary(result, dist.get_world_size(), arguments.output_dir))
-            if (warning := telling.changed_by_export(result, rounded.facts)) is not None:
+            print(run_log.summary(result, dist.get_world_size(), arguments.output_dir))
+            if (warning := run_log.changed_by_export(result, rounded.facts)) is not None:
                 print(warning)
-            print("\n".join(planning.compare(plan, result)))
+            print("\n".join(report.compare(plan, result)))
     except StoppedError as stopped:
         if main:
             print(f"train: {stopped}; run the same command again to go on", file=sys.stderr)
@@ -134,17 +127,13 @@ def _dtype(arguments: Arguments, device: torch.device, main: bool) -> torch.dtyp
     if arguments.bf16 and fast is not torch.bfloat16:
         lacks = "compute capability 8.0" if gpu else "AMX or AVX512-BF16"
         notice(f"--bf16 has no effect: {name} lacks {lacks} and only emulates bf16; fp32 is faster")
-    return computing(arguments.bf16, fast, gpu=gpu)
-
-
-def computing(wanted: bool | None, fast: torch.dtype, *, gpu: bool) -> torch.dtype:
-    """The compute type; where none is `wanted`, what is `fast` on GPUs, and fp32 on CPUs."""
-    return fast if (gpu if wanted is None else wanted) else torch.float32
+    half = rules.computes_bf16(arguments.bf16, fast=fast == torch.bfloat16, cuda=gpu)
+    return torch.bfloat16 if half else torch.float32
 
 
 def _open(arguments: Arguments, data: Path, codec: Codec) -> Corpus:
     return open_corpus(
-        data, codec, planning.CACHE, arguments.model_max_length, joint=arguments.joint_tokenization
+        data, codec, planner.CACHE, arguments.model_max_length, joint=arguments.joint_tokenization
     )
 
 
@@ -199,7 +188,7 @@ def _identity(
         "joint_tokenization": arguments.joint_tokenization,
         "weight_decay": arguments.weight_decay,
         "max_grad_norm": arguments.max_grad_norm,
-        "moments": "8bit" if arguments.optim == "adamw_8bit" else "fp32",
+        "moments": "8bit" if arguments.moments_8bit else "fp32",
         **{name: value for name, value in later.items() if value is not None},
     }
 
@@ -214,15 +203,15 @@ def _plan(arguments: Arguments, data: Data, dtype: torch.dtype) -> Plan | None:
     """The plan of this run, printed; refuses one that cannot fit, unless --skip_plan is given."""
     passport.check_loaded(arguments.model_name_or_path)
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    case = planning.of_run(
+    case = planner.of_run(
         arguments, data.corpus, data.train,
-        [gpus.recognized(card.name, card.total_memory) for card in cards],
+        [devices.recognized(card.name, card.total_memory) for card in cards],
         half=dtype == torch.bfloat16,
     )  # fmt: skip
     if case is None:
         return None
-    plan = case.plan() if arguments.skip_plan else planning.check(case)
-    print("\n".join(plan_command.lines(case, plan, price=None)), flush=True)
+    plan = case.plan() if arguments.skip_plan else planner.check(case)
+    print("\n".join(report.lines(case, plan, price=None)), flush=True)
     return plan
 
 
@@ -259,7 +248,7 @@ def _illustrate(folder: Path) -> None:
     """Draw the losses beside a finished model, and take log and drawing into its passport, once."""
     found = passport.read(folder)
     if found is not None and "beside" not in found and (folder / "log.jsonl").is_file():
-        telling.draw(folder)
+        run_log.draw(folder)
         passport.add_beside(folder, ["log.jsonl", "loss.png", "loss.svg"])
 
 
@@ -307,7 +296,7 @@ def _tell(
     for kind, name in enumerate(("without input", "with input")):
         shown = next((i for i in data.train if corpus.kinds[i] == kind), None)
         if shown is not None:
-            text = telling.show_example(corpus, shown, codec)
+            text = run_log.show_example(corpus, shown, codec)
             print(f"--- an example {name}, as it is trained on\n{text}\n")
     print(
         f"train: {len(data.train)} examples, {schedule.steps} steps of {schedule.batch}, "

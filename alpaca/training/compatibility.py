@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
 from alpaca.model import check_weights, load_tokenizer
-from alpaca.training.arguments import Arguments
+from alpaca.recipe.arguments import Arguments
 
 
 def check(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,7 +8,6 @@ which keeps the mean of each small update. A run that computed in bf16 used the 
 of its masters, so those are exported.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from alpaca import description, golden, passport, rounding, shards, stored
+from alpaca import description, golden, layout, passport, rounding, shards
 from alpaca.description import vocabulary_of
 from alpaca.errors import UserError
 from alpaca.model import install, staging
 from alpaca.shards import DTYPES, SHORT_NAMES, Shard
 from alpaca.tokens import Codec
-from alpaca.training.meeting import on_first_rank
+from alpaca.training.rendezvous import on_first_rank
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _write(
                 for shard in planned:
                     meant[shard.name] = shards.write(shard, folder, gathered, bar.update)
             if len(planned) > 1:
-                (folder / stored.INDEX).write_text(json.dumps(shards.index(planned), indent=1))
+                (folder / layout.INDEX).write_text(shards.index(planned))
             description.write(folder, model.config, vocabulary_of(codec), rounded.dtype)
         except (OSError, UserError) as error:
             shutil.rmtree(folder, ignore_errors=True)  # or it would keep the disk full

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from alpaca.training import gpus
-from alpaca.training.packing import Pack
+from alpaca.plan import devices
+from alpaca.recipe.packing import Pack
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Work:
 def peak(device: torch.device, dtype: torch.dtype) -> float:
     """The FLOP/s that `mfu` is a share of: the card's published peak, else a measured rate."""
     if device.type == "cuda":
-        card = gpus.recognized(torch.cuda.get_device_name(device), 0)
+        card = devices.recognized(torch.cuda.get_device_name(device), 0)
         published = card.bf16 if dtype == torch.bfloat16 else card.fp32
         if published is not None:
             return published

@@ -20,15 +20,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from alpaca.errors import UserError
-from alpaca.training import checkpoint, flops, loss, optimizer, packing, sharding
-from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus
+from alpaca.recipe import packing, rules
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.corpus import Corpus
+from alpaca.recipe.progress import Progress
+from alpaca.recipe.steps import Schedule
+from alpaca.training import checkpoint, flops, loss, optimizer, sharding
 from alpaca.training.loss import TargetLoss
-from alpaca.training.progress import Progress
-from alpaca.training.reporting import Reporter, open_reporter
+from alpaca.training.run_log import Journal
 from alpaca.training.signals import STOP, Requests, StoppedError
-from alpaca.training.steps import Schedule
-from alpaca.training.telling import Journal
+from alpaca.training.trackers import Reporter, open_reporter
 from alpaca.training.updates import Counts, UpdateSample, UpdateWatch
 
 
@@ -269,7 +270,7 @@ class Trainer:
 
     def due(self, strategy: str, every: int, *, last: bool = False) -> bool:
         """Whether `strategy` asks for something after the steps done; `last`: always at the end."""
-        period = {"no": 0, "steps": every, "epoch": self.schedule.steps_per_epoch}[strategy]
+        period = rules.period(strategy, every, self.schedule.steps_per_epoch)
         done = self.progress.steps
         return bool(period and done % period == 0) or (last and done == self.schedule.steps)
 

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from alpaca.training import packing
+from alpaca.recipe import packing
+from alpaca.recipe.packing import Pack
+from alpaca.recipe.rules import LOSS_CHUNK
 from alpaca.training.attention import PackIndex, index
-from alpaca.training.packing import Pack
-
-CHUNK = 512  # targets
 
 
 class TargetLoss(torch.nn.Module):
@@ -70,7 +69,10 @@ class CrossEntropySum(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if wanted else hidden
         by_weight = torch.zeros_like(weight) if wanted else weight
         for part, target, out in zip(
-            hidden.split(CHUNK), labels[:, None].split(CHUNK), by_hidden.split(CHUNK), strict=True
+            hidden.split(LOSS_CHUNK),
+            labels[:, None].split(LOSS_CHUNK),
+            by_hidden.split(LOSS_CHUNK),
+            strict=True,
         ):
             logits = F.linear(part, weight).float()
             right, top = logits.gather(1, target), logits.amax(-1, keepdim=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from alpaca.training.arguments import Arguments
+from alpaca.recipe.arguments import Arguments
 
 
 def build(module: torch.nn.Module, arguments: Arguments) -> torch.optim.Optimizer:
@@ -21,7 +21,7 @@ def build(module: torch.nn.Module, arguments: Arguments) -> torch.optim.Optimize
     ]
     rate, epsilon = arguments.learning_rate, arguments.adam_epsilon
     betas = (arguments.adam_beta1, arguments.adam_beta2)
-    if arguments.optim == "adamw_8bit":
+    if arguments.moments_8bit:
         from torchao.optim import AdamW8bit
 
         made: torch.optim.Optimizer = AdamW8bit(groups, lr=rate, betas=betas, eps=epsilon)

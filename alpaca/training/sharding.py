@@ -30,11 +30,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alpaca import ram, rounding, stored
 from alpaca.errors import UserError
 from alpaca.model import check_folder
+from alpaca.recipe import rules
+from alpaca.recipe.arguments import Arguments
 from alpaca.shards import finite
 from alpaca.training import attention
-from alpaca.training.arguments import Arguments
 from alpaca.training.loss import TargetLoss
-from alpaca.training.meeting import meet
+from alpaca.training.rendezvous import meet
 
 # How long a rank waits for the others. The longest that rank 0 works alone is the end of an export:
 # 140 GB are hashed, twice and at 100 MB/s in 47 minutes. Ranks and hosts that die are found by
@@ -59,10 +60,10 @@ def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     world = dist.get_world_size()
-    inner = {"hybrid_shard": int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "no_shard": 1}
-    if how not in inner:
+    if how not in ("hybrid_shard", "no_shard"):
         return init_device_mesh(device.type, (world,))
-    shape = (world // inner[how], inner[how])
+    inner = rules.shards(how, world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    shape = (world // inner, inner)
     return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))
 
 
@@ -89,7 +90,7 @@ def build(
     module = TargetLoss(model.float().train())
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     shard(module, mesh, dtype, arguments)
-    module.to_empty(device=torch.device("cpu") if "offload" in arguments.fsdp else device)
+    module.to_empty(device=torch.device("cpu") if arguments.offload else device)
     for name, buffer in buffers.items():  # rotary frequencies: computed, not stored in the files
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, buffer.to(device))  # computing is done there
@@ -104,10 +105,9 @@ def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, arguments: A
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        # The gradient-only modes keep the gathered weights from the forward to the backward pass.
-        "reshard_after_forward": arguments.sharding not in ("shard_grad_op", "no_shard"),
+        "reshard_after_forward": rules.regathers(arguments.sharding),
     }
-    if "offload" in arguments.fsdp:
+    if arguments.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     torch._dynamo.config.recompile_limit = 64  # eight lengths, training and evaluating
     for layer in decoder_layers(module.model, arguments.fsdp_transformer_layer_cls_to_wrap):
@@ -132,19 +132,15 @@ def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> 
 
     A collective call: where one rank has too little, all of them go the other way.
 
-    Else each pack's gradients are reduced at once. Decided from the memory the device has, not
-    from what is free now: a resumed run must decide alike. Sharded weights, gradients and moments
-    take 16 bytes a parameter, whole gradients 4; 40% are left to activations.
     """
-    if "offload" in arguments.fsdp:
-        return False
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if mesh.device_type == "cuda":
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
         memory = ram.total() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fits = parameters * (16 / mesh.size(mesh.ndim - 1) + 4) <= 0.6 * memory
-    agreed = torch.tensor(int(fits), device=mesh.device_type)
+    shards = mesh.size(mesh.ndim - 1)
+    once = rules.reduces_once(parameters, shards, memory, offload=arguments.offload)
+    agreed = torch.tensor(int(once), device=mesh.device_type)
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return bool(agreed.item())
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alpaca.training.arguments import Arguments
-from alpaca.training.schedules import SHAPES, WITHOUT_WARMUP
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.schedules import SHAPES, WITHOUT_WARMUP
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,8 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one pass; the remainder differs from epoch to epoch, as the order does.
-
-        The published run has 52,002 examples in batches of 256: 203 steps an epoch, 609 in all.
-        """
-        return max(1, self.examples // self.batch)
+        """Whole batches in one pass."""
+        return steps_per_epoch(self.examples, self.batch)
 
     def indices(self, step: int) -> list[int]:
         """Indices of the examples of `step`, counted from 0."""
@@ -44,9 +41,17 @@ class Schedule:
         return [int(i) for i in order[place * self.batch : (place + 1) * self.batch]]
 
     def learning_rate(self, step: int) -> float:
-        """The rate of a step: the peak, by the shape's share (`alpaca.training.schedules`)."""
+        """The rate of a step: the peak, by the shape's share (`alpaca.recipe.schedules`)."""
         share = SHAPES[self.shape]
         return self.peak * share(step, self.warmup, self.steps, self.peak, **self.settings)
+
+
+def steps_per_epoch(examples: int, batch: int) -> int:
+    """Whole batches in one pass; the remainder differs from epoch to epoch, as the order does.
+
+    The published run has 52,002 examples in batches of 256: 203 steps an epoch, 609 in all.
+    """
+    return max(1, examples // batch)
 
 
 @lru_cache(maxsize=2)
@@ -60,7 +65,7 @@ def schedule(arguments: Arguments, examples: int, world_size: int) -> Schedule:
     batch = (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size
     )
-    per_epoch = max(1, examples // batch)
+    per_epoch = steps_per_epoch(examples, batch)
     steps = arguments.max_steps
     if steps < 0:
         steps = math.ceil(arguments.num_train_epochs * per_epoch)

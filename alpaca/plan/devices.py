@@ -4,18 +4,17 @@ A plan is made before anything is paid for, so a card need not be there. Found c
 their memory; what they can compute is looked up by their name.
 """
 
-import os
 import re
 import shutil
 import subprocess
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from alpaca import ram
 from alpaca.errors import UserError
+from alpaca.recipe import rules
 
 GB = 10**9
 
@@ -149,18 +148,8 @@ def installed() -> list[Device]:
 def cpu(memory: int | None = None) -> Device:
     """This machine's processor as a device: its memory, and the rate of its matrix products."""
     memory = ram.total() if memory is None else memory
-    return Device("CPU", memory, None, matrix_rate(), None, None, cuda=False, fast_bf16=cpu_bf16())
-
-
-def cpu_bf16(info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bf16 in hardware, as alpaca/model.py asks torch."""
-    if os.environ.get("ALPACA_CPU_BF16") == "1":
-        return True
-    try:
-        flags = set(info.read_text(errors="replace").split())
-    except OSError:
-        return False
-    return bool(flags & {"amx_tile", "avx512_bf16"})
+    fast = rules.cpu_multiplies_bf16()
+    return Device("CPU", memory, None, matrix_rate(), None, None, cuda=False, fast_bf16=fast)
 
 
 def matrix_rate(size: int = 1024) -> float:

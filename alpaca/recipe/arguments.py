@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from alpaca.errors import UserError
-from alpaca.training import schedules
-from alpaca.training.schedules import SHAPES
+from alpaca.recipe import schedules
+from alpaca.recipe.schedules import SHAPES
 
 # adamw_hf and adamw_torch, the defaults of 2023, are the same optimizer
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_hf", "adamw_8bit")
@@ -96,6 +96,16 @@ class Arguments:
         """The one word of `fsdp` that names a way to shard."""
         words = [word for word in self.fsdp.split() if word in SHARDINGS]
         return words[0] if words else SHARDINGS[0]
+
+    @property
+    def offload(self) -> bool:
+        """Whether weights, gradients and moments wait in the host's memory."""
+        return "offload" in self.fsdp.split()
+
+    @property
+    def moments_8bit(self) -> bool:
+        """Whether AdamW's moments take 8 bits each, not 32."""
+        return self.optim == "adamw_8bit"
 
     @property
     def schedule_settings(self) -> dict[str, Any]:

@@ -8,15 +8,11 @@ number is bytes; c stands for the bytes of a number in the compute type, 2 in bf
 
 from dataclasses import dataclass, fields
 
-from alpaca.training.plan_data import Load
-from alpaca.training.shapes import Shape
+from alpaca.plan.shapes import Shape
+from alpaca.plan.workload import Load
+from alpaca.recipe.rules import ADAMW_BYTES, GRADIENT_BYTES, LOSS_CHUNK, MASTER_BYTES
 
-CHUNK = 512  # targets that meet the vocabulary at once, as in alpaca/training/loss.py
-LOGIT = 6  # bytes of a logit there: fp32, and a copy in bf16 where that is the compute type
-MASTER = 4  # fp32 weights
-GRADIENT = 4  # fp32 gradients
-ADAMW = 8.0  # two fp32 moments
-ADAMW_8BIT = 2 + 2 * 4 / 256  # two bytes, and an fp32 scale for each block of 256 of them
+LOGIT = 6  # bytes of a logit in the loss: fp32, and a copy in bf16 where that is the compute type
 # CUDA's context, its libraries' workspaces and NCCL's buffers; drivers differ by some 100 MB.
 CUDA_RUNTIME = 1_200_000_000
 # A rank without CUDA: Python, torch, transformers, the tokenizer, code (0.43 GB measured, idle).
@@ -44,13 +40,13 @@ class Setting:
 
     shards: int
     compute: int
-    optimizer: float = ADAMW
+    optimizer: float = ADAMW_BYTES
     checkpointing: bool = False
     offload: bool = False
     regather: bool = True
     once: bool = False
     cuda: bool = True
-    chunk: int = CHUNK
+    chunk: int = LOSS_CHUNK
     logit: int = LOGIT
 
 
@@ -74,21 +70,21 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
 
 
-def state_bytes(parameters: int, optimizer: float = ADAMW) -> int:
+def state_bytes(parameters: int, optimizer: float = ADAMW_BYTES) -> int:
     """Master weights, gradients and optimizer state of a whole model.
 
     With AdamW 16 bytes a parameter: 112 GB for seven billion (stanford_alpaca, README,
     "Fine-tuning": 7 x 4 x 4 GB).
     """
-    return round(parameters * (MASTER + GRADIENT + optimizer))
+    return round(parameters * (MASTER_BYTES + GRADIENT_BYTES + optimizer))
 
 
 def peak(shape: Shape, load: Load, setting: Setting, runtime: int = CUDA_RUNTIME) -> Memory:
     """What one rank holds at the worst moment of any step but the first."""
     own = 0 if setting.offload and setting.cuda else -(-shape.parameters // setting.shards)
-    gradients = GRADIENT * own
+    gradients = GRADIENT_BYTES * own
     # What earlier packs of the step left: their reduced gradients, or whole ones to be reduced.
-    earlier = (GRADIENT * shape.parameters if setting.once else gradients) * load.repeated
+    earlier = (GRADIENT_BYTES * shape.parameters if setting.once else gradients) * load.repeated
     moments = {
         "loss": (earlier, *_loss(shape, load, setting)),
         "turn": (earlier, *_turn(shape, load, setting)),
@@ -101,7 +97,7 @@ def peak(shape: Shape, load: Load, setting: Setting, runtime: int = CUDA_RUNTIME
     slack = ALLOCATOR * passing if setting.cuda else HEAP * (passing + gradients)
     return Memory(
         moment=moment,
-        weights=MASTER * own,
+        weights=MASTER_BYTES * own,
         gradients=gradients,
         optimizer=round(setting.optimizer * own),
         activations=activations,
@@ -136,14 +132,14 @@ def _layer(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
     if setting.checkpointing:
         kept += saved_by_layer(shape, load, setting)
     passing = 2 * setting.compute * load.tokens * shape.intermediate  # gradients inside the MLP
-    reducing = (setting.compute + GRADIENT) * shape.layer_parameters
+    reducing = (setting.compute + GRADIENT_BYTES) * shape.layer_parameters
     head = setting.compute * shape.table_parameters
     return kept + passing, 0, gathered(shape, setting) + reducing + head
 
 
 def _root(shape: Shape, setting: Setting) -> tuple[int, int, int]:
     """The end of the backward pass: gradients of embedding and output matrix are reduced."""
-    gradients = (setting.compute + GRADIENT) * shape.root_parameters
+    gradients = (setting.compute + GRADIENT_BYTES) * shape.root_parameters
     return 0, 0, setting.compute * shape.root_parameters + gradients
 
 

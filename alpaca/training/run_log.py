@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from alpaca import atomic
 from alpaca.passport import json_numbers
-from alpaca.training.corpus import Corpus
-from alpaca.training.progress import Progress
-from alpaca.training.reporting import Reporter
+from alpaca.recipe.corpus import Corpus
+from alpaca.recipe.progress import Progress
+from alpaca.training.trackers import Reporter
 
 if TYPE_CHECKING:
     from alpaca.tokens import Codec

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from alpaca.prompt import PREFIXES, render
+from alpaca.recipe import packing
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.corpus import Corpus
+from alpaca.recipe.steps import Schedule
 from alpaca.records import Record
-from alpaca.training import packing
-from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import Corpus
-from alpaca.training.steps import Schedule
 
 BYTES_PER_TOKEN = 4.0  # of English; LLaMA's tokenizers lie a little above and below
 MOST_PLACED = 400_000  # examples, counting every epoch; more are sampled

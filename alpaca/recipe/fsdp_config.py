@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.errors import UserError
-from alpaca.training.arguments import Arguments
+from alpaca.recipe.arguments import Arguments
 
 LAYERS = "transformer_layer_cls_to_wrap"
 TAKEN = {LAYERS, "offload_params", "cpu_offload", "activation_checkpointing"}
@@ -52,7 +52,7 @@ def apply(arguments: Arguments) -> tuple[Arguments, list[str]]:
             layers if isinstance(layers, str) else layers[0]
         )
     offloads = given.get("offload_params") or given.get("cpu_offload")
-    if offloads and "offload" not in arguments.fsdp.split():
+    if offloads and not arguments.offload:
         changed["fsdp"] = f"{arguments.fsdp} offload"
     if given.get("activation_checkpointing"):
         changed["gradient_checkpointing"] = True

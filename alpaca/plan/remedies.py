@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alpaca.training.arguments import Arguments
-from alpaca.training.plan import Machine, Plan, make
-from alpaca.training.plan_data import Work
-from alpaca.training.shapes import Shape
+from alpaca.plan.plan import Machine, Plan, make
+from alpaca.plan.shapes import Shape
+from alpaca.plan.workload import Work
+from alpaca.recipe.arguments import Arguments
 
 MOST_NODES = 64
 
@@ -66,11 +66,11 @@ def _changes(arguments: Arguments, machine: Machine) -> list[dict[str, Any]]:
         options.append([{}, {"gradient_checkpointing": True}])
     if arguments.sharding != "full_shard":
         options.append([{}, {"fsdp": "full_shard auto_wrap"}])
-    if arguments.optim != "adamw_8bit":
+    if not arguments.moments_8bit:
         options.append([{}, {"optim": "adamw_8bit"}])
     if arguments.bf16 is not True and machine.device.fast_bf16:
         options.append([{}, {"bf16": True}])
-    if "offload" not in arguments.fsdp:
+    if not arguments.offload:
         options.append([{}, {"fsdp": "full_shard auto_wrap offload"}])
     if arguments.save_strategy != "no":
         fewer = [{"save_total_limit": 1}] if arguments.save_total_limit > 1 else []
@@ -105,7 +105,7 @@ def enough_nodes(
 ) -> int | None:
     """How many such nodes would hold the run with the smallest packs and checkpointing.
 
-    None: not even `MOST_NODES` would, or the disk is what is too small, which nodes do not mend.
+    None: not even `MOST_NODES` would, or the disk is too small, which more nodes do not change.
     """
     small = replace(
         arguments,

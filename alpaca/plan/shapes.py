@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca import stored
+from alpaca import layout, stored
 from alpaca.errors import UserError
 
 
@@ -175,5 +175,5 @@ def from_config(config: dict[str, Any], where: Path) -> Shape:
 
 def check_tensors(shape: Shape, folder: Path) -> None:
     """Refuse a folder whose weights are not those that its config.json describes."""
-    if any(True for kind in ("*.safetensors", f"*{stored.INDEX}") for _ in folder.glob(kind)):
+    if any(True for kind in ("*.safetensors", f"*{layout.INDEX}") for _ in folder.glob(kind)):
         stored.check_fit(folder, stored.tensors(folder), shape.tensors())

@@ -15,17 +15,17 @@ from pathlib import Path
 from alpaca import atomic, ram
 from alpaca.errors import UserError
 from alpaca.passport import sha256
+from alpaca.plan import plan, remedies, shapes, workload
+from alpaca.plan.devices import Device, cpu
+from alpaca.plan.plan import Machine, Plan
+from alpaca.plan.remedies import Remedy
+from alpaca.plan.shapes import Shape
+from alpaca.plan.workload import Work
 from alpaca.prompt import template_hash
+from alpaca.recipe import steps
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.corpus import FORMAT, Corpus, load, split
 from alpaca.records import read_records
-from alpaca.training import gpus, plan, plan_data, plan_remedies, shapes, steps
-from alpaca.training.arguments import Arguments
-from alpaca.training.corpus import FORMAT, Corpus, load, split
-from alpaca.training.gpus import Device
-from alpaca.training.plan import Machine, Plan
-from alpaca.training.plan_data import Work
-from alpaca.training.plan_remedies import Remedy
-from alpaca.training.progress import Progress
-from alpaca.training.shapes import Shape
 
 CACHE = Path(".cache/alpaca")
 SAMPLE = 5_000  # examples placed for each other size of pack: enough to compare remedies
@@ -46,22 +46,22 @@ class Case:
         """The work under other flags."""
         ranks = self.machine.world_size
         schedule = steps.schedule(arguments, len(self.train), ranks)
-        return plan_data.count(
+        return workload.count(
             self.corpus, self.train, schedule, arguments, ranks, exact=self.exact, most=most
         )
 
     def plan(self) -> Plan:
         """The plan of this run."""
-        work = self.count(self.arguments, plan_data.MOST_PLACED)
+        work = self.count(self.arguments, workload.MOST_PLACED)
         return plan.make(self.shape, self.arguments, self.machine, work)
 
     def remedies(self) -> list[Remedy]:
         """What would make it fit."""
-        return plan_remedies.remedies(self.shape, self.arguments, self.machine, self.count)
+        return remedies.remedies(self.shape, self.arguments, self.machine, self.count)
 
     def enough_nodes(self) -> int | None:
         """How many such nodes would do, where no flag helps."""
-        return plan_remedies.enough_nodes(self.shape, self.arguments, self.machine, self.count)
+        return remedies.enough_nodes(self.shape, self.arguments, self.machine, self.count)
 
 
 def case(arguments: Arguments, machine: Machine, examples: int = 0) -> Case:
@@ -76,7 +76,7 @@ def case(arguments: Arguments, machine: Machine, examples: int = 0) -> Case:
     if exact:
         corpus = _tokens(arguments, tokenizer, CACHE)
     else:
-        corpus = plan_data.estimated(read_records(arguments.data_path), arguments, examples)
+        corpus = workload.estimated(read_records(arguments.data_path), arguments, examples)
     train, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     if not train:
         raise UserError(
@@ -105,8 +105,8 @@ def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
         return load(cache / note.read_text())
     # Only now: importing transformers takes longer than the rest of a plan.
     from alpaca.model import load_tokenizer
+    from alpaca.recipe.corpus import open_corpus, tokens_folder
     from alpaca.tokens import Codec
-    from alpaca.training.corpus import open_corpus, tokens_folder
 
     codec = Codec(load_tokenizer(tokenizer))
     limit, joint = arguments.model_max_length, arguments.joint_tokenization
@@ -126,7 +126,7 @@ def this_machine(
         smallest = min(devices, key=lambda device: device.memory)
         return Machine(smallest, ranks or len(devices), nodes, host, disk)
     ranks = ranks or 1
-    shared = gpus.cpu(host // ranks)
+    shared = cpu(host // ranks)
     return Machine(shared, ranks, nodes, host, disk)
 
 
@@ -162,6 +162,18 @@ def of_run(
     return Case(shape, replace(arguments, bf16=half), machine, corpus, train, exact=True)
 
 
+def more_devices(given: Case) -> str:
+    """What hardware would do, in a sentence, where no flag does."""
+    nodes = given.enough_nodes()
+    if nodes is None:
+        return "It needs a larger machine, or a smaller model."
+    one = given.machine
+    return (
+        f"{nodes} nodes of {one.ranks} such devices hold it with --gradient_checkpointing True "
+        f"--max_tokens_per_pack {given.arguments.model_max_length}."
+    )
+
+
 def check(given: Case) -> Plan:
     """The plan of a run about to start; `--skip_plan` is what its caller offers instead.
 
@@ -178,35 +190,3 @@ def check(given: Case) -> Plan:
          if helpful else f"No flag makes it fit. {more_devices(given)}")
         + "\n  --skip_plan starts it all the same.",
     )  # fmt: skip
-
-
-def more_devices(given: Case) -> str:
-    """What hardware would do, in a sentence, where no flag does."""
-    nodes = given.enough_nodes()
-    if nodes is None:
-        return "It needs a larger machine, or a smaller model."
-    one = given.machine
-    return (
-        f"{nodes} nodes of {one.ranks} such devices hold it with --gradient_checkpointing True "
-        f"--max_tokens_per_pack {given.arguments.model_max_length}."
-    )
-
-
-def compare(made: Plan | None, done: Progress) -> list[str]:
-    """Predicted beside measured, a line each; nothing where there was no plan."""
-    if made is None:
-        return []
-    work, gigabyte, memory = made.work, 1e9, made.memory.total
-    if made.machine.device.cuda:  # torch counts tensors; what CUDA and the allocator add is not
-        memory -= made.memory.runtime + made.memory.allocator
-    rows = [
-        ("steps", work.steps, done.steps, ",.0f"),
-        ("tokens", work.tokens, done.tokens, ",.0f"),
-        ("memory, GB a rank", memory / gigabyte, done.memory / gigabyte, ",.2f"),
-    ]
-    if made.seconds is not None:
-        rows.append(("seconds of steps", made.seconds, done.step_seconds, ",.0f"))
-    return [
-        "train: predicted and measured",
-        *(f"    {name:<18} {ours:{kind}} and {real:{kind}}" for name, ours, real, kind in rows),
-    ]

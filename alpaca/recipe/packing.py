@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from alpaca.training.corpus import Corpus
+from alpaca.recipe.corpus import Corpus
 
 Ints = npt.NDArray[np.int64]
 ONE_BY_ONE = 32  # numbers of packs tried in turn; more than a training step ever needs

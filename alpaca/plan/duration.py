@@ -6,10 +6,10 @@ The share of the peak, or of the links, that is reached is an assumption, stated
 
 from dataclasses import dataclass
 
-from alpaca.training.gpus import Device
-from alpaca.training.plan_data import Work
-from alpaca.training.plan_memory import Setting
-from alpaca.training.shapes import Shape
+from alpaca.plan.devices import Device
+from alpaca.plan.memory import Setting
+from alpaca.plan.shapes import Shape
+from alpaca.plan.workload import Work
 
 # torchtitan's tables name 33-39% for Llama 3.1 8B on H100 and 57% on A100 (benchmarks/, 2024,
 # sequences of 8,192); packs are shorter and the model is eager, so the low end is assumed.

@@ -1,0 +1,46 @@
+"""How much disk a run takes: its checkpoints, and the exported model to the byte."""
+
+from alpaca import layout
+from alpaca.plan.shapes import Shape
+from alpaca.plan.workload import Work
+from alpaca.recipe import rules
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.steps import steps_per_epoch
+
+
+def checkpoint_bytes(shape: Shape, moments: float) -> int:
+    """Tensors of a checkpoint: fp32 weights, `moments` bytes for each, and step counters."""
+    state = (rules.MASTER_BYTES + moments) * shape.parameters
+    return round(state) + 4 * len(shape.tensors())
+
+
+def disk_bytes(arguments: Arguments, work: Work, checkpoint: int, exported: int) -> int:
+    """Disk at the worst moment: while a checkpoint is written beside older ones, or the export is.
+
+    A run writes one at its end, and those that `save_strategy` asks for before; one more where a
+    signal stops it. An older one is deleted when the next is complete.
+    """
+    if arguments.save_strategy == "no":
+        return exported
+    per_epoch = steps_per_epoch(work.examples, work.batch)
+    period = rules.period(arguments.save_strategy, arguments.save_steps, per_epoch)
+    written = -(-work.steps // period) + 1
+    limit = arguments.save_total_limit
+    return max(min(limit + 1, written) * checkpoint, min(limit, written) * checkpoint + exported)
+
+
+def export_bytes(shape: Shape, dtype: str = "bf16") -> int:
+    """Size of the exported weights to the byte: their files, and the index of several."""
+    kind = layout.TYPE_NAMES[dtype]
+    tensors = shape.tensors()
+
+    def size(name: str) -> int:
+        return layout.tensor_bytes(tensors[name], kind)
+
+    files = layout.deal(list(tensors), size, layout.SHARD_BYTES)
+    data = sum(map(size, tensors))
+    headers = sum(len(layout.header({n: (tensors[n], kind) for n in file})) for file in files)
+    if len(files) == 1:
+        return headers + data
+    named = dict(zip(layout.file_names(len(files)), files, strict=True))
+    return headers + data + len(layout.index(named, data))

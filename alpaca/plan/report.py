@@ -1,0 +1,117 @@
+"""A plan in words: as `alpaca plan` and a starting run print it, and beside what was measured."""
+
+from collections.abc import Sequence
+
+from alpaca.plan.duration import CPU_EFFICIENCY, EFFICIENCY, LINK_EFFICIENCY
+from alpaca.plan.plan import Plan
+from alpaca.plan.planner import Case, more_devices
+from alpaca.plan.remedies import Remedy
+from alpaca.recipe.progress import Progress
+
+MOMENTS = {
+    "loss": "the loss",
+    "turn": "the first moment of the backward pass",
+    "layer": "the backward pass of a layer",
+    "root": "the backward pass of the embedding",
+}
+
+
+def lines(given: Case, made: Plan, price: float | None) -> list[str]:
+    """The plan as a person reads it."""
+    one, work, arguments = made.machine, made.work, given.arguments
+    kind = "" if work.exact else ", lengths estimated"
+    saved = 1 - work.tokens / work.padded
+    half = "bf16" if made.setting.compute == 2 else "fp32"
+    memory = _sizes(made)
+    return [
+        f"{arguments.model_name_or_path.name}: {made.parameters:,} parameters, on "
+        f"{one.world_size} x {one.device.name}"
+        + (f" ({one.nodes} nodes)" if one.nodes > 1 else ""),
+        f"  data      {work.examples:,} examples{kind}: {work.steps:,} steps of {work.batch}",
+        f"  tokens    {work.tokens:,} computed of {work.real:,}, {work.padded:,} in the padded "
+        f"recipe ({saved:.0%} saved); in {half}",
+        f"  memory    {made.memory.total / 1e9:.1f} of {one.device.memory / 1e9:.1f} GB a device, "
+        f"worst in {MOMENTS[made.memory.moment]}; headroom {made.headroom / 1e9:.1f}:",
+        f"            {memory[0]},",
+        f"            {memory[1]}",
+        f"  disk      {made.disk / 1e9:.1f} GB: a checkpoint {made.checkpoint / 1e9:.1f}, "
+        f"the model {made.export / 1e9:.1f}{_of(one.disk)}; "
+        f"RAM {made.host / 1e9:.1f} GB a node{_of(one.host)}",
+        f"  time      {duration(made.seconds)}{_assumption(made)}",
+        *([f"  cost      {_cost(made, price)}"] if price is not None else []),
+    ]
+
+
+def _of(there: int | None) -> str:
+    return "" if there is None else f" (of {there / 1e9:.1f})"
+
+
+def _sizes(made: Plan) -> tuple[str, str]:
+    memory = made.memory
+    parts = [
+        f"{name} {getattr(memory, name) / 1e9:.1f}"
+        for name in (
+            "weights", "gradients", "optimizer", "activations", "logits", "communication",
+            "allocator", "runtime",
+        )
+    ]  # fmt: skip
+    return ", ".join(parts[:5]), ", ".join(parts[5:])
+
+
+def _assumption(made: Plan) -> str:
+    if made.time is None:
+        return ": the speed of this device is not known"
+    device = made.machine.device
+    if made.time.bound == "traffic":
+        return f", bound by traffic at {LINK_EFFICIENCY:.0%} of the links"
+    if not device.cuda:
+        return f" at {CPU_EFFICIENCY:.0%} of this processor's matrix products"
+    kind = "bf16" if made.setting.compute == 2 else "fp32"
+    return f" at {EFFICIENCY:.0%} of the {kind} peak"
+
+
+def _cost(made: Plan, price: float) -> str:
+    cost = made.cost(price)
+    return "not known" if cost is None else f"{cost:,.2f} at {price:g} a device and hour"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them."""
+    if seconds is None:
+        return "not known"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def advice(given: Case, made: Plan, remedies: Sequence[Remedy]) -> list[str]:
+    """What makes it fit, the cheapest first, as flags to paste."""
+    if not remedies:
+        return [f"  No flag makes it fit. {more_devices(given)}"]
+    told = []
+    for remedy in remedies:
+        spent = remedy.plan.seconds
+        slower = f", {spent / made.seconds:.2f} x the time" if spent and made.seconds else ""
+        told.append(f"    {remedy.flags}   ({remedy.plan.memory.total / 1e9:.1f} GB{slower})")
+    return ["  Fits with (the cheapest first):", *told]
+
+
+def compare(made: Plan | None, done: Progress) -> list[str]:
+    """Predicted beside measured, a line each; nothing where there was no plan."""
+    if made is None:
+        return []
+    work, gigabyte, memory = made.work, 1e9, made.memory.total
+    if made.machine.device.cuda:  # torch counts tensors; what CUDA and the allocator add is not
+        memory -= made.memory.runtime + made.memory.allocator
+    rows = [
+        ("steps", work.steps, done.steps, ",.0f"),
+        ("tokens", work.tokens, done.tokens, ",.0f"),
+        ("memory, GB a rank", memory / gigabyte, done.memory / gigabyte, ",.2f"),
+    ]
+    if made.seconds is not None:
+        rows.append(("seconds of steps", made.seconds, done.step_seconds, ",.0f"))
+    return [
+        "train: predicted and measured",
+        *(f"    {name:<18} {ours:{kind}} and {real:{kind}}" for name, ours, real, kind in rows),
+    ]
