@@ -75,6 +75,14 @@ def add_beside(folder: Path, names: list[str]) -> None:
     atomic.write_text(folder / NAME, render(passport))
 
 
+def forget_beside(folder: Path) -> None:
+    """Take those files out of the passport, because they are about to change."""
+    passport = read(folder)
+    if passport is not None and passport.pop("beside", None):
+        passport[SEAL] = seal(passport)
+        atomic.write_text(folder / NAME, render(passport))
+
+
 def render(passport: dict[str, Any]) -> str:
     """The text of a passport, byte for byte."""
     return json.dumps(passport, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

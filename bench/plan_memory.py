@@ -17,6 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1}
+SHORT = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "model_max_length": 96,
+}  # fmt: skip
 SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
     "small packs": (1, {**BATCH, "max_tokens_per_pack": 512}),
     "large packs": (1, {**BATCH, "max_tokens_per_pack": 2048}),
@@ -26,6 +29,9 @@ SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
     "two ranks": (2, {**BATCH, "per_device_train_batch_size": 3, "max_tokens_per_pack": 1024}),
     "offload": (1, {**BATCH, "max_tokens_per_pack": 1024, "fsdp": "full_shard offload"}),
     "8-bit optimizer": (1, {**BATCH, "max_tokens_per_pack": 1024, "optim": "adamw_8bit"}),
+    # Short, as processors without bf16 instructions take a minute a step; there the flag is forced.
+    "bf16": (1, {**SHORT, "bf16": True}),
+    "two ranks, bf16": (2, {**SHORT, "bf16": True}),
 }  # fmt: skip
 PROGRAM = """
 import sys
@@ -50,7 +56,9 @@ def flags(model: Path, out: Path, changed: dict[str, object]) -> list[str]:
 def surroundings(words: list[str]) -> dict[str, str]:
     """The environment, with torchao where a command needs it."""
     eight = "--optim=adamw_8bit" in words
-    return {**os.environ, **({"PYTHONPATH": str(ROOT / ".venv" / "apart")} if eight else {})}
+    forced = {"ALPACA_CPU_BF16": "1"} if "--bf16=True" in words else {}
+    apart = {"PYTHONPATH": str(ROOT / ".venv" / "apart")} if eight else {}
+    return {**os.environ, **forced, **apart}
 
 
 def measured(ranks: int, words: list[str]) -> int:

@@ -60,7 +60,7 @@ def padded(
 def packed(module: TargetLoss, corpus: Corpus, members: list[int], targets: int) -> None:
     """Forward and backward over packs of at most BATCH x LENGTH tokens."""
     for pack in packing.distribute(corpus, members, BATCH * LENGTH, world_size=1)[0]:
-        (loss.run(module, packing.build(corpus, pack), CPU) / targets).backward()
+        (loss.pack_loss(module, packing.build(corpus, pack), CPU) / targets).backward()
 
 
 def timed(body: Callable[[], None], model: torch.nn.Module) -> tuple[float, torch.Tensor]:
@@ -122,9 +122,9 @@ def report(arguments: argparse.Namespace, corpus: Corpus) -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     fractions, gradients = [], {}
-    work = flops.Work.of(plain)
+    work = flops.ModelFlops.of(plain)
     shares = packing.distribute(corpus, members, BATCH * LENGTH, world_size=1)[0]
-    useful = sum(work.flops(packing.build(corpus, share)) for share in shares)
+    useful = sum(work.of_pack(packing.build(corpus, share)) for share in shares)
     for round_number in range(arguments.rounds):
         rate = lasting_rate()
         for name, (body, model) in ways.items():

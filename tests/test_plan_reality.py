@@ -88,7 +88,15 @@ def memory(name: str, model: Path) -> tuple[int, int]:
         "small packs",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("large packs", "checkpointing", "two ranks", "offload", "8-bit optimizer")
+            for name in (
+                "large packs",
+                "checkpointing",
+                "two ranks",
+                "offload",
+                "8-bit optimizer",
+                "bf16",
+                "two ranks, bf16",
+            )
         ),
     ],
 )

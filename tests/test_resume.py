@@ -1,8 +1,10 @@
 """A run that is interrupted, however, ends as if it had not been."""
 
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +15,10 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import ROOT, distance, finish, losses, start, wait_until
+from training_runs import ROOT, distance, finish, lines, losses, start, wait_until
 from transformers import AutoModelForCausalLM
 
+from alpaca import passport, verify
 from alpaca.training import checkpoint
 
 STEPS = 12
@@ -195,20 +198,154 @@ def test_the_last_step_is_saved_whatever_the_period(
     assert_same_model(out, undisturbed)
 
 
+def stopped_early(words: list[str], out: Path) -> int:
+    """Run until there is a checkpoint, stop with SIGTERM; returns the step it was saved at."""
+    job = start(words)
+    wait_until(lambda: bool(checkpoint.found(out)), job)
+    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        process.send_signal(signal.SIGTERM)
+    job.communicate(timeout=120)
+    return int(checkpoint.found(out)[-1].name.removeprefix("checkpoint-"))
+
+
+def refused(words: list[str]) -> str:
+    job = start(words)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 2, output
+    assert "Traceback" not in output
+    return output
+
+
 def test_another_run_is_refused_and_the_difference_is_named(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    job = start(command(tiny_model, out))
-    wait_until(lambda: bool(checkpoint.found(out)), job)
-    job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=120)
-    other = start(command(tiny_model, out, "--learning_rate=0.02"))
-    output, _ = other.communicate(timeout=120)
-    assert other.returncode == 2
-    assert "peak: 0.01 there, 0.02 here" in output
+    stopped_early(command(tiny_model, out), out)
+    output = refused(command(tiny_model, out, "--weight_decay=0.1"))
+    assert "weight_decay: 0.0 there, 0.1 here" in output
     assert "--overwrite_output_dir" in output
-    finish(command(tiny_model, out, "--learning_rate=0.02", "--overwrite_output_dir"))
+    finish(command(tiny_model, out, "--weight_decay=0.1", "--overwrite_output_dir"))
+
+
+def test_a_lower_learning_rate_resumes_and_the_passport_says_since_when(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    step = stopped_early(command(tiny_model, out), out)
+    before = losses(out)[:step]
+    output = finish(command(tiny_model, out, "--learning_rate=0.002"))
+    told = f"resumed after step {step} with --learning_rate 0.002 (was 0.01)"
+    assert output.count(told) == 1
+    rates = [line["lr"] for line in lines(out) if "lr" in line]
+    first, second = max(rates[:step]), max(rates[step:])
+    assert (first, second < 0.002) == (0.01, True)
+    assert losses(out)[:step] == before
+    held = passport.read(out)
+    assert held is not None
+    assert held["changes"] == [{"step": step, "name": "peak", "old": 0.01, "new": 0.002}]
+    assert held["run"]["peak"] == 0.002
+    again = finish(command(tiny_model, out, "--learning_rate=0.002"))
+    assert "already holds the model of exactly this run" in again
+
+
+def test_a_run_whose_loss_is_no_number_resumes_as_it_is_told_to(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    stopped_early(command(tiny_model, out), out)
+    kept = checkpoint.found(out)[-1].name
+    output = refused(command(tiny_model, out, "--learning_rate=1e30", "--save_steps=100"))
+    assert "Lower --learning_rate and run the same command again" in output
+    assert checkpoint.found(out)[-1].name == kept
+    output = finish(command(tiny_model, out, "--learning_rate=1e-3"))
+    assert "--learning_rate 0.001 (was 0.01)" in output
+    assert all(math.isfinite(loss) for loss in losses(out))
+
+
+def test_a_finished_run_takes_more_epochs(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    words = command(tiny_model, out, "--max_steps=15")
+    job = start(words)
+    wait_until(lambda: logged(out) > STEPS, job)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 143, output
+    assert f"resumed after step {STEPS} with steps 15 (was {STEPS})" in output
+    assert verify.run(verify.parser().parse_args([str(out)])) is None  # the shorter run's model
+    output = finish(words)
+    assert "(was" not in output  # said once, when it changed
+    assert losses(out)[:STEPS] == losses(undisturbed)
+    assert len(losses(out)) == 15
+    held = passport.read(out)
+    assert held is not None
+    assert [change["name"] for change in held["changes"]] == ["steps"]
+    assert held["result"]["steps"] == 15
+
+
+def test_what_is_finished_is_not_relabelled(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Without a step left, another learning rate would change the passport and no weight."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    output = refused(command(tiny_model, out, "--learning_rate=0.002"))
+    assert "already holds another model" in output
+    assert "--learning_rate: 0.01 there, 0.002 here" in output
+    (out / "passport.json").unlink()
+    (out / "config.json").unlink()
+    output = refused(command(tiny_model, out, "--max_steps=10"))
+    assert "is at or beyond the last of 10 steps" in output
+
+
+def test_other_held_out_data_starts_its_own_comparison(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = command(tiny_model, out, "--eval_fraction=0")
+    data = tmp_path / "held_out.json"
+    records = json.loads(json.dumps([{"instruction": "Say yes.", "output": "Yes."}] * 3))
+    data.write_text(json.dumps(records))
+    stopped_early([*words, f"--eval_data_path={data}"], out)
+    records[0]["output"] = "Indeed."
+    data.write_text(json.dumps(records))
+    output = finish([*words, f"--eval_data_path={data}"])
+    assert "--eval_data_path (other examples, or none)" in output
+    held = passport.read(out)
+    assert held is not None
+    assert held["result"]["eval_loss_before"] is None
+    assert held["result"]["eval_loss_after"] is not None
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 0), (0, 2)])
+def test_the_same_command_on_another_number_of_ranks_keeps_the_batch(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, first: int, second: int
+) -> None:
+    out = tmp_path / "out"
+    flags = [f"--gradient_accumulation_steps={1 if first else 2}"]
+    stopped_early(command(tiny_model, out, *flags, ranks=first), out)
+    output = finish(command(tiny_model, out, *flags, ranks=second))
+    now, often = (2, 1) if second else (1, 2)
+    assert f"{now} rank(s), {max(1, first)} before: --gradient_accumulation_steps {often}" in output
+    assert "keeps 8 examples a step" in output
+    assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-5)
+    assert distance(out, undisturbed, tmp_path) < 1e-5
+    again = finish(command(tiny_model, out, *flags, ranks=second))
+    assert "already holds the model of exactly this run" in again
+
+
+def test_a_batch_that_the_ranks_cannot_keep_names_the_flags_that_do(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    (out / "passport.json").unlink()
+    (out / "config.json").unlink()
+    flags = ["--per_device_train_batch_size=8", "--gradient_accumulation_steps=1"]
+    job = start(command(tiny_model, out, *flags, ranks=2))
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 1  # torchrun's own
+    assert "Give --per_device_train_batch_size 4 --gradient_accumulation_steps 1" in output
 
 
 def command_of_2023(model: Path, data: Path, out: Path, *more: object) -> list[str]:

@@ -101,8 +101,7 @@ def load(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer
     model, optim = get_state_dict(module, optimizer)
     state_dict_loader.load({"model": model, "optimizer": optim}, checkpoint_id=folder)
     set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=optim)
-    meta: dict[str, Any] = json.loads((folder / META).read_text())
-    return meta
+    return meta(folder)
 
 
 def found(folder: Path) -> list[Path]:
@@ -117,29 +116,13 @@ def clear(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def newest(folder: Path, run: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from, or None; refuses one of another run.
-
-    Raises:
-        UserError: the newest checkpoint belongs to a run that differs; the message says where.
-    """
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint below `folder`, if there is one."""
     complete = found(folder)
-    if not complete:
-        return None
-    meta = json.loads((complete[-1] / META).read_text())
-    differing = differences(meta["run"], json.loads(json.dumps(run)))
-    if differing:
-        raise UserError(
-            f"{complete[-1]} is of another run:\n    " + "\n    ".join(differing),
-            "Choose another --output_dir, or give --overwrite_output_dir to start anew.",
-        )
-    return complete[-1]
+    return complete[-1] if complete else None
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for each setting in which two runs differ."""
-    return [
-        f"{name}: {old.get(name)} there, {new.get(name)} here"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
+def meta(checkpoint: Path) -> dict[str, Any]:
+    """What `save` got as `meta`, and the `step`."""
+    held: dict[str, Any] = json.loads((checkpoint / META).read_text())
+    return held

@@ -3,38 +3,52 @@
 import dataclasses
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.model import (
-    check_folder,
-    compute_dtype,
-    explained_disk_errors,
-    finish_install,
-    load_tokenizer,
-)
-from alpaca.passport import sha256
+from alpaca.model import check_folder, compute_dtype, explained_disk_errors, load_tokenizer
 from alpaca.plan import devices, planner, report
 from alpaca.plan.plan import Plan
-from alpaca.prompt import template_hash
 from alpaca.recipe import rules, steps
 from alpaca.recipe.arguments import Arguments
 from alpaca.recipe.corpus import Corpus, open_corpus, split
+from alpaca.recipe.progress import Progress
 from alpaca.recipe.steps import Schedule
 from alpaca.tokens import Codec
-from alpaca.training import checkpoint, compatibility, run_log, sharding
+from alpaca.training import compatibility, identity, run_log, sharding
 from alpaca.training.export import Rounding, export, rehearse
+from alpaca.training.identity import Inputs, Start
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
 from alpaca.training.rendezvous import on_first_rank
 from alpaca.training.signals import StoppedError
 
-AGAIN = "Free some space and run the same command again: it goes on from the last checkpoint."
+AGAIN = "Free some space and run the same command again: it resumes from the last checkpoint."
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run before its first step: everything decided, ranks connected, the model not loaded."""
+
+    start: Start
+    codec: Codec
+    data: Data
+    schedule: Schedule
+    mesh: DeviceMesh
+    device: torch.device
+    compute: torch.dtype
+
+    @property
+    def arguments(self) -> Arguments:
+        """The flags, as they apply to this number of ranks."""
+        return self.start.arguments
 
 
 def run(arguments: Arguments) -> None:
@@ -43,61 +57,104 @@ def run(arguments: Arguments) -> None:
     Raises:
         UserError: whatever is wrong with data, model or hardware, before the first step.
     """
-    main = os.environ.get("RANK", "0") == "0"
+    try:
+        prepared = prepare(arguments)
+        if prepared.start.finished:
+            if dist.get_rank() == 0:
+                folder = arguments.output_dir
+                _illustrate(folder)  # where a run was killed just before it
+                print(f"train: {folder} already holds the model of exactly this run")
+            return
+        execute(prepared)
+    except StoppedError as stopped:
+        if dist.get_rank() == 0:
+            print(f"train: {stopped}; run the same command again to go on", file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def prepare(arguments: Arguments) -> Run:
+    """Check everything that can be checked, and connect the ranks.
+
+    Raises:
+        UserError: see `run`.
+    """
     device = _device()
-    dtype = _dtype(arguments, device, main)
+    compute = _dtype(arguments, device, main=os.environ.get("RANK", "0") == "0")
     check_folder(arguments.model_name_or_path)
     codec = Codec(load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path))
     compatibility.check(arguments, codec.tokenizer)
     data = _split(arguments, codec)
-    # Counted from the environment: everything a user can mend is found before ranks meet.
-    schedule = steps.schedule(arguments, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
-    identity = _identity(arguments, codec, schedule, dtype)
+    # Up to here each rank is alone: a mistake in flags or data ends it before it waits for others.
     mesh = sharding.start(device, arguments.sharding)
-    try:
-        if on_first_rank(lambda: _already_done(arguments, identity)):
-            if main:
-                _illustrate(arguments.output_dir)  # where a run was killed just before it
-                print(f"train: {arguments.output_dir} already holds the model of exactly this run")
-            return
-        plan = on_first_rank(lambda: _plan(arguments, data, dtype))
-        if main:
-            _tell(arguments, data, schedule, dtype, codec)
-        rounded = Rounding.of(arguments.export_dtype, dtype, arguments.seed)
-        module = sharding.build(arguments.model_name_or_path, mesh, dtype, device, arguments)
-        once = sharding.reduces_once(module, mesh, arguments)
-        trainer = Trainer(
-            arguments, module, data, schedule, device, dtype, identity, reduces_once=once
-        )
-        newest = on_first_rank(lambda: checkpoint.newest(arguments.output_dir, identity))
-        if newest is None:
-            _rehearse(arguments, module, codec, rounded)
-        with explained_disk_errors(arguments.output_dir, AGAIN):
-            result = trainer.train(newest)
+    ranks = dist.get_world_size()
 
-            def facts(written: Path) -> dict[str, Any]:
-                nonlocal result
-                result = trainer.measure_export(written)
-                return {
-                    "run": identity, "base": _base(arguments), "result": dataclasses.asdict(result),
-                }  # fmt: skip
+    def schedule(arguments: Arguments) -> Schedule:
+        return steps.schedule(arguments, len(data.train), ranks)
 
-            sharding.reshard(module)
-            export(module.model, codec, arguments.output_dir, rounded, facts)
-        sample = _sample(trainer, codec)
-        if main:
-            _illustrate(arguments.output_dir)
-            print(sample)
-            print(run_log.summary(result, dist.get_world_size(), arguments.output_dir))
-            if (warning := run_log.changed_by_export(result, rounded.facts)) is not None:
-                print(warning)
-            print("\n".join(report.compare(plan, result)))
-    except StoppedError as stopped:
-        if main:
-            print(f"train: {stopped}; run the same command again to go on", file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    finally:
-        dist.destroy_process_group()
+    def begin() -> Start:
+        inputs = Inputs.of(arguments, codec)
+
+        def described(other: Arguments) -> dict[str, Any]:
+            return identity.describe(inputs, other, schedule(other), compute)
+
+        return identity.begin(arguments, ranks, described)
+
+    start = on_first_rank(begin)
+    return Run(start, codec, data, schedule(start.arguments), mesh, device, compute)
+
+
+def execute(run: Run) -> None:
+    """Train, export, and say what was done.
+
+    Raises:
+        UserError: the run cannot fit, the disk fills up, or the loss is no longer a number.
+        StoppedError: a signal asked for it; a checkpoint was written.
+    """
+    arguments, codec, main = run.arguments, run.codec, dist.get_rank() == 0
+    plan = on_first_rank(lambda: _plan(run))
+    if main:
+        _announce(run)
+    rounded = Rounding.of(arguments.export_dtype, run.compute, arguments.seed)
+    module = sharding.build(
+        arguments.model_name_or_path, run.mesh, run.compute, run.device, arguments
+    )
+    once = sharding.reduces_once(module, run.mesh, arguments)
+    trainer = Trainer(
+        arguments, module, run.data, run.schedule, run.device, run.compute, run.start.meta,
+        reduces_once=once,
+    )  # fmt: skip
+    if run.start.checkpoint is None:
+        _rehearse(arguments, module, codec, rounded)
+    with explained_disk_errors(arguments.output_dir, AGAIN):
+        trainer.train(run.start.checkpoint)
+        result = _export(run, trainer, rounded)
+    sample = _sample(trainer, codec)
+    if main:
+        _illustrate(arguments.output_dir)
+        print(sample)
+        print(run_log.summary(result, dist.get_world_size(), arguments.output_dir))
+        if (warning := run_log.changed_by_export(result, rounded.facts)) is not None:
+            print(warning)
+        print("\n".join(report.compare(plan, result)))
+
+
+def _export(run: Run, trainer: Trainer, rounded: Rounding) -> Progress:
+    """Write the model folder; returns what the run did, with the folder's own held-out loss."""
+    found = trainer.progress
+
+    def facts(written: Path) -> dict[str, Any]:
+        nonlocal found
+        found = trainer.measure_export(written)
+        return {
+            **run.start.meta, "base": _base(run.arguments), "result": dataclasses.asdict(found),
+        }  # fmt: skip
+
+    sharding.reshard(trainer.module)
+    export(trainer.module.model, run.codec, run.arguments.output_dir, rounded, facts)
+    return found
 
 
 def _device() -> torch.device:
@@ -159,89 +216,21 @@ def _without_targets(arguments: Arguments, data: Path) -> UserError:
     )
 
 
-def _identity(
-    arguments: Arguments, codec: Codec, schedule: Schedule, dtype: torch.dtype
-) -> dict[str, Any]:
-    """What makes two runs the same run, whatever the number of ranks and the paths."""
-    tokenizer = codec.tokenizer.backend_tokenizer.to_str()
-    held_out = arguments.eval_data_path
-    planned = dataclasses.asdict(schedule)
-    # Settings that came later are named where they are not what they were before: older runs of the
-    # same recipe stay the same runs.
-    later = {
-        "settings": planned.pop("settings") or None,
-        "adam": None if _usual_adam(arguments) else [
-            arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon
-        ],
-        "dither_masters": sharding.Dither.of(arguments, dtype) is not None or None,
-    }  # fmt: skip
-    return {
-        "data_sha256": sha256(arguments.data_path),
-        "eval_data_sha256": sha256(held_out) if held_out else None,
-        "base_sha256": passport.fingerprint(arguments.model_name_or_path),
-        "tokenizer_sha256": passport.text_sha256(tokenizer),
-        "template_sha256": template_hash(),
-        "compute": str(dtype).removeprefix("torch."),
-        **planned,
-        "eval_fraction": arguments.eval_fraction,
-        "model_max_length": arguments.model_max_length,
-        "joint_tokenization": arguments.joint_tokenization,
-        "weight_decay": arguments.weight_decay,
-        "max_grad_norm": arguments.max_grad_norm,
-        "moments": "8bit" if arguments.moments_8bit else "fp32",
-        **{name: value for name, value in later.items() if value is not None},
-    }
-
-
-def _usual_adam(arguments: Arguments) -> bool:
-    usual = Arguments()
-    names = ("adam_beta1", "adam_beta2", "adam_epsilon")
-    return all(getattr(arguments, name) == getattr(usual, name) for name in names)
-
-
-def _plan(arguments: Arguments, data: Data, dtype: torch.dtype) -> Plan | None:
+def _plan(run: Run) -> Plan | None:
     """The plan of this run, printed; refuses one that cannot fit, unless --skip_plan is given."""
+    arguments = run.arguments
     passport.check_loaded(arguments.model_name_or_path)
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     case = planner.of_run(
-        arguments, data.corpus, data.train,
+        arguments, run.data.corpus, run.data.train,
         [devices.recognized(card.name, card.total_memory) for card in cards],
-        half=dtype == torch.bfloat16,
+        half=run.compute == torch.bfloat16,
     )  # fmt: skip
     if case is None:
         return None
     plan = case.plan() if arguments.skip_plan else planner.check(case)
     print("\n".join(report.lines(case, plan, price=None)), flush=True)
     return plan
-
-
-def _already_done(arguments: Arguments, identity: dict[str, Any]) -> bool:
-    """Whether output_dir holds this run's model; refuses to train over another run's."""
-    folder = arguments.output_dir
-    finish_install(folder)
-    found = passport.read(folder)
-    if found is not None and found.get("run") == identity:
-        held = found.get("export", {}).get("dtype", "bf16")
-        if held == arguments.export_dtype:
-            return True
-    if arguments.overwrite_output_dir:
-        if not _resumable(folder, identity):
-            checkpoint.clear(folder)
-        return False
-    if (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} already holds another model.",
-            "Choose another --output_dir, or give --overwrite_output_dir to replace it.",
-        )
-    checkpoint.newest(folder, identity)  # refuses one of another run
-    return False
-
-
-def _resumable(folder: Path, identity: dict[str, Any]) -> bool:
-    try:
-        return checkpoint.newest(folder, identity) is not None
-    except UserError:
-        return False
 
 
 def _illustrate(folder: Path) -> None:
@@ -287,20 +276,20 @@ def _sample(trainer: Trainer, codec: Codec) -> str:
     return f"--- the model's greedy answer to\n{codec.decode(prompt)}{codec.decode(made)}\n"
 
 
-def _tell(
-    arguments: Arguments, data: Data, schedule: Schedule, dtype: torch.dtype, codec: Codec
-) -> None:
+def _announce(run: Run) -> None:
+    """Say what is about to be trained on, with an example of each kind."""
+    arguments, data, schedule = run.arguments, run.data, run.schedule
     corpus = data.corpus
-    for notice in dict.fromkeys([*corpus.notices, *data.other.notices]):
+    for notice in dict.fromkeys([*corpus.notices, *data.other.notices, *run.start.notices]):
         print(f"train: {notice}")
     for kind, name in enumerate(("without input", "with input")):
         shown = next((i for i in data.train if corpus.kinds[i] == kind), None)
         if shown is not None:
-            text = run_log.show_example(corpus, shown, codec)
+            text = run_log.show_example(corpus, shown, run.codec)
             print(f"--- an example {name}, as it is trained on\n{text}\n")
     print(
         f"train: {len(data.train)} examples, {schedule.steps} steps of {schedule.batch}, "
-        f"{dist.get_world_size()} rank(s), computing in {str(dtype).removeprefix('torch.')}; "
+        f"{dist.get_world_size()} rank(s), computing in {str(run.compute).removeprefix('torch.')}; "
         f"{corpus.truncated} example(s) cut at {arguments.model_max_length} tokens, "
         f"{corpus.without_targets} of them left without an answer token (not trained on)",
         flush=True,

@@ -16,7 +16,7 @@ from alpaca.recipe.packing import Pack
 
 
 @dataclass(frozen=True)
-class Work:
+class ModelFlops:
     """What a model costs: weights in its layers, and the sizes that attention and loss need."""
 
     weights: int
@@ -25,7 +25,7 @@ class Work:
     vocabulary_weights: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Work":
+    def of(cls, model: PreTrainedModel) -> "ModelFlops":
         """Read it from a model; sharded parameters count whole."""
         config = model.config
         vocabulary = config.vocab_size * config.hidden_size
@@ -39,7 +39,7 @@ class Work:
             vocabulary_weights=vocabulary,
         )
 
-    def flops(self, pack: Pack) -> float:
+    def of_pack(self, pack: Pack) -> float:
         """FLOPs of a pack's forward and backward pass."""
         attended = 0  # pairs of a query and a key it sees
         for s in pack.segments:

@@ -27,9 +27,9 @@ from alpaca.recipe.progress import Progress
 from alpaca.recipe.steps import Schedule
 from alpaca.training import checkpoint, flops, loss, optimizer, sharding
 from alpaca.training.loss import TargetLoss
-from alpaca.training.run_log import Journal
+from alpaca.training.run_log import RunLog
 from alpaca.training.signals import STOP, Requests, StoppedError
-from alpaca.training.trackers import Reporter, open_reporter
+from alpaca.training.trackers import Tracker, open_tracker
 from alpaca.training.updates import Counts, UpdateSample, UpdateWatch
 
 
@@ -43,6 +43,15 @@ class Data:
     held_out: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a step's forward and backward passes computed: the loss's part, tokens, useful FLOPs."""
+
+    loss: float
+    tokens: float
+    flops: float
+
+
 class Trainer:
     """One run: the sharded model, its optimizer, and the data it walks through."""
 
@@ -54,11 +63,11 @@ class Trainer:
         schedule: Schedule,
         device: torch.device,
         compute: torch.dtype,
-        run: dict[str, Any],
+        meta: dict[str, Any],
         *,
         reduces_once: bool,
     ) -> None:
-        """`run` is what makes this run this run: a checkpoint is resumed only where it agrees.
+        """`meta` is what checkpoints say of the run, `run` in it its identity.
 
         `reduces_once`: gradients are added up whole on each rank and reduced with the last pack.
         """
@@ -68,13 +77,13 @@ class Trainer:
         self.schedule = schedule
         self.device = device
         self.compute = compute
-        self.identity = run
+        self.meta = meta
         self.reduces_once = reduces_once
         self.optimizer = optimizer.build(module, arguments)
         self.sample = UpdateSample(module, compute)
         self.requests = Requests()
         self.progress = Progress()
-        self.work = flops.Work.of(module.model)
+        self.model_flops = flops.ModelFlops.of(module.model)
         self.peak = flops.peak(device, compute)
         self.lengths = packing.lengths(arguments.pack_tokens) if arguments.torch_compile else ()
 
@@ -89,21 +98,25 @@ class Trainer:
         if newest is not None:
             meta = checkpoint.load(newest, self.module, self.optimizer)
             self.progress = Progress(**meta["progress"])
+            if self.evaluated(meta) != self.evaluated(self.meta):  # losses of other examples
+                self.progress = dataclasses.replace(
+                    self.progress, eval_loss_before=None, eval_loss_after=None
+                )
         earlier, started = self.progress.seconds, time.monotonic()
         self.sample.count()  # from here on
         watch = UpdateWatch(self.compute)
-        reporter = self.reporter(resumed=newest is not None)
-        with Journal(folder, self.schedule.steps, self.progress.steps, reporter) as journal:
+        tracker = self.tracker(resumed=newest is not None)
+        with RunLog(folder, self.schedule.steps, self.progress.steps, tracker) as run_log:
             if newest is None:
-                self.evaluate(journal)
+                self.evaluate(run_log)
             for step in range(self.progress.steps, self.schedule.steps):
                 line, wanted, counts = self.step(step)
                 if line["lr"] and (told := watch.warning(counts)):
-                    journal.tell(told)
+                    run_log.tell(told)
                 self.progress = self.progress.after(line, earlier + time.monotonic() - started)
-                journal.step(line, write=(step + 1) % self.arguments.logging_steps == 0)
+                run_log.step(line, write=(step + 1) % self.arguments.logging_steps == 0)
                 if self.due(self.arguments.eval_strategy, self.arguments.eval_steps, last=True):
-                    self.evaluate(journal)
+                    self.evaluate(run_log)
                 saves = self.arguments.save_strategy
                 # Whatever the period, the last step is saved: the export may yet fail.
                 if wanted or self.due(saves, self.arguments.save_steps, last=saves != "no"):
@@ -119,88 +132,110 @@ class Trainer:
         Returns its log line, what signals asked of any rank, and how many weights changed.
         """
         started = time.monotonic()
+        example_ids = [self.data.train[i] for i in self.schedule.indices(step)]
+        computed = self.forward_backward(example_ids)
+        norm, rate = self.update(step)
+        ranks = self.gather(
+            computed.loss, computed.tokens, computed.flops, self.peak, memory(self.device),
+            self.requests.wanted, *self.sample.count().tolist(),
+        )  # fmt: skip
+        counts = Counts(*ranks[:, 6:].sum(0).tolist())
+        whole = Computed(*ranks[:, :3].sum(0).tolist())
+        if not (math.isfinite(whole.loss) and math.isfinite(norm)):
+            raise UserError(
+                f"Step {step + 1}: the loss is {whole.loss}, the gradient's norm {norm}.",
+                "Lower --learning_rate and run the same command again: it resumes from the last "
+                "checkpoint, which is from before this step.",
+            )
+        seconds = time.monotonic() - started
+        rates = {
+            "grad_norm": norm,
+            "lr": rate,
+            "step_seconds": round(seconds, 4),
+            "tokens_per_second": round(whole.tokens / seconds, 1),
+            "mfu": round(whole.flops / seconds / float(ranks[:, 3].sum()), 4),
+            "memory": int(ranks[:, 4].max()),
+        }
+        line = {**self.log_line(step, example_ids, whole, counts), **rates}
+        return line, int(ranks[:, 5].max()), counts
+
+    def forward_backward(self, example_ids: Sequence[int]) -> Computed:
+        """Add up the gradients of a step's loss, pack by pack; returns this rank's part of it."""
         corpus = self.data.corpus
-        members = [self.data.train[i] for i in self.schedule.indices(step)]
-        targets = sum(corpus.targets(i) for i in members)
+        targets = sum(corpus.targets(i) for i in example_ids)
         total = torch.zeros((), device=self.device)
         tokens, work = 0, 0.0
-        shares = self.shares(corpus, members)
-        for number, share in enumerate(shares, start=1):
-            pack = self.pack(corpus, share, members)
+        packs = self.packs(corpus, example_ids)
+        for number, members in enumerate(packs, start=1):
+            pack = self.pack(corpus, members, example_ids)
             if self.reduces_once:
-                cast(FSDPModule, self.module).set_requires_gradient_sync(number == len(shares))
-            value = loss.run(self.module, pack, self.device, self.lengths) / max(1, targets)
+                cast(FSDPModule, self.module).set_requires_gradient_sync(number == len(packs))
+            summed = loss.pack_loss(self.module, pack, self.device, self.lengths)
+            mean = summed / max(1, targets)
             # FSDP averages gradients over ranks; the loss is a sum over them.
-            (value * dist.get_world_size()).backward()
-            total += value.detach()
+            (mean * dist.get_world_size()).backward()
+            total += mean.detach()
             tokens += pack.tokens
-            counted = pack if self.arguments.packing else packing.build(corpus, share)
-            work += self.work.flops(counted)
+            counted = pack if self.arguments.packing else packing.build(corpus, members)
+            work += self.model_flops.of_pack(counted)
+        return Computed(total.item(), tokens, work)
+
+    def update(self, step: int) -> tuple[float, float]:
+        """Clip the gradients and take AdamW's step; returns their norm and the learning rate."""
         norm = clip(self.module, self.arguments.max_grad_norm)
         rate = self.schedule.learning_rate(step)
         optimizer.set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        ranks = self.gather(
-            total.item(), tokens, work, self.peak, memory(self.device), self.requests.wanted,
-            *self.sample.count().tolist(),
-        )  # fmt: skip
-        mean, computed, useful, peak = (float(column) for column in ranks[:, :4].sum(0))
-        counts = Counts(*ranks[:, 6:].sum(0).tolist())
-        if not (math.isfinite(mean) and math.isfinite(norm)):
-            raise UserError(
-                f"Step {step + 1}: the loss is {mean}, the gradient's norm {norm}.",
-                "Lower --learning_rate; the last checkpoint is from before this step.",
-            )
-        seconds = time.monotonic() - started
-        real = sum(corpus.length(i) for i in members)
-        line = {
+        return norm, rate
+
+    def log_line(
+        self, step: int, example_ids: Sequence[int], computed: Computed, counts: Counts
+    ) -> dict[str, Any]:
+        """What the log says of a step, but for its rates."""
+        corpus = self.data.corpus
+        real = sum(corpus.length(i) for i in example_ids)
+        batch = self.arguments.per_device_train_batch_size
+        return {
             "step": step + 1,
-            "loss": mean,
-            "grad_norm": norm,
-            "lr": rate,
-            "step_seconds": round(seconds, 4),
-            "tokens": int(computed),
-            "target_tokens": targets,
-            "padded_tokens": packing.padded_tokens(
-                corpus, members, self.arguments.per_device_train_batch_size
-            ),
-            "prefix_tokens_saved": max(0, real - int(computed)),
-            "tokens_per_second": round(computed / seconds, 1),
-            "mfu": round(useful / seconds / peak, 4),
-            "memory": int(ranks[:, 4].max()),
+            "loss": computed.loss,
+            "tokens": int(computed.tokens),
+            "target_tokens": sum(corpus.targets(i) for i in example_ids),
+            "padded_tokens": packing.padded_tokens(corpus, example_ids, batch),
+            "prefix_tokens_saved": max(0, real - int(computed.tokens)),
             "masters_changed": round(counts.masters / counts.sampled, 6),
             "weights_changed": round(counts.computed / counts.sampled, 6),
             "weights_due": round(counts.due / counts.sampled, 6),
         }
-        return line, int(ranks[:, 5].max()), counts
 
-    def shares(self, corpus: Corpus, members: Sequence[int]) -> list[list[int]]:
-        """The examples of each of this rank's packs in a step."""
+    def packs(self, corpus: Corpus, example_ids: Sequence[int]) -> list[list[int]]:
+        """The examples of each of this rank's packs."""
         arguments, ranks = self.arguments, dist.get_world_size()
         if arguments.packing:
-            shares = packing.distribute(corpus, members, arguments.pack_tokens, ranks)
+            every = packing.distribute(corpus, example_ids, arguments.pack_tokens, ranks)
         else:
-            shares = packing.batches(members, arguments.per_device_train_batch_size, ranks)
-        return shares[dist.get_rank()]
+            every = packing.batches(example_ids, arguments.per_device_train_batch_size, ranks)
+        return every[dist.get_rank()]
 
     @cached_property
-    def held_out_shares(self) -> list[list[int]]:
+    def held_out_packs(self) -> list[list[int]]:
         """The packs of an evaluation; thousands of examples take seconds to place."""
-        return self.shares(self.data.other, self.data.held_out)
+        return self.packs(self.data.other, self.data.held_out)
 
-    def pack(self, corpus: Corpus, share: Sequence[int], members: Sequence[int]) -> packing.Pack:
-        """A share laid out; a rank without examples still takes part in every collective."""
-        if share:
-            return packing.build(corpus, share, padded=not self.arguments.packing)
-        return packing.idle(corpus, members[0])
+    def pack(
+        self, corpus: Corpus, members: Sequence[int], example_ids: Sequence[int]
+    ) -> packing.Pack:
+        """A pack laid out; a rank without examples still takes part in every collective."""
+        if members:
+            return packing.build(corpus, members, padded=not self.arguments.packing)
+        return packing.idle(corpus, example_ids[0])
 
-    def evaluate(self, journal: Journal) -> None:
+    def evaluate(self, run_log: RunLog) -> None:
         """Write the held-out loss into the log, where there are held-out examples."""
         mean = self.held_out_loss()
         if mean is None:
             return
-        journal.write({"step": self.progress.steps, "eval_loss": mean})
+        run_log.write({"step": self.progress.steps, "eval_loss": mean})
         if self.progress.steps:
             self.progress = dataclasses.replace(self.progress, eval_loss_after=mean)
         else:
@@ -226,9 +261,9 @@ class Trainer:
             return None
         self.module.eval()
         total = 0.0
-        for share in self.held_out_shares:
-            pack = self.pack(corpus, share, members)
-            total += float(loss.run(self.module, pack, self.device, self.lengths))
+        for pack_members in self.held_out_packs:
+            pack = self.pack(corpus, pack_members, members)
+            total += float(loss.pack_loss(self.module, pack, self.device, self.lengths))
         self.module.train()
         targets = max(1, sum(corpus.targets(i) for i in members))
         return float(self.gather(total).sum()) / targets
@@ -253,18 +288,23 @@ class Trainer:
         self.module.train()
         return made
 
-    def reporter(self, *, resumed: bool) -> Reporter | None:
+    def tracker(self, *, resumed: bool) -> Tracker | None:
         """Where else rank 0 logs to."""
         if dist.get_rank():
             return None
         arguments = self.arguments
-        return open_reporter(
-            arguments.report_to, arguments.output_dir, self.identity, resumed=resumed
+        return open_tracker(
+            arguments.report_to, arguments.output_dir, self.meta.get("run", {}), resumed=resumed
         )
+
+    @staticmethod
+    def evaluated(meta: dict[str, Any]) -> Any:
+        """Which held-out data a run evaluates on."""
+        return meta.get("run", {}).get("eval_data_sha256")
 
     def save(self) -> None:
         """Write a checkpoint of the steps done so far."""
-        meta = {"run": self.identity, "progress": dataclasses.asdict(self.progress)}
+        meta = {**self.meta, "progress": dataclasses.asdict(self.progress)}
         keep, folder = self.arguments.save_total_limit, self.arguments.output_dir
         checkpoint.save(folder, self.progress.steps, self.module, self.optimizer, meta, keep)
 

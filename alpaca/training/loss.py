@@ -66,12 +66,12 @@ class CrossEntropySum(torch.autograd.Function):
     ) -> torch.Tensor:
         """The sum; where `wanted`, keeps its gradients, in the inputs' types."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        by_hidden = torch.empty_like(hidden) if wanted else hidden
-        by_weight = torch.zeros_like(weight) if wanted else weight
+        grad_hidden = torch.empty_like(hidden) if wanted else hidden
+        grad_weight = torch.zeros_like(weight) if wanted else weight
         for part, target, out in zip(
             hidden.split(LOSS_CHUNK),
             labels[:, None].split(LOSS_CHUNK),
-            by_hidden.split(LOSS_CHUNK),
+            grad_hidden.split(LOSS_CHUNK),
             strict=True,
         ):
             logits = F.linear(part, weight).float()
@@ -83,8 +83,8 @@ class CrossEntropySum(torch.autograd.Function):
                 error = shares.div_(sums)  # softmax, less 1 at the target
                 error.scatter_add_(1, target, torch.full_like(sums, -1.0))
                 torch.mm(error.to(weight.dtype), weight, out=out)
-                by_weight.addmm_(error.to(weight.dtype).T, part)
-        ctx.save_for_backward(by_hidden, by_weight)
+                grad_weight.addmm_(error.to(weight.dtype).T, part)
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
@@ -92,16 +92,16 @@ class CrossEntropySum(torch.autograd.Function):
         ctx: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         """Scale what the forward pass kept."""
-        by_hidden, by_weight = ctx.saved_tensors
-        return by_hidden * gradients[0], by_weight * gradients[0], None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * gradients[0], grad_weight * gradients[0], None, None
 
 
-def run(
+def pack_loss(
     module: torch.nn.Module, pack: Pack, device: torch.device, lengths: Sequence[int] = ()
 ) -> torch.Tensor:
     """Move a pack to `device` and return its loss sum.
 
-    `lengths`: tokens that nobody looks at are added up to the next of them, so that compiled
+    `lengths`: unused tokens fill the pack up to the next of them, so that compiled
     layers meet few shapes.
     """
     labels = torch.as_tensor(pack.labels, device=device)

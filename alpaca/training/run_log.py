@@ -16,7 +16,7 @@ from alpaca import atomic
 from alpaca.passport import json_numbers
 from alpaca.recipe.corpus import Corpus
 from alpaca.recipe.progress import Progress
-from alpaca.training.trackers import Reporter
+from alpaca.training.trackers import Tracker
 
 if TYPE_CHECKING:
     from alpaca.tokens import Codec
@@ -25,15 +25,13 @@ if TYPE_CHECKING:
 EXPORT_TOLERANCE = 0.01  # nats of held-out loss
 
 
-class Journal:
+class RunLog:
     """The log and the progress bar of a run; a resumed run goes on where its checkpoint was."""
 
-    def __init__(
-        self, folder: Path, steps: int, done: int, reporter: Reporter | None = None
-    ) -> None:
+    def __init__(self, folder: Path, steps: int, done: int, tracker: Tracker | None = None) -> None:
         """`done` of `steps` steps are behind; what the log says of later ones is dropped."""
         self.main = dist.get_rank() == 0
-        self.reporter = reporter
+        self.tracker = tracker
         self.path = folder / "log.jsonl"
         self.bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not self.main)
         if self.main:
@@ -50,8 +48,8 @@ class Journal:
     ) -> None:
         """Close the bar, and what else is reported to."""
         self.bar.close()
-        if self.reporter:
-            self.reporter.close()
+        if self.tracker:
+            self.tracker.close()
 
     def step(self, line: dict[str, Any], *, write: bool) -> None:
         """Show a step, and write its line."""
@@ -75,8 +73,8 @@ class Journal:
         if self.main:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(json_numbers(line)) + "\n")
-        if self.reporter:
-            self.reporter.log(line)
+        if self.tracker:
+            self.tracker.log(line)
 
 
 def _is_until(line: str, step: int) -> bool:

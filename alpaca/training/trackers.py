@@ -11,7 +11,7 @@ from typing import Any
 PROJECT = "alpaca"
 
 
-class Reporter:
+class Tracker:
     """Where log lines go: `log(numbers, step)`, and `close()` at the end."""
 
     def __init__(
@@ -31,9 +31,9 @@ class Reporter:
         self._log(numbers, line["step"])
 
 
-def open_reporter(
+def open_tracker(
     name: str, folder: Path, settings: dict[str, Any], *, resumed: bool
-) -> Reporter | None:
+) -> Tracker | None:
     """Start to report a run whose output is in `folder`; None for "none".
 
     A resumed run goes on under the name it had.
@@ -47,7 +47,7 @@ def open_reporter(
     return makers[name](folder, known.read_text(), settings)
 
 
-def _tensorboard(folder: Path, name: str, settings: dict[str, Any]) -> Reporter:
+def _tensorboard(folder: Path, name: str, settings: dict[str, Any]) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder / "tensorboard" / name)
@@ -57,20 +57,20 @@ def _tensorboard(folder: Path, name: str, settings: dict[str, Any]) -> Reporter:
         for key, value in numbers.items():
             writer.add_scalar(key, value, step)
 
-    return Reporter(log, writer.close)
+    return Tracker(log, writer.close)
 
 
-def _wandb(folder: Path, name: str, settings: dict[str, Any]) -> Reporter:
+def _wandb(folder: Path, name: str, settings: dict[str, Any]) -> Tracker:
     import wandb
 
     run = wandb.init(
         project=PROJECT, name=name, id=name, dir=folder, config=settings, resume="allow"
     )  # fmt: skip
-    return Reporter(lambda numbers, step: run.log(numbers, step=step), run.finish)
+    return Tracker(lambda numbers, step: run.log(numbers, step=step), run.finish)
 
 
-def _trackio(folder: Path, name: str, settings: dict[str, Any]) -> Reporter:
+def _trackio(folder: Path, name: str, settings: dict[str, Any]) -> Tracker:
     import trackio
 
     trackio.init(project=PROJECT, name=name, config=settings, resume="allow")
-    return Reporter(lambda numbers, step: trackio.log(numbers, step=step), trackio.finish)
+    return Tracker(lambda numbers, step: trackio.log(numbers, step=step), trackio.finish)
