@@ -47,7 +47,7 @@ def record(folder: Path) -> list[dict[str, Any]] | None:
     None, with a line that says why, where the model is of a kind not computed here, or so large
     that this machine would take longer than a minute.
     """
-    weights = Weights(folder)
+    weights = Float64Weights(folder)
     reason = unsupported(weights.config)
     seconds = 2 * TOKENS * weights.parameters / (RATE * cores())
     if reason is None and seconds > PATIENCE:
@@ -75,7 +75,7 @@ def all_cores() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def answers(folder: Path, weights: "Weights") -> list[dict[str, Any]]:
+def answers(folder: Path, weights: "Float64Weights") -> list[dict[str, Any]]:
     """For each prompt its ids, the likeliest first tokens' logits, and a sum over all logits."""
     codec = Codec(load_tokenizer(folder))
     ids = [codec.prompt(instruction, given) for instruction, given in PROMPTS]
@@ -146,7 +146,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(head + b"\0" + content.tobytes()).hexdigest()
 
 
-class Weights:
+class Float64Weights:
     """A folder's tensors by name, read when asked for, as float64."""
 
     def __init__(self, folder: Path) -> None:
@@ -204,7 +204,7 @@ def unsupported(config: dict[str, Any]) -> str | None:
 
 
 @torch.no_grad()
-def forward(weights: Weights, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+def forward(weights: Float64Weights, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits, (vocabulary,) in float64, of the token after each prompt."""
     sizes = [len(prompt) for prompt in prompts]
     table = "model.embed_tokens.weight"
@@ -227,7 +227,9 @@ def forward(weights: Weights, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     return list(torch.cat(pieces, dim=1))
 
 
-def attention(weights: Weights, name: str, x: Tensor, sizes: Sequence[int], turn: Tensor) -> Tensor:
+def attention(
+    weights: Float64Weights, name: str, x: Tensor, sizes: Sequence[int], turn: Tensor
+) -> Tensor:
     """Causal attention within each prompt; x: (tokens, width), turn: (positions, head / 2)."""
     config = weights.config
     heads = config["num_attention_heads"]

@@ -131,7 +131,7 @@ def golden_logits(folder: Path, held: dict[str, Any]) -> list[str]:
     """What the model answers differently from when it was written, and which tensors are why."""
     from alpaca import golden  # imports torch, which hashing need not wait for
 
-    weights = golden.Weights(folder)
+    weights = golden.Float64Weights(folder)
     try:
         found = golden.differences(held["golden"], golden.answers(folder, weights))
     except (KeyError, ValueError, RuntimeError, IndexError) as error:  # weights of another model
@@ -150,7 +150,7 @@ def add_golden(folder: Path, held: dict[str, Any]) -> list[dict[str, Any]] | Non
 
     if not (folder / "config.json").is_file():
         raise UserError(f"No golden logits can be added: {folder} holds no model.")
-    weights = golden.Weights(folder)
+    weights = golden.Float64Weights(folder)
     reason = golden.unsupported(weights.config)
     if reason is not None:
         raise UserError(f"No golden logits can be added: {reason}.")

@@ -17,7 +17,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from alpaca.serving.attention import Piece
+from alpaca.serving.attention import PrefillChunk
 from alpaca.serving.cache import Capacity
 from alpaca.serving.forward import Batch
 from alpaca.serving.graphs import GraphModel
@@ -95,7 +95,7 @@ def measure_bandwidth() -> float:
 def step_seconds(model: GraphModel, batch: int) -> float:
     """Mean time of a decode step with sampling, after a prompt in each slot and a few steps."""
     for slot in range(batch):
-        model.run(Batch([], [(Piece(slot, 0, PROMPT), range(PROMPT))], [PROMPT - 1]))
+        model.run(Batch([], [(PrefillChunk(slot, 0, PROMPT), range(PROMPT))], [PROMPT - 1]))
     settings = [Sampling(temperature=0.75)] * batch
     tokens = [1] * batch
     began = 0.0

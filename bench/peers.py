@@ -63,7 +63,7 @@ class Peers:
 
     @classmethod
     def start(cls, model: Path, work: Path) -> "Peers":
-        """Load the model there, with the examples and the gradient that lie in `work`."""
+        """LargestPack the model there, with the examples and the gradient that lie in `work`."""
         command = [environment(), ROOT / "bench/peers_worker.py", model.resolve(), work]
         log = work / "log"
         with open(log, "w") as errors:

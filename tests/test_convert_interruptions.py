@@ -167,9 +167,9 @@ def test_finished_shards_are_not_written_again(good: Path, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         write_folder(replace(source, tensors=tuple(tensors)), bench.output, layout)
     partial = bench.output / f".{NAME}.partial"
-    journal = json.loads((bench.output / f".{NAME}.journal.json").read_text())["shards"]
-    assert len(journal) == 3
-    first, second, *_ = sorted(journal)
+    manifest = json.loads((bench.output / f".{NAME}.journal.json").read_text())["shards"]
+    assert len(manifest) == 3
+    first, second, *_ = sorted(manifest)
     kept = (partial / first).stat().st_ino
     damaged = bytearray((partial / second).read_bytes())
     damaged[-1] ^= 1

@@ -80,7 +80,7 @@ def test_logits_are_computed_on_all_cores_and_the_threads_put_back() -> None:
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:
-    return golden.answers(folder, golden.Weights(folder))
+    return golden.answers(folder, golden.Float64Weights(folder))
 
 
 def test_one_weight_of_any_tensor_changed_by_one_percent_is_seen(

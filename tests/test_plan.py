@@ -17,7 +17,7 @@ from alpaca.plan import memory as plan_memory
 from alpaca.plan.memory import Setting
 from alpaca.plan.plan import Machine
 from alpaca.plan.remedies import enough_nodes, remedies
-from alpaca.plan.workload import Load, Work
+from alpaca.plan.workload import LargestPack, Workload
 from alpaca.recipe.arguments import Arguments
 
 # From the model cards and papers: the number of elements in the published weight files.
@@ -42,9 +42,9 @@ LLAMA_3 = shapes.KNOWN["llama-3.1-8b"]
 GIB = 2**30
 
 
-def work(tokens: int, targets: int) -> Work:
-    load = Load(tokens, tokens, targets)
-    return Work(
+def work(tokens: int, targets: int) -> Workload:
+    load = LargestPack(tokens, tokens, targets)
+    return Workload(
         examples=256, steps=1, batch=256, tokens=tokens, real=tokens, padded=2 * tokens,
         targets=targets, attended=tokens * 100, packs=1, largest=load, exact=True,
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_torchtitans_memory_with_selective_checkpointing(ranks: int, published: 
     """
     tokens = 2 * 8192
     setting = Setting(ranks, compute=2, checkpointing=True, chunk=tokens, logit=12)
-    found = plan_memory.peak(LLAMA_3, Load(tokens, tokens, tokens), setting, runtime=0)
+    found = plan_memory.peak(LLAMA_3, LargestPack(tokens, tokens, tokens), setting, runtime=0)
     kept = 2 * (LLAMA_3.heads * 128 * 2 + LLAMA_3.kv_heads * 128 + LLAMA_3.intermediate + 4096)
     selective = (kept + 4 * LLAMA_3.heads) * tokens * LLAMA_3.layers
     assert found.moment == "loss"
@@ -81,13 +81,13 @@ def test_torchtitans_memory_with_full_checkpointing_of_one_long_sequence() -> No
     A whole cross-entropy takes 12 bytes a logit: its log-softmax, and two gradients, in fp32.
     """
     setting = Setting(8, compute=2, checkpointing=True, chunk=32768, logit=12)
-    found = plan_memory.peak(LLAMA_3, Load(32768, 32768, 32768), setting, runtime=0)
+    found = plan_memory.peak(LLAMA_3, LargestPack(32768, 32768, 32768), setting, runtime=0)
     assert found.total / GIB == pytest.approx(83.9, rel=0.15)
 
 
 def test_the_published_run_fits_on_cards_where_it_ran_out_of_memory_in_2023() -> None:
     arguments = Arguments(bf16=True)
-    full = Load(2048, 2600, 1600, repeated=True)
+    full = LargestPack(2048, 2600, 1600, repeated=True)
     for card, fits in (("a100-40", True), ("a100-80", True), ("rtx-4090", False)):
         machine = Machine(devices.named(card), ranks=8)
         counted = dataclasses.replace(work(2048, 1600), largest=full)
@@ -99,12 +99,12 @@ def test_remedies_fit_and_the_cheapest_comes_first() -> None:
     shape, machine = shapes.KNOWN["llama-7b"], Machine(devices.named("rtx-4090"), ranks=8)
     arguments = Arguments(bf16=True)
 
-    def count(other: Arguments) -> Work:
+    def count(other: Arguments) -> Workload:
         packs = arguments.pack_tokens // other.pack_tokens
         tokens = other.pack_tokens
         return dataclasses.replace(
             work(8 * arguments.pack_tokens, 8 * 1600), packs=packs,
-            largest=Load(tokens, tokens, tokens * 3 // 4),
+            largest=LargestPack(tokens, tokens, tokens * 3 // 4),
         )  # fmt: skip
 
     assert not plan.make(shape, arguments, machine, count(arguments)).fits
@@ -128,7 +128,7 @@ def test_a_run_that_nothing_makes_fit_has_no_remedy() -> None:
 
 @pytest.mark.parametrize("name", ["tokens", "keys", "targets"])
 def test_more_of_anything_needs_more_memory(name: str) -> None:
-    load = Load(2000, 2500, 800)
+    load = LargestPack(2000, 2500, 800)
     more = dataclasses.replace(load, **{name: 2 * getattr(load, name)})
     setting = Setting(8, compute=2)
     shape = shapes.KNOWN["llama-7b"]
@@ -140,7 +140,7 @@ def test_more_of_anything_needs_more_memory(name: str) -> None:
     "saving", [{"shards": 16}, {"checkpointing": True}, {"offload": True}, {"optimizer": 2.0}]
 )
 def test_each_saving_saves(saving: dict[str, object]) -> None:
-    load, setting = Load(2000, 2500, 1500), Setting(8, compute=2)
+    load, setting = LargestPack(2000, 2500, 1500), Setting(8, compute=2)
     shape = shapes.KNOWN["llama-7b"]
     less = dataclasses.replace(setting, **saving)  # type: ignore[arg-type]
     assert plan_memory.peak(shape, load, less).total < plan_memory.peak(shape, load, setting).total

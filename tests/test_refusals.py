@@ -27,7 +27,7 @@ from alpaca.errors import UserError
 from alpaca.plan import shapes
 from alpaca.recipe import arguments, packing
 from alpaca.serving import loading
-from alpaca.serving.attention import Piece
+from alpaca.serving.attention import PrefillChunk
 from alpaca.serving.cache import Capacity
 from alpaca.serving.forward import Batch, SlotModel
 from alpaca.serving.weights import Weights
@@ -304,7 +304,7 @@ def test_each_decoder_that_is_let_through_trains_and_serves_as_transformers_comp
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     server = SlotModel(reference, torch.float32)
     server.allocate(server.probe(), Capacity(2, 64))
-    served = server.run(Batch([], [(Piece(0, 0, 40), ids.tolist())], [39]))[0]
+    served = server.run(Batch([], [(PrefillChunk(0, 0, 40), ids.tolist())], [39]))[0]
     torch.testing.assert_close(served, logits[-1], rtol=1e-4, atol=1e-4)
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
 from alpaca.serving import packed
-from alpaca.serving.attention import Piece, Step, spans
+from alpaca.serving.attention import PrefillChunk, Step, spans
 from alpaca.serving.cache import (
     Capacity,
     LayerShape,
@@ -128,16 +128,16 @@ def prefilled(model: SlotModel) -> list[tuple[int, int, int]]:
     """Prompts of different lengths in slots 0, 1 and 3; what decodes next."""
     for slot, length in ((0, 9), (1, 30), (3, 17)):
         ids = [(slot * 31 + at) % 500 for at in range(length)]
-        model.run(Batch([], [(Piece(slot, 0, length), ids)], [length - 1]))
+        model.run(Batch([], [(PrefillChunk(slot, 0, length), ids)], [length - 1]))
     return [(0, 9, 5), (1, 30, 6), (3, 17, 7)]
 
 
 def test_pieces_of_any_size_give_the_logits_of_the_whole_prompt(model: SlotModel) -> None:
     ids = [(7 * at) % 500 for at in range(40)]
-    whole = model.run(Batch([], [(Piece(0, 0, 40), ids)], [39]))
+    whole = model.run(Batch([], [(PrefillChunk(0, 0, 40), ids)], [39]))
     for borders in ([0, 1, 40], [0, 13, 14, 29, 40], [0, 39, 40]):
         for first, last in pairwise(borders):
-            batch = Batch([], [(Piece(2, first, last), ids[first:last])], [last - first - 1])
+            batch = Batch([], [(PrefillChunk(2, first, last), ids[first:last])], [last - first - 1])
             logits = model.run(batch)
         torch.testing.assert_close(logits, whole)
 
@@ -181,12 +181,12 @@ def test_replayed_steps_give_the_logits_of_computed_ones(bpe: PreTrainedTokenize
         model.allocate(model.probe(), Capacity(6, 64))
         decoding = prefilled(model)
     ids = [(11 * at) % 500 for at in range(20)]
-    whole, half = (Piece(2, 0, 20), ids), (Piece(4, 0, 9), ids[:9])
+    whole, half = (PrefillChunk(2, 0, 20), ids), (PrefillChunk(4, 0, 9), ids[:9])
     later = [(slot, position + 1, token + 3) for slot, position, token in decoding]
     for batch in (
         Batch(decoding, [], [0, 1, 2]),
         Batch(later[1:], [whole, half], [0, 1, 21]),  # the whole prompt's last token answers
-        Batch([(1, 32, 9)], [(Piece(4, 9, 20), ids[9:])], [0, 11]),
+        Batch([(1, 32, 9)], [(PrefillChunk(4, 9, 20), ids[9:])], [0, 11]),
         Batch([(1, 33, 9), (2, 20, 8)], [half], [0, 1]),
         Batch([], [half], [0]),
         Batch([(0, 11, 2), (1, 34, 2), (2, 21, 2)], [], [0, 1, 2]),
@@ -287,7 +287,7 @@ def test_a_packed_model_computes_as_before(
     ids = torch.tensor([[5, 6, 7, 8]])
     made = SlotModel(whole, torch.float32)
     assert made.model.dtype == torch.float32
-    assert (made.halved == 2 * 7 + 1) is (stored != torch.float32 and packed.half_available())
+    assert (made.fp16_layers == 2 * 7 + 1) is (stored != torch.float32 and packed.half_available())
     made.allocate(made.probe(), Capacity(4, 64))
-    logits = made.run(Batch([], [(Piece(0, 0, 4), ids[0].tolist())], [0, 1, 2, 3]))
+    logits = made.run(Batch([], [(PrefillChunk(0, 0, 4), ids[0].tolist())], [0, 1, 2, 3]))
     torch.testing.assert_close(logits, plain(ids).logits[0])

@@ -111,7 +111,7 @@ def test_a_model_spread_by_accelerate_is_served_with_its_own_weights(
     answers = []
     for loaded in (spread, load_model(tiny_model, torch.float32)):
         engine = loading.make_engine(loaded, codec, {"ALPACA_CONTEXT": "200"})
-        assert loaded is not spread or engine.model.halved == 0
+        assert loaded is not spread or engine.model.fp16_layers == 0
         prompt = codec.prompt("Say hello.")
         answers.append([answer_of(engine, prompt, max_new_tokens=20), engine.capacity])
         engine.stop()

@@ -1,6 +1,6 @@
 """From a source to a finished folder: complete and verified, or absent.
 
-The folder grows as `.NAME.partial`, beside a journal of finished shards and their hashes. After a
+The folder grows as `.NAME.partial`, beside a manifest of finished shards and their hashes. After a
 kill, shards whose hash still holds are kept and the rest is written again. The final name appears
 when the sources have passed their checks and every byte written has been read back.
 """
@@ -27,7 +27,7 @@ from alpaca import atomic, description, golden, passport, rounding, shards
 from alpaca.atomic import free_disk
 from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
-from alpaca.convert.journal import Journal
+from alpaca.convert.manifest import Manifest
 from alpaca.convert.source import Source, Tensor
 from alpaca.errors import UserError
 from alpaca.layout import INDEX, SHARD_BYTES
@@ -95,17 +95,17 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
     dtype = layout.dtype or source.dtype
     others = {} if layout.dtype else _kept(source)
     planned = shards.plan(source.tensors, dtype, layout.shard_bytes, others)
-    journal_path = final.with_name(f".{final.name}.journal.json")
+    manifest_path = final.with_name(f".{final.name}.journal.json")
     with (
         explained_disk_errors(final, AGAIN),
         atomic.folder(final, keep_partial=True) as partial,
         _lock(partial),
     ):
-        journal = Journal(journal_path, partial, made_from)
-        kept = journal.keep(planned)
+        manifest = Manifest(manifest_path, partial, made_from)
+        kept = manifest.keep(planned)
         _check_disk(planned, kept, final)
         error = rounding.Error()
-        sources = _write_shards(source, planned, kept, journal, error)
+        sources = _write_shards(source, planned, kept, manifest, error)
         if error.relative:
             print(
                 f"Rounded to {SHORT_NAMES[dtype]}, which is {error.relative:.2%} from the source's "
@@ -115,8 +115,8 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
         facts = {**source.facts, "dtype": SHORT_NAMES[dtype], "sources": sources}
         told = {"made_from": made_from, "golden": golden.record(partial)}
         written = passport.write(partial, MADE_BY, **facts, **told)
-        _check_written(partial, planned, journal.hashes, written["files"])
-    journal_path.unlink(missing_ok=True)
+        _check_written(partial, planned, manifest.hashes, written["files"])
+    manifest_path.unlink(missing_ok=True)
 
 
 def _kept(source: Source) -> dict[str, torch.dtype]:
@@ -136,7 +136,7 @@ def _write_shards(
     source: Source,
     planned: list[Shard[Tensor]],
     kept: set[str],
-    journal: Journal,
+    manifest: Manifest,
     error: rounding.Error,
 ) -> dict[str, Any]:
     """Write what is missing while the source files are hashed; return their hashes.
@@ -158,15 +158,15 @@ def _write_shards(
         try:
             for shard in planned:
                 if shard.name not in kept:
-                    sha256 = shards.write(shard, journal.partial, value, bar.update)
-                    journal.add(shard.name, sha256)
+                    sha256 = shards.write(shard, manifest.partial, value, bar.update)
+                    manifest.add(shard.name, sha256)
                 _results(checks, only_done=True)
             return _results(checks)
         except UserError:
             cause = _damage(checks)
             if cause is None:
                 raise
-            journal.clear()  # it was made from wrong numbers
+            manifest.clear()  # it was made from wrong numbers
             raise cause from None
         finally:
             stop.set()  # Ctrl-C need not wait until 13 GB are hashed

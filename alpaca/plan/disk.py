@@ -2,7 +2,7 @@
 
 from alpaca import layout
 from alpaca.plan.shapes import Shape
-from alpaca.plan.workload import Work
+from alpaca.plan.workload import Workload
 from alpaca.recipe import rules
 from alpaca.recipe.arguments import Arguments
 from alpaca.recipe.steps import steps_per_epoch
@@ -14,7 +14,7 @@ def checkpoint_bytes(shape: Shape, moments: float) -> int:
     return round(state) + 4 * len(shape.tensors())
 
 
-def disk_bytes(arguments: Arguments, work: Work, checkpoint: int, exported: int) -> int:
+def disk_bytes(arguments: Arguments, work: Workload, checkpoint: int, exported: int) -> int:
     """Disk at the worst moment: while a checkpoint is written beside older ones, or the export is.
 
     A run writes one at its end, and those that `save_strategy` asks for before; one more where a

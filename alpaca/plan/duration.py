@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from alpaca.plan.devices import Device
 from alpaca.plan.memory import Setting
 from alpaca.plan.shapes import Shape
-from alpaca.plan.workload import Work
+from alpaca.plan.workload import Workload
 
 # torchtitan's tables name 33-39% for Llama 3.1 8B on H100 and 57% on A100 (benchmarks/, 2024,
 # sequences of 8,192); packs are shorter and the model is eager, so the low end is assumed.
@@ -29,7 +29,7 @@ class Time:
     bound: str
 
 
-def flops(shape: Shape, work: Work, checkpointing: bool) -> float:
+def flops(shape: Shape, work: Workload, checkpointing: bool) -> float:
     """Floating-point operations of the whole run, those done twice counted twice.
 
     6 for each weight and token (Kaplan et al., "Scaling Laws for Neural Language Models", 2020,
@@ -44,7 +44,7 @@ def flops(shape: Shape, work: Work, checkpointing: bool) -> float:
 
 
 def traffic(
-    shape: Shape, work: Work, setting: Setting, link: float, ranks: int, nodes: int
+    shape: Shape, work: Workload, setting: Setting, link: float, ranks: int, nodes: int
 ) -> float:
     """Seconds in which a rank's parameters and gradients travel, in the whole run.
 
@@ -70,7 +70,7 @@ def traffic(
 
 
 def expected(
-    shape: Shape, work: Work, setting: Setting, device: Device, ranks: int, nodes: int
+    shape: Shape, work: Workload, setting: Setting, device: Device, ranks: int, nodes: int
 ) -> Time | None:
     """Expected duration of all steps; None where the device's speed isn't known.
 

@@ -9,7 +9,7 @@ number is bytes; c stands for the bytes of a number in the compute type, 2 in bf
 from dataclasses import dataclass, fields
 
 from alpaca.plan.shapes import Shape
-from alpaca.plan.workload import Load
+from alpaca.plan.workload import LargestPack
 from alpaca.recipe.rules import ADAMW_BYTES, GRADIENT_BYTES, LOSS_CHUNK, MASTER_BYTES
 
 LOGIT = 6  # bytes of a logit in the loss: fp32, and a copy in bf16 where that is the compute type
@@ -83,7 +83,7 @@ def state_bytes(parameters: int, optimizer: float = ADAMW_BYTES) -> int:
     return round(parameters * (MASTER_BYTES + GRADIENT_BYTES + optimizer))
 
 
-def peak(shape: Shape, load: Load, setting: Setting, runtime: int = CUDA_RUNTIME) -> Memory:
+def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_RUNTIME) -> Memory:
     """What one rank holds at the worst moment of any step but the first."""
     own = 0 if setting.offload and setting.cuda else -(-shape.parameters // setting.shards)
     gradients = GRADIENT_BYTES * own
@@ -116,7 +116,7 @@ def peak(shape: Shape, load: Load, setting: Setting, runtime: int = CUDA_RUNTIME
     )
 
 
-def _loss(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
+def _loss(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
     """All activations are alive, the output matrix's gradient, and one chunk of logits."""
     kept = activations(shape, load, setting)
     chunk = setting.logit * shape.vocabulary * min(setting.chunk, load.targets)
@@ -124,7 +124,7 @@ def _loss(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
     return kept, chunk, gathered(shape, setting) + head
 
 
-def _turn(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
+def _turn(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
     """The backward pass begins: the output matrix's gradient is scaled into a second one.
 
     The root is gathered again, and lies there flat and laid out for a moment; a layer does so too.
@@ -134,7 +134,7 @@ def _turn(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
     return activations(shape, load, setting), 0, gathered(shape, setting) + flat + head
 
 
-def _layer(shape: Shape, load: Load, setting: Setting) -> tuple[int, int, int]:
+def _layer(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
     """The last layer's backward pass: the others' activations still wait for theirs."""
     kept = activations(shape, load, setting)
     if setting.checkpointing:
@@ -161,7 +161,7 @@ def gathered(shape: Shape, setting: Setting) -> int:
     return setting.compute * (shape.root_parameters + layers * shape.layer_parameters)
 
 
-def activations(shape: Shape, load: Load, setting: Setting) -> int:
+def activations(shape: Shape, load: LargestPack, setting: Setting) -> int:
     """What the forward pass of a pack leaves for the backward pass, without the logits.
 
     With checkpointing only each layer's input is kept, and one layer at a time is computed again
@@ -176,7 +176,7 @@ def activations(shape: Shape, load: Load, setting: Setting) -> int:
     return shape.layers * saved_by_layer(shape, load, setting) + last
 
 
-def saved_by_layer(shape: Shape, load: Load, setting: Setting) -> int:
+def saved_by_layer(shape: Shape, load: LargestPack, setting: Setting) -> int:
     """What autograd saves of one LLaMA layer, tensor by tensor of transformers' code.
 
     Follows the counting of Korthikanti et al., "Reducing Activation Recomputation in Large

@@ -15,7 +15,7 @@ from alpaca.plan.disk import checkpoint_bytes, disk_bytes, export_bytes
 from alpaca.plan.duration import Time
 from alpaca.plan.memory import Memory, Setting
 from alpaca.plan.shapes import Shape
-from alpaca.plan.workload import Work
+from alpaca.plan.workload import Workload
 from alpaca.recipe import rules
 from alpaca.recipe.arguments import Arguments
 
@@ -54,7 +54,7 @@ class Plan:
     parameters: int
     machine: Machine
     setting: Setting
-    work: Work
+    work: Workload
     memory: Memory
     host: int
     checkpoint: int
@@ -111,7 +111,7 @@ def _lacking(what: str, needed: int, there: int) -> str:
     return f"needs {needed / 1e9:,.1f} GB {what}, there are {there / 1e9:,.1f} GB"
 
 
-def make(shape: Shape, arguments: Arguments, machine: Machine, work: Work) -> Plan:
+def make(shape: Shape, arguments: Arguments, machine: Machine, work: Workload) -> Plan:
     """Plan one run."""
     chosen = setting(shape, arguments, machine)
     runtime = plan_memory.CUDA_RUNTIME if machine.device.cuda else plan_memory.CPU_RUNTIME

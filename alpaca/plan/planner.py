@@ -20,7 +20,7 @@ from alpaca.plan.devices import Device, cpu
 from alpaca.plan.plan import Machine, Plan
 from alpaca.plan.remedies import Remedy
 from alpaca.plan.shapes import Shape
-from alpaca.plan.workload import Work
+from alpaca.plan.workload import Workload
 from alpaca.prompt import template_hash
 from alpaca.recipe import steps
 from alpaca.recipe.arguments import Arguments
@@ -42,7 +42,7 @@ class Case:
     train: Sequence[int]
     exact: bool
 
-    def count(self, arguments: Arguments, most: int = SAMPLE) -> Work:
+    def count(self, arguments: Arguments, most: int = SAMPLE) -> Workload:
         """The work under other flags."""
         ranks = self.machine.world_size
         schedule = steps.schedule(arguments, len(self.train), ranks)

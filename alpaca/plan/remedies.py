@@ -10,7 +10,7 @@ from typing import Any
 
 from alpaca.plan.plan import Machine, Plan, make
 from alpaca.plan.shapes import Shape
-from alpaca.plan.workload import Work
+from alpaca.plan.workload import Workload
 from alpaca.recipe.arguments import Arguments
 
 MOST_NODES = 64
@@ -33,7 +33,7 @@ class Remedy:
 
 
 def remedies(
-    shape: Shape, arguments: Arguments, machine: Machine, count: Callable[[Arguments], Work]
+    shape: Shape, arguments: Arguments, machine: Machine, count: Callable[[Arguments], Workload]
 ) -> list[Remedy]:
     """Changes of flags that make the run fit, the cheapest first; none changes what is learned.
 
@@ -41,7 +41,7 @@ def remedies(
     doesn't, and giving up checkpoints last. `count` counts the work under other flags.
     """
     found = []
-    works: dict[tuple[bool, int], Work] = {}
+    works: dict[tuple[bool, int], Workload] = {}
     for changed in _changes(arguments, machine):
         other = replace(arguments, **changed)
         key = (other.packing, other.pack_tokens)
@@ -101,7 +101,7 @@ def _simplest(remedies: list[Remedy], most: int = 3) -> list[Remedy]:
 
 
 def enough_nodes(
-    shape: Shape, arguments: Arguments, machine: Machine, count: Callable[[Arguments], Work]
+    shape: Shape, arguments: Arguments, machine: Machine, count: Callable[[Arguments], Workload]
 ) -> int | None:
     """How many such nodes would hold the run with the smallest packs and checkpointing.
 

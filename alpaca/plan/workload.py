@@ -23,7 +23,7 @@ MOST_PLACED = 400_000  # examples, counting every epoch; more are sampled
 
 
 @dataclass(frozen=True)
-class Load:
+class LargestPack:
     """The largest pack: its tokens, the keys its segments attend to, its target tokens.
 
     `repeated`: a step has more than one, so gradients of earlier ones lie there beside it.
@@ -34,16 +34,16 @@ class Load:
     targets: int
     repeated: bool = False
 
-    def filled(self, capacity: int) -> "Load":
+    def filled(self, capacity: int) -> "LargestPack":
         """The load of a pack of the same kind of examples that is as large as packs may be."""
         if not 0 < self.tokens < capacity:
             return self
         keys, targets = (n * capacity // self.tokens for n in (self.keys, self.targets))
-        return Load(capacity, keys, targets, self.repeated)
+        return LargestPack(capacity, keys, targets, self.repeated)
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What all steps together compute, on all ranks.
 
     `real`: tokens of the examples as they are; `tokens`: computed, a shared prefix once a pack;
@@ -60,21 +60,21 @@ class Work:
     targets: int
     attended: int
     packs: int
-    largest: Load
+    largest: LargestPack
     exact: bool
 
 
 def count(
     corpus: Corpus, train: Sequence[int], schedule: Schedule, arguments: Arguments,
     world_size: int, *, exact: bool = True, most: int = MOST_PLACED,
-) -> Work:  # fmt: skip
+) -> Workload:  # fmt: skip
     """Make the packs of every step, or of evenly chosen ones where that are more than `most`.
 
     Where steps are chosen, the largest pack is taken to be as large as one may be.
     """
     stride = max(1, -(-schedule.steps * schedule.batch // most))
     total = np.zeros(6, dtype=np.int64)  # tokens, real, padded, targets, attended, packs
-    largest = Load(0, 0, 0)
+    largest = LargestPack(0, 0, 0)
     chosen = range(0, schedule.steps, stride)
     lengths = np.diff(corpus.offsets)
     targets = lengths - corpus.prompt_lengths.astype(np.int64)
@@ -88,13 +88,13 @@ def count(
         top = int(tokens.argmax())
         repeated = largest.repeated or len(packs) > world_size
         if tokens[top] > largest.tokens:
-            largest = Load(int(tokens[top]), int(keys[top]), int(aims.max()))
+            largest = LargestPack(int(tokens[top]), int(keys[top]), int(aims.max()))
         largest = replace(largest, repeated=repeated)
     if arguments.packing and (stride > 1 or arguments.torch_compile):
         # compiled layers meet packs filled up with tokens that nobody looks at
         largest = largest.filled(arguments.pack_tokens)
     scaled = [int(value) * schedule.steps // max(1, len(chosen)) for value in total]
-    return Work(
+    return Workload(
         examples=len(train), steps=schedule.steps, batch=schedule.batch, tokens=scaled[0],
         real=scaled[1], padded=scaled[2], targets=scaled[3], attended=scaled[4], packs=scaled[5],
         largest=largest, exact=exact and stride == 1,
@@ -105,14 +105,14 @@ Ints = npt.NDArray[np.int64]
 
 
 def _packs(
-    corpus: Corpus, members: Sequence[int], arguments: Arguments, world_size: int
+    corpus: Corpus, example_ids: Sequence[int], arguments: Arguments, world_size: int
 ) -> list[Ints]:
     """The packs of one step, of all ranks."""
     if arguments.packing:
-        shares = packing.distribute(corpus, members, arguments.pack_tokens, world_size)
+        every = packing.distribute(corpus, example_ids, arguments.pack_tokens, world_size)
     else:
-        shares = packing.batches(members, arguments.per_device_train_batch_size, world_size)
-    return [np.asarray(pack, dtype=np.int64) for turn in zip(*shares, strict=True) for pack in turn]
+        every = packing.batches(example_ids, arguments.per_device_train_batch_size, world_size)
+    return [np.asarray(pack, dtype=np.int64) for turn in zip(*every, strict=True) for pack in turn]
 
 
 def _measure(

@@ -59,8 +59,8 @@ class Pack:
         return len(self.labels)
 
 
-def build(corpus: Corpus, members: Sequence[int], *, padded: bool = False) -> Pack:
-    """Lay the examples `members` out as one pack.
+def build(corpus: Corpus, example_ids: Sequence[int], *, padded: bool = False) -> Pack:
+    """Lay the examples `example_ids` out as one pack.
 
     `padded` is the recipe of 2023, for comparison: no shared prefix, and every example followed
     by tokens that nobody looks at, up to the length of the longest.
@@ -68,9 +68,9 @@ def build(corpus: Corpus, members: Sequence[int], *, padded: bool = False) -> Pa
     ids: list[npt.NDArray[np.int32]] = []
     positions, sources, labels, segments = [], [], [], []
     at = 0
-    longest = max(corpus.length(i) for i in members) if padded else 0
+    longest = max(corpus.length(i) for i in example_ids) if padded else 0
     for kind in (0, 1):
-        group = [i for i in members if corpus.kinds[i] == kind]
+        group = [i for i in example_ids if corpus.kinds[i] == kind]
         if not group:
             continue
         shared = 0 if padded else corpus.prefix_lengths[kind]
@@ -106,15 +106,15 @@ def _join(parts: Sequence[npt.NDArray[np.integer]]) -> Ints:
 
 
 def distribute(
-    corpus: Corpus, members: Sequence[int], capacity: int, world_size: int
+    corpus: Corpus, example_ids: Sequence[int], capacity: int, world_size: int
 ) -> list[list[list[int]]]:
-    """Share a step's examples out: `[rank][pack]` lists of members.
+    """Share a step's examples out: `[rank][pack]` lists of example_ids.
 
     Every rank gets the same number of packs, the fewest that hold all examples within `capacity`
     tokens each; longest first into the emptiest pack, which levels the load. A rank may get an
     empty pack where there are fewer examples than packs.
     """
-    chunk = np.asarray(members, dtype=np.int64)
+    chunk = np.asarray(example_ids, dtype=np.int64)
     shared = np.asarray(corpus.prefix_lengths)
     kinds = corpus.kinds[chunk].astype(np.int64)
     own = corpus.offsets[chunk + 1] - corpus.offsets[chunk] - shared[kinds]
@@ -124,10 +124,12 @@ def distribute(
     return [packs[rank::world_size] for rank in range(world_size)]
 
 
-def batches(members: Sequence[int], batch: int, world_size: int) -> list[list[list[int]]]:
+def batches(example_ids: Sequence[int], batch: int, world_size: int) -> list[list[list[int]]]:
     """Share a step's examples out as in 2023: `[rank][batch]`, in order, `batch` at a time."""
-    count = -(-len(members) // (batch * world_size))
-    pieces = [list(members[start : start + batch]) for start in range(0, len(members), batch)]
+    count = -(-len(example_ids) // (batch * world_size))
+    pieces = [
+        list(example_ids[start : start + batch]) for start in range(0, len(example_ids), batch)
+    ]
     pieces += [[] for _ in range(count * world_size - len(pieces))]
     return [pieces[rank::world_size] for rank in range(world_size)]
 
@@ -200,9 +202,9 @@ def _fewest(own: Ints, kinds: Ints, shared: Ints, capacity: int) -> int:
     return max(1, math.ceil(filled), halves)
 
 
-def padded_tokens(corpus: Corpus, members: Sequence[int], batch: int) -> int:
+def padded_tokens(corpus: Corpus, example_ids: Sequence[int], batch: int) -> int:
     """Tokens the recipe of 2023 computes: batches of `batch`, each padded to its longest."""
-    lengths = [corpus.length(i) for i in members]
+    lengths = [corpus.length(i) for i in example_ids]
     batches = [lengths[start : start + batch] for start in range(0, len(lengths), batch)]
     return sum(max(lengths) * len(lengths) for lengths in batches)
 

@@ -1,7 +1,7 @@
 """Attention over slots, registered with transformers, so that its models run unchanged.
 
 One forward pass carries tokens of many sequences in one row: first one token of every decoding
-sequence, then pieces of prompts. Linear layers see them all together, which is what makes batching
+sequence, then chunks of prompts. Linear layers see them all together, which is what makes batching
 pay; attention reads each sequence's own slot. The query heads that share a key head are passed as
 if they were positions, so that keys are read once, not repeated (grouped-query attention).
 """
@@ -24,7 +24,7 @@ CALL_COST = 128  # an attention call more costs about as much as reading this ma
 
 
 @dataclass(frozen=True)
-class Piece:
+class PrefillChunk:
     """Part of a prompt in this pass: tokens [first, last) of it, in slot `slot`."""
 
     slot: int
@@ -36,7 +36,7 @@ class Piece:
 class Step:
     """Where the tokens of one forward pass belong.
 
-    The first `decoding` tokens are of that many slots in ascending order; the pieces follow.
+    The first `decoding` tokens are of that many slots in ascending order; the chunks follow.
     `lengths[i]` counts the tokens of slot `rows[i]`, the new one included; in a recorded step,
     which is replayed at other positions, it is the most that the recording reaches.
     """
@@ -46,7 +46,7 @@ class Step:
     positions: torch.Tensor  # (tokens,) int64
     rows: list[int]
     lengths: list[int]
-    pieces: list[Piece] = field(default_factory=list)
+    chunks: list[PrefillChunk] = field(default_factory=list)
     recorded: bool = False
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
     _indices: dict[Any, torch.Tensor] = field(default_factory=dict)
@@ -111,10 +111,10 @@ def slot_attention(
         fresh = query[0, :, : step.decoding].transpose(0, 1)
         out[: step.decoding] = _decode(step, fresh, keys, values, scaling, sliding_window)
     start = step.decoding
-    for piece in step.pieces:
-        stop = start + piece.last - piece.first
+    for chunk in step.chunks:
+        stop = start + chunk.last - chunk.first
         part = query[:, :, start:stop]
-        out[start:stop] = _prefill(step, piece, part, keys, values, scaling, sliding_window)
+        out[start:stop] = _prefill(step, chunk, part, keys, values, scaling, sliding_window)
         start = stop
     return out.unsqueeze(0), None
 
@@ -197,34 +197,36 @@ def _decode_mask(
 
 
 def _prefill(
-    step: Step, piece: Piece, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    step: Step, chunk: PrefillChunk, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     scaling: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """A piece of a prompt: query (1, heads, tokens, head_dim), result (tokens, heads, head_dim)."""
+    """A chunk of a prompt: query (1, heads, tokens, head_dim), result (tokens, heads, head_dim)."""
     repeat = query.shape[1] // keys.shape[1]
     known_keys, known_values = (
-        part[piece.slot, :, : piece.last].repeat_interleave(repeat, dim=0).unsqueeze(0)
+        part[chunk.slot, :, : chunk.last].repeat_interleave(repeat, dim=0).unsqueeze(0)
         for part in (keys, values)
     )
-    windowed = window is not None and piece.last > window
-    whole = piece.first == 0 and not windowed
+    windowed = window is not None and chunk.last > window
+    whole = chunk.first == 0 and not windowed
     answer = F.scaled_dot_product_attention(
         query,
         known_keys,
         known_values,
-        None if whole else _piece_mask(step, piece, window if windowed else None, query),
+        None if whole else _chunk_mask(step, chunk, window if windowed else None, query),
         is_causal=whole,
         scale=scaling,
     )
     return answer[0].transpose(0, 1)
 
 
-def _piece_mask(step: Step, piece: Piece, window: int | None, like: torch.Tensor) -> torch.Tensor:
+def _chunk_mask(
+    step: Step, chunk: PrefillChunk, window: int | None, like: torch.Tensor
+) -> torch.Tensor:
     """Additive mask (tokens, last): each token sees those before it, and itself."""
-    name = (piece, window, like.device)
+    name = (chunk, window, like.device)
     if name not in step.masks:
-        own = torch.arange(piece.first, piece.last, device=like.device)[:, None]
-        at = torch.arange(piece.last, device=like.device)
+        own = torch.arange(chunk.first, chunk.last, device=like.device)[:, None]
+        at = torch.arange(chunk.last, device=like.device)
         seen = at <= own
         if window is not None:
             seen &= at > own - window

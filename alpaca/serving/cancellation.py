@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 
-class _Hearing:
+class _CancelSignal:
     """Who wants to hear of one run's cancellation; also those who ask after it."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class _Hearing:
             hearer()
 
 
-_CURRENT: ContextVar[_Hearing] = ContextVar("hearing")
+_CURRENT: ContextVar[_CancelSignal] = ContextVar("signal")
 _submit = asyncio.run_coroutine_threadsafe
 
 
@@ -41,20 +41,20 @@ def on_cancel(hearer: Callable[[], None]) -> None:
 
     It may be called more than once.
     """
-    if (hearing := _CURRENT.get(None)) is not None:
-        hearing.add(hearer)
+    if (signal := _CURRENT.get(None)) is not None:
+        signal.add(hearer)
 
 
 class _ToldFuture(Future[Any]):
     """Stands before the future of a submitted coroutine; tells when it is given up."""
 
-    def __init__(self, inner: Future[Any], hearing: _Hearing) -> None:
+    def __init__(self, inner: Future[Any], signal: _CancelSignal) -> None:
         super().__init__()
         self.inner = inner
-        self.hearing = hearing
+        self.signal = signal
 
     def cancel(self) -> bool:
-        self.hearing.tell()
+        self.signal.tell()
         return self.inner.cancel()
 
     def result(self, timeout: float | None = None) -> Any:
@@ -69,16 +69,16 @@ class _ToldFuture(Future[Any]):
 
 def submit(coroutine: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> Future[Any]:
     """`asyncio.run_coroutine_threadsafe`, with a future that tells `on_cancel`."""
-    hearing = _Hearing()
-    token = _CURRENT.set(hearing)  # the coroutine runs in a copy of this context
+    signal = _CancelSignal()
+    token = _CURRENT.set(signal)  # the coroutine runs in a copy of this context
     inner: Future[Any] = Future()
     try:
         inner = _submit(coroutine, loop)
-        return _ToldFuture(inner, hearing)
+        return _ToldFuture(inner, signal)
     except Exception:
         raise
     except BaseException:  # the same, raised here
-        told = _ToldFuture(inner, hearing)
+        told = _ToldFuture(inner, signal)
         told.cancel()
         return told
     finally:

@@ -1,6 +1,6 @@
 """Continuous batching: one thread owns the model, requests join and leave at every step.
 
-A step is one pass that carries the next token of every decoding sequence and bounded pieces of
+A step is one pass that carries the next token of every decoding sequence and bounded chunks of
 waiting prompts, so a long prompt costs the others a little per step and never a stall. The pass
 over a prompt is shared by its n completions. Everything public is thread-safe.
 """
@@ -18,7 +18,7 @@ from alpaca.serving.forward import SlotModel
 from alpaca.serving.generation import Generation
 from alpaca.serving.request import CanceledError, Job, Request
 from alpaca.serving.sampling import NO_TOKEN, Draws, choose
-from alpaca.serving.schedule import Schedule
+from alpaca.serving.scheduler import Scheduler
 from alpaca.serving.transfer import send
 
 SHRINKING = 4  # normalizing a text (Unicode's NFC, NFKC) leaves at least a quarter of its bytes
@@ -38,12 +38,12 @@ class BusyError(RuntimeError):
 class Limits:
     """How much is waited for and done at a time.
 
-    `waiting` requests may queue for a slot. `piece_tokens` of prompts are computed in one step.
+    `waiting` requests may queue for a slot. `prefill_tokens` of prompts are computed in one step.
     A step of more than `stuck_seconds` counts as illness, and so do `failures` steps in a row.
     """
 
     waiting: int = 256
-    piece_tokens: int = 128
+    prefill_tokens: int = 128
     stuck_seconds: float = 60.0
     failures: int = 5
 
@@ -65,7 +65,7 @@ class Engine:
         self.limits = limits or Limits()
         self.capacity = model.cache.capacity
         self._most_text = SHRINKING * self.capacity.length * max(map(len, self.table))
-        self._schedule = Schedule(model.cache, self.limits.piece_tokens)
+        self._scheduler = Scheduler(model.cache, self.limits.prefill_tokens)
         self._seen = torch.zeros(
             self.capacity.slots, model.vocabulary, dtype=torch.bool, device=model.device
         )
@@ -79,7 +79,7 @@ class Engine:
     def start(self, shared_prefixes: Sequence[Sequence[int]] = ()) -> None:
         """Compute the prefixes that many prompts begin with, once, and start serving."""
         for prefix in shared_prefixes:
-            self._schedule.remember(self.model, tuple(prefix))
+            self._scheduler.remember(self.model, tuple(prefix))
         self._thread.start()
 
     def submit(self, request: Request) -> Job:
@@ -96,7 +96,7 @@ class Engine:
         with self._wake:
             if self._stopping or not self._thread.is_alive():
                 raise EngineStoppedError("The engine does not run.")
-            if len(self._inbox) + self._schedule.waiting >= self.limits.waiting:
+            if len(self._inbox) + self._scheduler.waiting >= self.limits.waiting:
                 raise BusyError(f"{self.limits.waiting} requests wait already; try again later.")
             self._inbox.append(job)
             self._wake.notify()
@@ -135,7 +135,7 @@ class Engine:
     @property
     def idle_slots(self) -> int:
         """Slots that no sequence holds; all of them when nothing is being served."""
-        return self._schedule.free_slots
+        return self._scheduler.free_slots
 
     def _check(self, request: Request) -> None:
         if request.n > self.capacity.slots:
@@ -167,30 +167,30 @@ class Engine:
                     self._step()
                 except Exception as error:  # whatever it is, it ends requests and not the server
                     self._failures += 1
-                    self._schedule.blame(error)
+                    self._scheduler.fail_pass(error)
                 self._step_began = None
         finally:  # also when blaming failed: nobody may wait for a thread that has ended
             with self._wake:
                 self._stopping = True
-            for job in [*self._inbox, *self._schedule.clear()]:
+            for job in [*self._inbox, *self._scheduler.clear()]:
                 job.finish(EngineStoppedError("The engine was stopped."))
 
     def _collect(self) -> bool:
         """Take in new requests, waiting for one if there is nothing to do; False at the end."""
         with self._wake:
-            while not (self._inbox or self._schedule.busy or self._stopping):
+            while not (self._inbox or self._scheduler.busy or self._stopping):
                 self._wake.wait()
             while self._inbox:
-                self._schedule.add(self._inbox.popleft())
+                self._scheduler.add(self._inbox.popleft())
             return not self._stopping
 
     def _step(self) -> None:
         """Drop what was cancelled, admit, run one pass, sample, hand out text."""
-        for job in self._schedule.drop_canceled():
+        for job in self._scheduler.drop_canceled():
             job.finish(CanceledError())
-        for one in self._schedule.admit(self.table):
+        for one in self._scheduler.admit(self.table):
             self._begin(one)
-        batch, answering = self._schedule.batch()
+        batch, answering = self._scheduler.batch()
         if batch is None:
             return
         rows, sequences = [row for row, _ in answering], [one for _, one in answering]
@@ -198,7 +198,7 @@ class Engine:
         shared = len(set(rows)) < len(rows)  # completions that share a prompt share its row
         where = send(self.model.device, torch.int64, rows) if shared else ()
         logits = self.model.run(batch)
-        self._schedule.advance()
+        self._scheduler.advance()
         if sequences:
             tokens = choose(logits[where] if shared else logits, draws, self._seen)
             # The one point of a step where a GPU is waited for.
@@ -232,4 +232,4 @@ class Engine:
             except Exception as error:  # a request that fails here fails alone
                 one.fail(error)
             if one.reason:
-                self._schedule.release(one)
+                self._scheduler.release(one)

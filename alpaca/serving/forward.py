@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.errors import UserError
 from alpaca.serving import attention, packed
-from alpaca.serving.attention import Piece, Probe, Step
+from alpaca.serving.attention import PrefillChunk, Probe, Step
 from alpaca.serving.cache import Capacity, LayerShape, SlotCache
 from alpaca.serving.transfer import send
 from alpaca.stored import ADVICE, check_rope
@@ -24,11 +24,11 @@ from alpaca.stored import ADVICE, check_rope
 class Batch:
     """One pass: tokens by slot, as `Step` wants them, and where logits are wanted.
 
-    `wanted` are indices into the pass's tokens: the decoding ones first, then the pieces.
+    `wanted` are indices into the pass's tokens: the decoding ones first, then the chunks.
     """
 
     decoding: list[tuple[int, int, int]]  # (slot, position, token), ascending slots
-    pieces: Sequence[tuple[Piece, Sequence[int]]]
+    chunks: Sequence[tuple[PrefillChunk, Sequence[int]]]
     wanted: list[int]
 
 
@@ -46,7 +46,7 @@ class SlotModel:
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self.context: int = model.config.get_text_config().max_position_embeddings
         model.set_attn_implementation(attention.NAME)
-        self.halved = packed.pack(model, dtype or model.dtype)
+        self.fp16_layers = packed.pack(model, dtype or model.dtype)
         if dtype is not None and dtype != model.dtype:
             cast(model, dtype)  # what is not packed
         self.cache: SlotCache
@@ -91,9 +91,9 @@ class SlotModel:
         tokens = [token for _, _, token in batch.decoding]
         lengths = [position + 1 for position in positions]
         rows = list(slots)
-        for piece, ids in batch.pieces:
-            slots += [piece.slot] * len(ids)
-            positions += range(piece.first, piece.last)
+        for chunk, ids in batch.chunks:
+            slots += [chunk.slot] * len(ids)
+            positions += range(chunk.first, chunk.last)
             tokens += ids
         slot, position, token, where = send(
             self.device, torch.int64, slots, positions, tokens, batch.wanted
@@ -104,7 +104,7 @@ class SlotModel:
             positions=position,
             rows=rows,
             lengths=lengths,
-            pieces=[piece for piece, _ in batch.pieces],
+            chunks=[chunk for chunk, _ in batch.chunks],
         )
         return self._pass(token[None], position[None], step, where)
 

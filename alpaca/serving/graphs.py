@@ -45,9 +45,9 @@ class GraphModel(SlotModel):
         decoding = len(batch.decoding)
         if decoding:
             parts.append(self._replay(batch))
-        if batch.pieces:
+        if batch.chunks:
             wanted = [index - decoding for index in batch.wanted if index >= decoding]
-            fresh = super().run(Batch([], batch.pieces, wanted or [0]))
+            fresh = super().run(Batch([], batch.chunks, wanted or [0]))
             parts += [fresh] if wanted or not decoding else []
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

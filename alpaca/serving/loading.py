@@ -85,7 +85,7 @@ def make_engine(
     context = min(model.context, _number(environment, "ALPACA_CONTEXT", CONTEXT))
     tokens = fitting_tokens(shapes)
     model.allocate(shapes, plan_capacity(tokens, context, slots, min(slots, MIN_SLOTS)))
-    limits = Limits(piece_tokens=PIECE_TOKENS[kind])
+    limits = Limits(prefill_tokens=PIECE_TOKENS[kind])
     engine = Engine(model, token_bytes(codec.tokenizer), ends, limits)
     engine.start(shared_prefixes(codec))
     return engine
@@ -154,7 +154,7 @@ def _summary(weights: Weights, what: str, engine: Engine, seconds: float, wanted
     short = capacity.slots < wanted
     more = f"; with a lower ALPACA_CONTEXT there are up to {wanted:,}" if short else ""
     kind = str(model.model.dtype).removeprefix("torch.")
-    held = " (weights held in 16 bits)" if model.halved else ""
+    held = " (weights held in 16 bits)" if model.fp16_layers else ""
     left = (unused_bytes(model.device) - model.cache.cpu_bytes) / 2**30
     return (
         f"serving {weights.folder}, taken from {weights.origin}: {what}, {kind}{held} on "

@@ -44,7 +44,7 @@ class SchemaError(ValueError):
 class Entry:
     """What the schema needs of `run()` or `train()`: its signature and its decorators."""
 
-    source: "Source"
+    source: "RunnerSource"
     function: ast.FunctionDef | ast.AsyncFunctionDef
 
     @property
@@ -81,7 +81,7 @@ class Entry:
         return {**self.source.output(self.function.returns), "title": "Output"}
 
 
-class Source:
+class RunnerSource:
     """One parsed Python file."""
 
     def __init__(self, path: Path) -> None:
@@ -216,7 +216,7 @@ def _title(name: str) -> str:
 def find(root: Path, reference: str, method: str) -> Entry:
     """The entry behind `predict.py:Runner` or `train.py:train`, as cog.yaml names them."""
     file, _, name = reference.partition(":")
-    return Source(root / file).entry(name, method)
+    return RunnerSource(root / file).entry(name, method)
 
 
 def document(run: Entry, train: Entry | None = None) -> dict[str, Any]:

@@ -76,11 +76,11 @@ class CrossEntropySum(torch.autograd.Function):
         ):
             logits = F.linear(part, weight).float()
             right, top = logits.gather(1, target), logits.amax(-1, keepdim=True)
-            shares = logits.sub_(top).exp_()  # of each token, before they are made to sum to 1
-            sums = shares.sum(-1, keepdim=True)
+            weights = logits.sub_(top).exp_()  # the softmax, before it is divided by its sum
+            sums = weights.sum(-1, keepdim=True)
             total += (sums.log() + top - right).sum()
             if wanted:
-                error = shares.div_(sums)  # softmax, less 1 at the target
+                error = weights.div_(sums)  # softmax, less 1 at the target
                 error.scatter_add_(1, target, torch.full_like(sums, -1.0))
                 torch.mm(error.to(weight.dtype), weight, out=out)
                 grad_weight.addmm_(error.to(weight.dtype).T, part)

@@ -1,6 +1,6 @@
 """Which shards of a partial folder are finished, so that a second run can keep them.
 
-The journal names each finished shard with its SHA-256, and what it was made from. It is written
+The manifest names each finished shard with its SHA-256, and what it was made from. It is written
 after the shard is synced: after a power cut it can only know less than there is, never more.
 """
 
@@ -13,7 +13,7 @@ from alpaca import atomic, passport
 from alpaca.shards import Shard
 
 
-class Journal:
+class Manifest:
     """Which shards of a partial folder are finished, and the SHA-256 each must have."""
 
     def __init__(self, path: Path, partial: Path, made_from: str) -> None:

@@ -1,7 +1,7 @@
 """Who is in which slot, and what the next pass computes.
 
 A job takes its n slots together, first come first served. Its prompt is computed in the first of
-them, piece by piece; then the slot's content is copied to the others and all of them decode.
+them, chunk by chunk; then the slot's content is copied to the others and all of them decode.
 """
 
 from collections import deque
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import torch
 
-from alpaca.serving.attention import Piece
+from alpaca.serving.attention import PrefillChunk
 from alpaca.serving.cache import SlotCache
 from alpaca.serving.forward import Batch, SlotModel
 from alpaca.serving.generation import Generation
 from alpaca.serving.request import Job
 
-MIN_PIECE = 16  # tokens: a smaller piece of a prompt is not worth a call of attention
+MIN_CHUNK = 16  # tokens: a smaller chunk of a prompt is not worth a call of attention
 MIN_PREFIX = 8  # tokens: a shorter common beginning is not worth its bookkeeping
 
 
@@ -26,7 +26,7 @@ class Prompt:
         """`done` tokens of the prompt are in the slot already."""
         self.sequences = sequences
         self.done = done
-        self.piece_end = done
+        self.chunk_end = done
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -39,18 +39,18 @@ class Prompt:
         return len(self.ids) - self.done
 
 
-class Schedule:
+class Scheduler:
     """Belongs to the engine's thread, but for the two counts `waiting` and `free_slots`."""
 
-    def __init__(self, cache: SlotCache, piece_tokens: int) -> None:
-        """`piece_tokens` of prompts go into one pass."""
+    def __init__(self, cache: SlotCache, prefill_tokens: int) -> None:
+        """`prefill_tokens` of prompts go into one pass."""
         self._cache = cache
-        self._piece_tokens = piece_tokens
+        self._prefill_tokens = prefill_tokens
         self._free = list(range(cache.capacity.slots))
         self._queue: deque[Job] = deque()
         self._prompts: list[Prompt] = []
         self._decoding: list[Generation] = []
-        self._passing: list[Prompt] = []  # those with a piece in the present pass
+        self._passing: list[Prompt] = []  # those with a chunk in the present pass
         self._suspects: list[Prompt] = []  # one of them made a pass fail
         self._prefixes: list[tuple[tuple[int, ...], list[torch.Tensor]]] = []
 
@@ -73,8 +73,8 @@ class Schedule:
         """Compute the keys of a common beginning once; prompts that begin so start with a copy."""
         if not MIN_PREFIX <= len(prefix) < self._cache.capacity.length:
             return
-        piece = Piece(self._cache.spare, 0, len(prefix))
-        model.run(Batch([], [(piece, prefix)], [0]))
+        chunk = PrefillChunk(self._cache.spare, 0, len(prefix))
+        model.run(Batch([], [(chunk, prefix)], [0]))
         self._prefixes.append((prefix, self._cache.read(self._cache.spare, len(prefix))))
         self._prefixes.sort(key=lambda entry: len(entry[0]), reverse=True)
 
@@ -118,48 +118,48 @@ class Schedule:
     def batch(self) -> tuple[Batch | None, list[tuple[int, Generation]]]:
         """What to compute now, and which sequences get a token from which of its logits."""
         decoding = [(one.slot, one.length, one.token) for one in self._decoding]
-        pieces, offset = [], len(decoding)
+        chunks, offset = [], len(decoding)
         wanted = list(range(offset))
         answering = list(enumerate(self._decoding))
-        shares = self._shares()
-        self._passing = [prompt for prompt, _ in shares]
-        for prompt, count in shares:
-            piece = Piece(prompt.sequences[0].slot, prompt.done, prompt.done + count)
-            prompt.piece_end = piece.last
-            pieces.append((piece, prompt.ids[piece.first : piece.last]))
+        divided = self._divide()
+        self._passing = [prompt for prompt, _ in divided]
+        for prompt, count in divided:
+            chunk = PrefillChunk(prompt.sequences[0].slot, prompt.done, prompt.done + count)
+            prompt.chunk_end = chunk.last
+            chunks.append((chunk, prompt.ids[chunk.first : chunk.last]))
             offset += count
             if count == prompt.left:
                 answering += [(len(wanted), one) for one in prompt.sequences]
                 wanted.append(offset - 1)
-        if not decoding and not pieces:
+        if not decoding and not chunks:
             return None, []
-        return Batch(decoding, pieces, wanted or [0]), answering
+        return Batch(decoding, chunks, wanted or [0]), answering
 
-    def _shares(self) -> list[tuple[Prompt, int]]:
+    def _divide(self) -> list[tuple[Prompt, int]]:
         """Divide a pass's prompt tokens in order of arrival.
 
         A prompt that fits goes in whole. One that does not takes half of what is left, so that
-        those behind it move too, and nothing if that half is less than a piece is worth.
+        those behind it move too, and nothing if that half is less than a chunk is worth.
         """
-        shares: list[tuple[Prompt, int]] = []
-        left = self._piece_tokens
+        divided: list[tuple[Prompt, int]] = []
+        left = self._prefill_tokens
         waiting = self._suspects[:1] or self._prompts
         for prompt in waiting:
             count = prompt.left
             if count > left:
                 count = left if prompt is waiting[-1] else (left + 1) // 2
-                if shares and count < MIN_PIECE:
+                if divided and count < MIN_CHUNK:
                     continue
-            shares.append((prompt, count))
+            divided.append((prompt, count))
             left -= count
-        return shares
+        return divided
 
     def advance(self) -> None:
         """After a pass: its keys are in the slots; prompts that are complete begin to decode."""
         for one in self._decoding:
             one.length += 1
         for prompt in self._passing:
-            prompt.done = prompt.piece_end
+            prompt.done = prompt.chunk_end
             if prompt in self._suspects:
                 self._suspects.remove(prompt)
             if prompt.left:
@@ -192,7 +192,7 @@ class Schedule:
         self._suspects = [p for p in self._suspects if p in self._prompts]
         return list(dropped.values())
 
-    def blame(self, error: BaseException) -> None:
+    def fail_pass(self, error: BaseException) -> None:
         """A pass raised `error`: end the prompt that was new in it, or else all that decode.
 
         Where several were new, each is tried again alone. Nothing has advanced, so those that
