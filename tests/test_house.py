@@ -117,6 +117,20 @@ def test_readme_file_map_matches_the_tree() -> None:
             assert f"alpaca/{entry.name}/" in named, f"README's file map lacks alpaca/{entry.name}/"
 
 
+def test_the_architecture_page_names_every_part() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    for part in ROOMS:
+        assert f'["{part}/<br/>' in page, f"docs/architecture.md does not show {part}/"
+    for layer, parts in (("shared", SHARED), ("base", GROUND)):
+        listed = re.search(rf'{layer}\["{layer}: ([^"]+)"\]', page)
+        assert listed is not None
+        assert [part.rstrip("/") for part in listed.group(1).split(", ")] == list(parts)
+    for name in re.findall(r"`((?:\w+/)*\w+\.py)`", page):
+        places = [ROOT / name, ROOT / "alpaca" / name, *(ROOT / "alpaca" / r / name for r in
+                  (*ROOMS, "recipe"))]  # fmt: skip
+        assert any(place.is_file() for place in places), f"{name} is not there"
+
+
 def test_scripts_stay_short() -> None:
     for path in (ROOT / "script").iterdir():
         assert path.read_text().count("\n") <= 25, f"{path.name} is longer than 25 lines"
