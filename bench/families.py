@@ -1,14 +1,14 @@
 """Published model families, tiny: does each train and serve as transformers computes it?
 
-For each family of the table below this makes a folder as it was published, shrunk to 64 channels
-and random weights, with everything kept that decides what is computed: model_type, activation,
+For each family of the table below, this makes a folder as it was published, but with 64 channels
+and random weights. Everything that decides what is computed is kept: model_type, activation,
 biases, tied head, rotary settings, windows, norms, the kind of tokenizer and its control tokens.
-Then convert, train.py, plan and the server are asked for it, as people ask them:
+Then convert, train.py, plan and the server run on it, as users run them. It checks that:
 
 - the ids of a prompt are those of the published tokenizer (SentencePiece's own library, or
   tokenizer.json through transformers);
-- the loss of the first step at learning rate 0 is transformers' own on the same tokens, both from
-  the converted folder and, where it holds safetensors, from the published one;
+- the loss of the first step at learning rate 0 is transformers' own on the same tokens, from the
+  converted folder and, if the published one has safetensors, from that too;
 - a plan of the converted folder succeeds, or says that it does not count such tensors;
 - the server's greedy answer is transformers' own, and ends at the family's last stop token;
 - or all four refuse the folder in the same words.
@@ -61,7 +61,8 @@ from alpaca.serving.request import Request, Sampling  # noqa: E402
 from alpaca.serving.stream import TextStream, token_bytes  # noqa: E402
 from alpaca.serving.weights import Weights  # noqa: E402
 from alpaca.tokens import Codec  # noqa: E402
-from alpaca.training import command, shapes  # noqa: E402
+from alpaca.plan import shapes  # noqa: E402
+from alpaca.training import command  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
@@ -75,7 +76,7 @@ RECORDS = [
 ]
 PROMPTS = ["Name a colour.", "Repeat this: " + "one two three four five " * 140]
 NEW_TOKENS = 24
-UNPLANNED = "are not counted here"  # what a plan says of tensors it does not know
+UNPLANNED = "are not counted here"  # in a plan's error about tensors that it does not know
 SPARE = 6  # rows beyond the tokenizer's, as many published models have
 
 
@@ -84,7 +85,7 @@ class Tokens:
     """A tokenizer: `sp` (SentencePiece, tokenizer.model) or `bpe` (byte-level, tokenizer.json).
 
     `add_bos`: what tokenizer_config.json says; `adds`: whether a text starts with BOS. `files`:
-    which tokenizer files the folder holds. `words`: the rule by which byte-level BPE cuts words.
+    which tokenizer files the folder has. `words`: the rule by which byte-level BPE splits words.
     """
 
     kind: str
@@ -104,9 +105,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Family:
-    """One published family: what config.json holds besides sizes, and what follows it.
+    """One published family: the settings of config.json besides sizes, and the other files.
 
-    `ends` and `generated`: the tokens that config.json and generation_config.json end answers at.
+    `ends` and `generated`: the stop tokens of config.json and of generation_config.json.
     """
 
     name: str
@@ -443,7 +444,7 @@ FAMILIES = (
 
 
 def vocabulary_text() -> list[str]:
-    """What the tiny tokenizers are trained on: this project's seed tasks."""
+    """The text that the tiny tokenizers are trained on: this project's seed tasks."""
     lines = (ROOT / "data" / "seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()
     tasks = [json.loads(line) for line in lines]
     return [render(task["instruction"], task["input"]) + task["output"] for task in tasks]
@@ -453,7 +454,7 @@ def write_sentencepiece(folder: Path, tokens: Tokens) -> None:
     """tokenizer.model, made by SentencePiece's trainer with LLaMA's settings."""
     model = io.BytesIO()
     pieces = {"bos_piece": tokens.bos, "eos_piece": tokens.eos}
-    if tokens.eos in tokens.added:  # ChatML: the vocabulary has an end of its own
+    if tokens.eos in tokens.added:  # ChatML: the vocabulary has its own end token
         pieces["eos_piece"] = "<|endoftext|>" if tokens.bos == "<|startoftext|>" else "</s>"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(vocabulary_text()).splitlines()), model_writer=model,
@@ -560,7 +561,7 @@ def publish(family: Family, folder: Path) -> None:
 
 
 def why_refused(folder: Path) -> str:
-    """The sentence that every program must say; empty where none may refuse."""
+    """The sentence in every program's error; empty if none may refuse."""
     where = folder / "config.json"
     try:
         stored.check_config(json.loads(where.read_text()), where)
@@ -590,20 +591,20 @@ def store(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def end_soon(folder: Path, end: int) -> None:
-    """Exchange two rows of the output layer, so that the short prompt's answer ends at `end`."""
+    """Swap two rows of the output layer, so that the short prompt's answer ends at `end`."""
     path = next(path for path in folder.iterdir() if path.name.startswith(("model.s", "pytorch")))
     pickled = path.suffix == ".bin"
-    held = torch.load(path, weights_only=True) if pickled else load_file(path)
-    held = {name: tensor.clone() for name, tensor in held.items()}  # not a view of the file
-    head = "lm_head.weight" if "lm_head.weight" in held else "model.embed_tokens.weight"
+    tensors = torch.load(path, weights_only=True) if pickled else load_file(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # not a view of the file
+    head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
     prompt = published_ids(folder, render(PROMPTS[0]))
     said = continued(folder, prompt, stops=False)
     for place in range(3, NEW_TOKENS - 2):
         token = said[place]
         if token in said[:place]:
             continue
-        changed = held | {head: held[head].clone()}
-        changed[head][[token, end]] = held[head][[end, token]]
+        changed = tensors | {head: tensors[head].clone()}
+        changed[head][[token, end]] = tensors[head][[end, token]]
         store(changed, path)
         if continued(folder, prompt)[-1] == end:
             return
@@ -648,7 +649,7 @@ def loss(folder: Path, codec: Codec) -> float:
 
 
 def convert(folder: Path, out: Path) -> None:
-    """Run `python -m alpaca convert`; raises UserError with what it says when it fails."""
+    """Run `python -m alpaca convert`; raises UserError with its message when it fails."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
@@ -659,7 +660,7 @@ def convert(folder: Path, out: Path) -> None:
 
 
 def plan(folder: Path, data: Path) -> None:
-    """Run `python -m alpaca plan`; raises UserError with what it says when it fails."""
+    """Run `python -m alpaca plan`; raises UserError with its message when it fails."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
@@ -700,9 +701,9 @@ def serve(folder: Path) -> list[tuple[str, int]]:
 
 
 def expected(folder: Path, codec: Codec) -> list[tuple[str, int]]:
-    """What `serve` must give, by transformers."""
+    """What `serve` must return, computed by transformers."""
     answers = []
-    # Through the server's own stream: random weights make bytes that are no UTF-8.
+    # Decoded by the server's own stream, because random weights produce bytes that are not UTF-8.
     table = [*token_bytes(codec.tokenizer), *[b""] * SPARE]
     for prompt in PROMPTS:
         made = continued(folder, codec.prompt(prompt))
@@ -715,7 +716,7 @@ def expected(folder: Path, codec: Codec) -> list[tuple[str, int]]:
 
 
 def refusal(ask: Callable[[], object]) -> str:
-    """What a program says when it refuses; empty where it does not."""
+    """A program's error message when it refuses; empty if it does not."""
     try:
         ask()
     except UserError as error:
@@ -724,7 +725,7 @@ def refusal(ask: Callable[[], object]) -> str:
 
 
 def check(family: Family, root: Path, data: Path) -> dict[str, Any]:
-    """Faults of a family, none of them if it computes as transformers or is refused by all."""
+    """Faults of a family; none if it computes as transformers does, or if all programs refuse."""
     folder = root / "published" / "model"
     publish(family, folder)
     reason = why_refused(folder)
@@ -742,7 +743,7 @@ def check(family: Family, root: Path, data: Path) -> dict[str, Any]:
                            for name, text in said.items() if reason not in text]}  # fmt: skip
     try:
         return {"refused": None, "faults": list(faults(folder, base, out, data))}
-    except Exception as error:  # whatever a program says instead of a sentence
+    except Exception as error:  # any other error of a program is a fault too
         return {"refused": None, "faults": [f"{type(error).__name__}: {error}"[-400:]]}
 
 
@@ -755,7 +756,7 @@ def faults(folder: Path, base: Path, out: Path, data: Path) -> Iterator[str]:
 
 
 def differences(folder: Path, base: Path, out: Path, data: Path) -> Iterator[str]:
-    """The same, of a folder that converts."""
+    """The same, for a folder that can be converted."""
     codec = Codec(load_tokenizer(base))
     for prompt in PROMPTS:
         if codec.prompt(prompt) != published_ids(folder, render(prompt)):
@@ -788,7 +789,7 @@ def unlike(folder: Path, reference: Path, codec: Codec) -> Iterator[str]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """The page's table."""
+    """The table of docs/models.md."""
     rows = ["| family | `model_type` | what is particular | |", "|---|---|---|---|"]
     for family in FAMILIES:
         verdict = found[family.name]["refused"]
@@ -800,7 +801,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Walk the families named, or all."""
+    """Check the named families, or all."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("families", nargs="*", metavar="FAMILY", help="names as in the table")
     options.add_argument("--write", action="store_true", help="write the table to docs/models.md")

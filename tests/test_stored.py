@@ -127,7 +127,7 @@ def refused_everywhere(
             main(verb)
         assert ended.value.code == 2
         assert told in capsys.readouterr().err
-    for refuse in (golden.Weights, passport.fingerprint):
+    for refuse in (golden.Float64Weights, passport.fingerprint):
         with pytest.raises(UserError) as caught:
             refuse(folder)
         assert told in str(caught.value)

@@ -1,9 +1,10 @@
-"""How much memory a rank needs at the worst moment of a step, from what the trainer keeps.
+"""Peak memory of a rank during a step, computed from what the trainer keeps.
 
-Four moments compete: the loss (all activations and one chunk of logits), the turn to the backward
-pass (the loss's gradients, the root gathered again), the first layer's backward pass (all
-activations, one layer's gradients on their way), and its end (the embedding's gradients). Every
-number is bytes; c stands for the bytes of a number in the compute type, 2 in bf16, 4 in fp32.
+The peak is the largest of four moments: the loss (all activations and one chunk of logits), the
+start of the backward pass (the loss's gradients, the root gathered again), the backward pass of the
+last layer, which runs first (all activations, one layer's gradients being reduced), and the end of
+the backward pass (the embedding's gradients). All sizes are bytes; c is the size of a number in the
+compute type: 2 in bf16, 4 in fp32.
 """
 
 from dataclasses import dataclass, fields
@@ -17,29 +18,30 @@ LOGIT = 6  # bytes of a logit in the loss: fp32, and a copy in bf16 where that i
 CUDA_RUNTIME = 1_200_000_000
 # A rank without CUDA: Python, torch, transformers, the tokenizer, code (0.43 GB measured, idle).
 CPU_RUNTIME = 450_000_000
-# torch.compile with what it imports, through which torchao's 8-bit step goes (0.16 GB measured).
+# torch.compile and its imports, which torchao's 8-bit step uses too (0.16 GB measured).
 COMPILER = 160_000_000
-# The caching allocator holds more than is in use: blocks are rounded up, and freed ones of the
-# wrong size wait. A tenth of what comes and goes within a step is the allowance for that.
+# The caching allocator holds more than is in use: blocks are rounded up, and freed blocks of the
+# wrong size stay cached. The allowance is a tenth of what is allocated and freed within a step.
 ALLOCATOR = 0.1
-# glibc keeps freed blocks of some MB, as activations are, in its heap, where others lie between
-# them. Measured (bench/LOG.md): 40 to 60% of what comes and goes; with MALLOC_MMAP_THRESHOLD_ set,
-# so that each block goes back at once, nothing, for a fifth more CPU time.
+# glibc keeps freed blocks of a few MB, such as activations, in its heap, because blocks in use are
+# between them. Measured (bench/LOG.md): it keeps 40 to 60% of what is allocated and freed within a
+# step. With MALLOC_MMAP_THRESHOLD_ set, each block is returned at once and nothing is kept, for a
+# fifth more CPU time.
 HEAP = 0.5
-# Where a CPU's ranks share parameters, gloo copies what it gathers and reduces, and the shards of
-# the gradients come to lie between such copies: the heap keeps about their own size again.
+# Where CPU ranks share parameters, gloo copies what it gathers and reduces, and the gradients'
+# shards are allocated between such copies. The heap then keeps about the shards' size once more.
 # Measured with two ranks in fp32 and bf16 (bench/LOG.md).
-GLOO = 1.0
+GLOO = 0.7
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What, beside the model and the packs, decides how much a rank needs.
+    """What a rank's memory depends on, besides the model and the packs.
 
-    shards: ranks that share each parameter; compute: c; optimizer: bytes a parameter; regather:
+    shards: ranks that share each parameter; compute: c; optimizer: bytes per parameter; regather:
     weights are gathered again for the backward pass, not kept from the forward pass; once: whole
-    gradients are added up on each rank and reduced with a step's last pack; chunk: targets that
-    meet the vocabulary at once, each logit of which takes `logit` bytes.
+    gradients are added up on each rank and reduced with a step's last pack; chunk: targets whose
+    logits exist at once; logit: bytes of each of these logits.
     """
 
     shards: int
@@ -56,7 +58,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the worst moment: the loss, the turn, a layer, or the root."""
+    """Peak bytes of one rank; `moment` is "loss", "turn", "layer" or "root" (see `peak`)."""
 
     moment: str
     weights: int
@@ -70,24 +72,24 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
 
 
 def state_bytes(parameters: int, optimizer: float = ADAMW_BYTES) -> int:
     """Master weights, gradients and optimizer state of a whole model.
 
-    With AdamW 16 bytes a parameter: 112 GB for seven billion (stanford_alpaca, README,
+    With AdamW, 16 bytes per parameter: 112 GB for seven billion (stanford_alpaca, README,
     "Fine-tuning": 7 x 4 x 4 GB).
     """
     return round(parameters * (MASTER_BYTES + GRADIENT_BYTES + optimizer))
 
 
 def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_RUNTIME) -> Memory:
-    """What one rank holds at the worst moment of any step but the first."""
+    """Peak memory of one rank in any step but the first: the largest of the four moments."""
     own = 0 if setting.offload and setting.cuda else -(-shape.parameters // setting.shards)
     gradients = GRADIENT_BYTES * own
-    # What earlier packs of the step left: their reduced gradients, or whole ones to be reduced.
+    # Gradients of the step's earlier packs: already reduced, or whole and still to be reduced.
     earlier = (GRADIENT_BYTES * shape.parameters if setting.once else gradients) * load.repeated
     moments = {
         "loss": (earlier, *_loss(shape, load, setting)),
@@ -117,7 +119,7 @@ def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_
 
 
 def _loss(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
-    """All activations are alive, the output matrix's gradient, and one chunk of logits."""
+    """The loss: all activations, the output matrix's gradient, and one chunk of logits."""
     kept = activations(shape, load, setting)
     chunk = setting.logit * shape.vocabulary * min(setting.chunk, load.targets)
     head = setting.compute * shape.table_parameters
@@ -125,9 +127,10 @@ def _loss(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, 
 
 
 def _turn(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
-    """The backward pass begins: the output matrix's gradient is scaled into a second one.
+    """The start of the backward pass: the output matrix's gradient is scaled into a second one.
 
-    The root is gathered again, and lies there flat and laid out for a moment; a layer does so too.
+    The root is gathered again, and for a moment it exists twice, flat and split into parameters.
+    So does a layer.
     """
     flat = setting.compute * shape.root_parameters if setting.shards > 1 else 0
     head = 2 * setting.compute * shape.table_parameters
@@ -135,7 +138,7 @@ def _turn(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, 
 
 
 def _layer(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
-    """The last layer's backward pass: the others' activations still wait for theirs."""
+    """The last layer's backward pass: the other layers' activations are still needed."""
     kept = activations(shape, load, setting)
     if setting.checkpointing:
         kept += saved_by_layer(shape, load, setting)
@@ -162,9 +165,9 @@ def gathered(shape: Shape, setting: Setting) -> int:
 
 
 def activations(shape: Shape, load: LargestPack, setting: Setting) -> int:
-    """What the forward pass of a pack leaves for the backward pass, without the logits.
+    """What the forward pass of a pack keeps for the backward pass, without the logits.
 
-    With checkpointing only each layer's input is kept, and one layer at a time is computed again
+    With checkpointing, only each layer's input is kept, and one layer at a time is recomputed
     (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
     """
     hidden = setting.compute * load.tokens * shape.width
@@ -177,7 +180,7 @@ def activations(shape: Shape, load: LargestPack, setting: Setting) -> int:
 
 
 def saved_by_layer(shape: Shape, load: LargestPack, setting: Setting) -> int:
-    """What autograd saves of one LLaMA layer, tensor by tensor of transformers' code.
+    """What autograd saves for one LLaMA layer, tensor by tensor as in transformers' code.
 
     Follows the counting of Korthikanti et al., "Reducing Activation Recomputation in Large
     Transformer Models", 2022, section 4.1, for this layer: two RMSNorms, attention by a fused
@@ -186,12 +189,12 @@ def saved_by_layer(shape: Shape, load: LargestPack, setting: Setting) -> int:
     c, tokens = setting.compute, load.tokens
     queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
     attention = c * (2 * tokens * queries + 2 * load.keys * keys) + 4 * shape.heads * tokens
-    if not setting.cuda or c == 4:  # the fused kernel knows no fp32
-        # A call a segment: outputs are saved before and after they are joined, keys and values
-        # before and after the shared prefix is put before them.
+    if not setting.cuda or c == 4:  # the fused kernel does not support fp32
+        # One call per segment: outputs are saved before and after they are joined, keys and values
+        # before and after the shared prefix is prepended.
         attention += c * (tokens * queries + 2 * tokens * keys)
     mlp = 4 * c * tokens * shape.intermediate
-    if shape.qk_norm:  # each head's queries and keys are normed as a whole layer's input is
+    if shape.qk_norm:  # each head's queries and keys are normed as a layer's input is
         attention += (4 + 2 * c) * tokens * (queries + keys)
     return 2 * normed(shape, tokens, c) + attention + mlp
 
