@@ -19,10 +19,11 @@ from alpaca.serving.request import Answer, CanceledError, Job, Request, Sampling
 from alpaca.tokens import Codec
 
 ROOT = Path(__file__).resolve().parent
-LONG_TEXT = 10_000  # bytes, tokenized in some milliseconds
-LARGEST = 9007199254740991  # 2^53 - 1: larger whole numbers are rounded on their way in JSON
+LONG_TEXT = 10_000  # bytes; a shorter text is tokenized within a few milliseconds
+LARGEST = 9007199254740991  # 2^53 - 1: JSON parsers may round larger integers
 
-# What a web form shows beside each input. `cog build` reads one plain string, no longer expression.
+# Descriptions that a web form shows next to each input. Each must be one string literal, because
+# `cog build` reads no other expression.
 PROMPT = "What to do, in plain words. It is put into the template the model was trained with."
 INPUT = "A text that the instruction is about, such as one to summarize. Empty if there is none."
 ANSWERS = "How many answers to make, 1 to 5; each is drawn for itself."
@@ -41,14 +42,14 @@ class Runner(cog.BaseRunner):
     """Answers instructions with a fine-tuned LLaMA-family model."""
 
     def setup(self, weights: cog.Path | str | None = None) -> None:
-        """Load the model that Cog hands over, else ALPACA_WEIGHTS, else alpaca_out/."""
+        """Load the model: the weights that Cog passes, else ALPACA_WEIGHTS, else alpaca_out/."""
         cancellation.install()
         with fetched(weights) as given:
             found = serving_weights.locate(given, os.environ, ROOT)
         self.engine, self.codec = loading.load(found)
 
     def healthcheck(self) -> bool:
-        """Whether the engine serves."""
+        """Whether the engine is healthy."""
         return self.engine.healthy
 
     @cog.streaming
@@ -80,7 +81,7 @@ class Runner(cog.BaseRunner):
         )
         request = Request(
             prompt=await tokens_of(self.engine, self.codec, prompt, input),
-            n=int(n),  # JSON's 2.0 is an integer to Cog, and a float to Python
+            n=int(n),  # Cog accepts JSON's 2.0 as an integer; Python parses it as a float
             total_tokens=int(total_tokens),
             max_new_tokens=None if max_new_tokens is None else int(max_new_tokens),
             stop=tuple(stop),
@@ -88,7 +89,8 @@ class Runner(cog.BaseRunner):
         )
         job = self.engine.submit(request)
         cancellation.on_cancel(job.cancel)
-        # Cog sends what a plain generator yields at once; an async one it would collect first.
+        # A plain generator, because Cog sends each piece it yields at once. The output of an async
+        # generator is sent only after the generator has ended.
         if stream and n == 1:
             return pieces(job, self.scope)
         answers = await job.answers()
@@ -97,10 +99,10 @@ class Runner(cog.BaseRunner):
 
 
 async def tokens_of(engine: Engine, codec: Codec, prompt: str, given: str) -> tuple[int, ...]:
-    """A prompt's token ids; a long text's are made beside Cog's event loop, which serves all.
+    """Tokenize a prompt; a long text in a thread, so that Cog's event loop is not blocked.
 
     Raises:
-        UserError: it is so long that it is not even tokenized.
+        UserError: the text is too long to fit into a slot; it is refused before it is tokenized.
     """
     size = len(prompt.encode()) + len(given.encode())
     engine.check_text(size)
@@ -110,7 +112,7 @@ async def tokens_of(engine: Engine, codec: Codec, prompt: str, given: str) -> tu
 
 
 def pieces(job: Job, scope: Any) -> Iterator[str]:
-    """The pieces of a job's only completion; runs on a thread of Cog's."""
+    """Yield the text of a job's only completion in pieces; runs on one of Cog's threads."""
     [completion] = job.completions
     try:
         yield from completion
@@ -118,11 +120,11 @@ def pieces(job: Job, scope: Any) -> Iterator[str]:
     except CanceledError:
         raise asyncio.CancelledError from None
     finally:
-        job.cancel()  # frees the slot if Cog stopped listening; a finished job does not mind
+        job.cancel()  # frees the slot if Cog stopped reading; no effect on a finished job
 
 
 def record(scope: Any, job: Job, answers: list[Answer]) -> None:
-    """Tell Cog what the prediction cost. Times are in seconds from its submission."""
+    """Record the prediction's metrics with Cog. Times are in seconds from its submission."""
     now = time.monotonic()
     tokens = sum(answer.tokens for answer in answers)
     first = min((c.first_token for c in job.completions if c.first_token), default=now)
@@ -140,9 +142,12 @@ def record(scope: Any, job: Job, answers: list[Answer]) -> None:
 
 @contextmanager
 def fetched(weights: cog.Path | str | None) -> Iterator[Path | None]:
-    """A local path to what Cog hands over; a URL's download is there only inside."""
+    """Give a local path to the weights that Cog passes.
+
+    If they are a URL, the download is deleted on leaving the context.
+    """
     path: Any = None if weights is None else cog.Path.validate(weights)
-    if not hasattr(path, "convert"):  # Cog's mark of a URL; the rest is the user's own
+    if not hasattr(path, "convert"):  # only a URL has this method; any other path is the user's own
         yield path
         return
     try:

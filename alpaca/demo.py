@@ -1,9 +1,10 @@
-"""`python -m alpaca demo`: the whole way, small but real, on any machine.
+"""`python -m alpaca demo`: all stages, from download to answers, on any machine.
 
-Fetches a real base model, converts it, fine-tunes it on this project's seed tasks, serves the
-result with Cog's server, and asks it three questions over HTTP with curl. Each stage is the
-command a person would type, and each is skipped when its result is already there. What it makes
-lies in demo/ and weights/smollm2-135m/, so that the folders for one's own model stay as they are.
+Fetches a small but real base model, converts it, fine-tunes it on this project's seed tasks,
+serves the result with Cog's server, and sends it three prompts over HTTP with curl. Each stage
+runs the command that a user would type. Fetching, converting and training are skipped when their
+results exist. All results are in demo/ and weights/smollm2-135m/, so the folders of the user's own
+model are not touched.
 """
 
 import argparse
@@ -26,7 +27,7 @@ BASE = Path("weights/smollm2-135m")
 FOLDER = Path("demo")
 OUT = FOLDER / "alpaca_out"
 DATA = Path("data/seed_tasks.jsonl")
-# One pass over 85% of the seed tasks: enough to see the held-out loss fall, in minutes on 2 cores.
+# One epoch over 85% of the seed tasks: the held-out loss falls, and 2 cores need only minutes.
 RECIPE = {
     "--model_name_or_path": BASE,
     "--data_path": DATA,
@@ -59,10 +60,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run all stages; what they made stays, so a second run is short.
+    """Run all stages; the results are kept, so a second run is short.
 
     Raises:
-        UserError: a stage failed; its own message stands above.
+        UserError: a stage failed; its own message has been printed before.
     """
     if shutil.which("curl") is None:
         raise UserError("The demo asks its questions with curl, which is not installed.",
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class Demo:
-    """The stages, and the facts they leave in `demo/alpaca_out/demo.json`."""
+    """The stages, and the results that are written to `demo/alpaca_out/demo.json`."""
 
     def __init__(self, port: int, *, keep: bool) -> None:
         """`keep`: leave the server running on `port`."""
@@ -93,11 +94,11 @@ class Demo:
         self.seconds[name] = round(time.monotonic() - started, 1)
 
     def fetch(self) -> None:
-        """Bring the default model into demo/."""
+        """Download the default model into demo/."""
         command("fetch", "--input_dir", str(FOLDER))
 
     def convert(self) -> None:
-        """Write weights/smollm2-135m/, unless it is complete; weights/tokenizer/ stays."""
+        """Write weights/smollm2-135m/ unless it is complete; weights/tokenizer/ is not touched."""
         if passport.read(ROOT / BASE) is not None:
             print(f"{BASE} is there already")
             return
@@ -105,26 +106,26 @@ class Demo:
         command("convert", *words)
 
     def train(self) -> None:
-        """Fine-tune; train.py itself knows when exactly this run is already done."""
+        """Fine-tune; train.py itself skips a run that is already complete."""
         flags = [str(word) for pair in RECIPE.items() for word in pair]
         execute([sys.executable, "train.py", *flags])
 
     def serve(self) -> None:
-        """Start the server, ask, and stop it unless it is to be kept."""
+        """Start the server, send the prompts, and stop the server unless `keep` is set."""
         with self.server():
             for prompt in PROMPTS:
                 self.ask(prompt)
 
     @contextmanager
     def server(self) -> Iterator[None]:
-        """The running server; its output goes to .cache/demo-server.log."""
+        """Run the server; its output goes to .cache/demo-server.log."""
         log = ROOT / ".cache/demo-server.log"
         log.parent.mkdir(exist_ok=True)
         words = [sys.executable, "-m", "alpaca", "serve", "--weights", str(OUT)]
         words += ["--port", str(self.port)]
         print(f"$ ./script/serve --weights {OUT} --port {self.port}", flush=True)
         with open(log, "w") as output:
-            # A session of its own: Ctrl-C then reaches us alone, and we stop the server properly.
+            # In a new session, so that Ctrl-C reaches only us, and we stop the server properly.
             process = subprocess.Popen(
                 words, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
             )
@@ -140,7 +141,7 @@ class Demo:
             print(f"\nThe server goes on; stop it with: kill {process.pid}")
 
     def wait(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
-        """Wait until the health check says READY."""
+        """Wait until the health check reports READY."""
         url = f"http://127.0.0.1:{self.port}/health-check"
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
@@ -156,7 +157,7 @@ class Demo:
         raise UserError(f"The server was not ready within {START_SECONDS} s.", f"See {log}.")
 
     def ask(self, prompt: str) -> None:
-        """Send one prediction with curl, showing the line, and print the answer."""
+        """Send one prediction with curl; print the command line and the answer."""
         body = json.dumps({"input": {"prompt": prompt, **LIMITS}}, ensure_ascii=False)
         words = ["curl", "-s", f"http://127.0.0.1:{self.port}/predictions"]
         words += ["-H", "Content-Type: application/json", "-d", body]
@@ -177,10 +178,10 @@ class Demo:
         )
 
     def finish(self) -> None:
-        """Write demo.json and say what was reached."""
+        """Write demo.json and print a summary."""
         trained = passport.read(ROOT / OUT)
         assert trained is not None
-        # The loss of the folder that is served, not of the weights the trainer held.
+        # The loss of the exported folder, which is served, not of the trainer's own weights.
         before, after = (trained["result"][f"eval_loss_{when}"] for when in ("before", "exported"))
         facts = {
             "seconds": self.seconds,
@@ -201,15 +202,15 @@ class Demo:
 
 
 def command(*words: str) -> None:
-    """Run one verb of this program."""
+    """Run one verb of `python -m alpaca`."""
     execute([sys.executable, "-m", "alpaca", *words])
 
 
 def execute(words: list[str]) -> None:
-    """Run a command a person could type, showing it; raises UserError when it fails."""
+    """Print a command and run it; raises UserError when it fails."""
     print("$", "python", *words[1:], flush=True)
     process = subprocess.Popen(words, cwd=ROOT)
-    # Ctrl-C reaches the command as well; it saves what it has, so wait for it.
+    # Ctrl-C also reaches the command, which then saves its work: wait until it has.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         code = process.wait()
@@ -222,7 +223,7 @@ def execute(words: list[str]) -> None:
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a server with SIGTERM, or harder when it does not listen."""
+    """Stop a server with SIGTERM, or with SIGKILL if it is still running after 20 seconds."""
     process.terminate()
     try:
         process.wait(timeout=20)

@@ -1,6 +1,6 @@
-"""The one exception for mistakes a user can mend: what happened, and what to do about it.
+"""The one exception for mistakes that a user can fix: what happened, and what to do about it.
 
-Everything else that goes wrong is a bug and keeps its traceback.
+Any other exception is a bug and keeps its traceback.
 """
 
 import sys
@@ -8,17 +8,20 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Says what happened and what to do; the doors print it without a traceback, exit code 2."""
+    """Says what happened and what to do.
+
+    The entry points print it without a traceback and exit with code 2.
+    """
 
     def __init__(self, happened: str, remedy: str = "") -> None:
-        """`happened` is a sentence; `remedy`, when there is one, says what to type or change."""
+        """`happened` is a sentence; `remedy`, if any, says what to type or change."""
         super().__init__(f"{happened}\n  {remedy}" if remedy else happened)
         self.happened = happened
         self.remedy = remedy
 
 
 def exit_code(program: str, body: Callable[[], None]) -> int:
-    """Run a command's body: 0 when it ends, 2 on a user's mistake, 130 on Ctrl-C."""
+    """Run a command's body and return its exit code: 0, 2 on a user's mistake, 130 on Ctrl-C."""
     try:
         body()
     except UserError as error:

@@ -1,9 +1,9 @@
-"""What a model folder answers to three prompts, to ten digits: kept in its passport.
+"""Golden logits: a model's logits for three prompts, to ten digits, stored in its passport.
 
-A hash proves a file only as long as nobody writes the hash anew; the logits of the first answer
-token prove the weights themselves. They are computed in float64, so that one weight changed by 1%
-stands clear of rounding, by a few lines of their own, so that they also check what transformers
-would compute, and one layer at a time, so that a model needs the memory of one layer.
+A file hash proves nothing if someone rewrites the hash too; the logits of the first answer token
+check the weights themselves. They are computed in float64, so that a change of 1% in one weight is
+larger than rounding errors. The forward pass is written here, independent of transformers, so it
+also checks what transformers computes. It loads one layer at a time, so it needs memory for one.
 """
 
 import hashlib
@@ -33,19 +33,19 @@ PROMPTS = (
 )
 KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model_type of the decoders computed here
 ROPES = ("default", "linear", "llama3")
-LIKELIEST = 8  # logits kept one by one; all the others enter through one sum
-TOLERANCE = 1e-9  # relative; float64 on other hardware differs by some 1e-13
-ROWS = 16384  # of the output matrix at a time
-RATE = 1.5e10  # float64 operations a second and core, rather low than high
-PATIENCE = 60.0  # seconds a folder's writer spends on this at most
-TOKENS = 150  # of the three prompts
+LIKELIEST = 8  # logits stored individually; all others are checked through one sum
+TOLERANCE = 1e-9  # relative; float64 results on other hardware differ by about 1e-13
+ROWS = 16384  # of the output matrix, multiplied at a time
+RATE = 1.5e10  # float64 operations per second and core; a conservative estimate
+PATIENCE = 60.0  # seconds: the most that writing a folder spends on golden logits
+TOKENS = 150  # of the three prompts together
 
 
 def record(folder: Path) -> list[dict[str, Any]] | None:
     """The golden answers of a complete model folder, for its passport.
 
-    None, with a line that says why, where the model is of a kind not computed here, or so large
-    that this machine would take longer than a minute.
+    Returns None and prints why if the model's type is not supported here, or if this machine would
+    need more than a minute.
     """
     weights = Float64Weights(folder)
     reason = unsupported(weights.config)
@@ -60,13 +60,13 @@ def record(folder: Path) -> list[dict[str, Any]] | None:
 
 
 def cores() -> int:
-    """The processor's cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """Compute on all of them meanwhile: torchrun gives each rank one, and the others wait."""
+    """Compute on all cores: torchrun gives each rank one thread, and the other ranks wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(cores())
     try:
@@ -76,7 +76,7 @@ def all_cores() -> Iterator[None]:
 
 
 def answers(folder: Path, weights: "Float64Weights") -> list[dict[str, Any]]:
-    """For each prompt its ids, the likeliest first tokens' logits, and a sum over all logits."""
+    """For each prompt: ids, logits of the likeliest first tokens, and a sum over all logits."""
     codec = Codec(load_tokenizer(folder))
     ids = [codec.prompt(instruction, given) for instruction, given in PROMPTS]
     found = []
@@ -98,11 +98,11 @@ def answers(folder: Path, weights: "Float64Weights") -> list[dict[str, Any]]:
 
 
 def differences(kept: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each prompt that is answered differently; empty when all agree."""
-    told = []
+    """One line for each prompt whose logits differ; empty when all agree."""
+    lines = []
     for number, (old, new) in enumerate(zip(kept, found, strict=False), start=1):
         if old["ids"] != new["ids"]:
-            told.append(f"golden prompt {number}: its token ids differ")
+            lines.append(f"golden prompt {number}: its token ids differ")
             continue
         pairs = [
             (f"logit of token {name}", value, new["logits"].get(name))
@@ -111,23 +111,23 @@ def differences(kept: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]])
         for what, was, now in [*pairs, ("sum of all logits", old["sum"], new["sum"])]:
             if now is None or not math.isclose(was, now, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
                 shown = "not among the likeliest now" if now is None else f"{now:.12g} now"
-                told.append(f"golden prompt {number}: {what} was {was:.12g}, is {shown}")
+                lines.append(f"golden prompt {number}: {what} was {was:.12g}, is {shown}")
                 break
     if len(kept) != len(found):
-        told.append(f"the passport holds {len(kept)} golden prompts, not {len(found)}")
-    return told
+        lines.append(f"the passport holds {len(kept)} golden prompts, not {len(found)}")
+    return lines
 
 
 def signs(size: int) -> Tensor:
-    """A fixed pattern of +1 and -1, (size,), float64: a sum under it misses no logit.
+    """A fixed pattern of +1 and -1, (size,), float64: a sum with these signs includes every logit.
 
-    Knuth's multiplicative hash (The Art of Computer Programming, vol. 3, 6.4), one bit of it.
+    One bit of Knuth's multiplicative hash (The Art of Computer Programming, vol. 3, 6.4).
     """
     return 1.0 - 2.0 * ((torch.arange(size) * 2654435761 >> 16) & 1).double()
 
 
 def all_tensor_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each tensor of a folder, for its passport; files are read side by side."""
+    """SHA-256 of each tensor of a folder, for its passport; files are read in parallel."""
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(tensor_hashes, stored.weight_files(folder)))
     return {name: value for part in found for name, value in part.items()}
@@ -140,25 +140,25 @@ def tensor_hashes(path: Path) -> dict[str, str]:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a CPU tensor's type, shape and bytes."""
+    """SHA-256 of a CPU tensor's dtype, shape and bytes."""
     head = f"{tensor.dtype}{list(tensor.shape)}".encode()
     content = tensor.contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(head + b"\0" + content.tobytes()).hexdigest()
 
 
 class Float64Weights:
-    """A folder's tensors by name, read when asked for, as float64."""
+    """A folder's tensors by name, in float64; each is read from disk when it is used."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers; raises KeyError later for a tensor that is not there."""
+        """Read the headers; using a missing tensor later raises KeyError."""
         self.config: dict[str, Any] = stored.read_json(folder / "config.json")
-        held = stored.tensors(folder)
+        entries = stored.tensors(folder)
         opened = {path: safe_open(path, framework="pt") for path in stored.weight_files(folder)}
-        self.files: dict[str, Any] = {name: opened[entry.path] for name, entry in held.items()}
-        self.parameters = sum(entry.elements for entry in held.values())
+        self.files: dict[str, Any] = {name: opened[entry.path] for name, entry in entries.items()}
+        self.parameters = sum(entry.elements for entry in entries.values())
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is such a tensor."""
+        """Whether the folder has a tensor of this name."""
         return name in self.files
 
     def whole(self, name: str) -> Tensor:
@@ -182,7 +182,7 @@ class Float64Weights:
 
 
 def checked(name: str, tensor: Tensor) -> Tensor:
-    """A tensor in float64; one with NaN would make logits that JSON has no numbers for."""
+    """Convert to float64; refuses NaN and infinity, because JSON cannot hold such logits."""
     if not finite(tensor):
         raise UserError(
             f"{name} holds NaN or infinite numbers.", "Fetch, convert or train the weights again."
@@ -191,7 +191,7 @@ def checked(name: str, tensor: Tensor) -> Tensor:
 
 
 def unsupported(config: dict[str, Any]) -> str | None:
-    """Why this model isn't computed here, or None."""
+    """Why this model is not supported here, or None."""
     if config.get("model_type") not in KINDS:
         return f"models of type {config.get('model_type')} are not computed here"
     if config.get("hidden_act") != "silu":
@@ -209,12 +209,12 @@ def forward(weights: Float64Weights, prompts: Sequence[Sequence[int]]) -> list[T
     sizes = [len(prompt) for prompt in prompts]
     table = "model.embed_tokens.weight"
     x = torch.cat([weights.rows(table, slice(i, i + 1)) for prompt in prompts for i in prompt])
-    turn = angles(weights.config, max(sizes))
+    rotation = angles(weights.config, max(sizes))
     layers = range(weights.config["num_hidden_layers"])
     for number in tqdm(layers, desc="golden logits", unit="layer", disable=None):
         name = f"model.layers.{number}"
         normed = weights.norm(f"{name}.input_layernorm", x)
-        x = x + attention(weights, f"{name}.self_attn", normed, sizes, turn)
+        x = x + attention(weights, f"{name}.self_attn", normed, sizes, rotation)
         normed = weights.norm(f"{name}.post_attention_layernorm", x)
         gate = torch.nn.functional.silu(weights.linear(f"{name}.mlp.gate_proj", normed))
         inner = gate * weights.linear(f"{name}.mlp.up_proj", normed)
@@ -228,9 +228,9 @@ def forward(weights: Float64Weights, prompts: Sequence[Sequence[int]]) -> list[T
 
 
 def attention(
-    weights: Float64Weights, name: str, x: Tensor, sizes: Sequence[int], turn: Tensor
+    weights: Float64Weights, name: str, x: Tensor, sizes: Sequence[int], rotation: Tensor
 ) -> Tensor:
-    """Causal attention within each prompt; x: (tokens, width), turn: (positions, head / 2)."""
+    """Causal attention within each prompt; x: (tokens, width), rotation: (positions, head / 2)."""
     config = weights.config
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
@@ -244,7 +244,7 @@ def attention(
     query, key, value = split("q", heads), split("k", kv_heads), split("v", kv_heads)
     results = []
     for q, k, v in zip(*(t.split(list(sizes)) for t in (query, key, value)), strict=True):
-        q, k, v = (t.transpose(0, 1)[None] for t in (rotated(q, turn), rotated(k, turn), v))
+        q, k, v = (t.transpose(0, 1)[None] for t in (rotated(q, rotation), rotated(k, rotation), v))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=heads != kv_heads
         )
@@ -252,29 +252,29 @@ def attention(
     return weights.linear(f"{name}.o_proj", torch.cat(results))
 
 
-def rotated(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary positions as transformers lays them out: halves are paired, not neighbours."""
+def rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """Apply rotary positions in transformers' layout: halves are paired, not neighbours."""
     first, second = x.chunk(2, dim=-1)
-    cos, sin = (f(turn[: len(x)])[:, None] for f in (torch.cos, torch.sin))
+    cos, sin = (f(rotation[: len(x)])[:, None] for f in (torch.cos, torch.sin))
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings, under the names of transformers 5 or those of transformers 4."""
+    """The rotary settings, read under the names of transformers 5 or of transformers 4."""
     theta = {"rope_theta": config.get("rope_theta") or 10000.0}
     return theta | (config.get("rope_parameters") or config.get("rope_scaling") or {})
 
 
 def rope_kind(settings: dict[str, Any]) -> str:
-    """The kind of rotary positions, under its name of today or that of 2023."""
+    """The kind of rotary positions, read under its current name or that of 2023."""
     return str(settings.get("rope_type", settings.get("type", "default")))
 
 
 def angles(config: dict[str, Any], positions: int) -> Tensor:
     """Angle of each position and pair, (positions, head / 2), float64.
 
-    Su et al., "RoFormer", 2021; type llama3 as in Meta's llama-models, `apply_scaling`: long
-    waves are stretched by `factor`, short ones kept, and those between blended.
+    Su et al., "RoFormer", 2021. Type llama3 follows `apply_scaling` in Meta's llama-models: long
+    wavelengths are stretched by `factor`, short ones are kept, those in between are blended.
     """
     settings = rope(config)
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -288,5 +288,5 @@ def angles(config: dict[str, Any], positions: int) -> Tensor:
         waves = settings["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         kept = ((waves - low) / (high - low)).clamp(0, 1)
         frequencies = kept * frequencies + (1 - kept) * frequencies / settings["factor"]
-    turned: Tensor = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
-    return turned
+    result: Tensor = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return result

@@ -1,11 +1,10 @@
-"""Text to token ids, the one way: what the trainer trains on is what the server sends.
+"""Text to token ids; trainer and server share this code, so both see the same ids for a prompt.
 
-A prompt and its answer are encoded apart and joined, so no token spans the border between them
-(joint tokenization, as in 2023, merges the template's last `:` with the answer's first character
-in 4-7% of the examples of two sets, bench/LOG.md). An answer continues a text, so it is encoded
-without the space that SentencePiece tokenizers put before the start of one: `decode(prompt ids +
-answer ids)` is the text, byte for byte. Text never turns into control tokens: an answer that
-mentions `</s>` spells it.
+A prompt and its answer are encoded separately and joined, so no token spans the boundary. (Joint
+tokenization, as in 2023, merges the template's last `:` with the answer's first character in 4-7%
+of the examples of two data sets, bench/LOG.md.) An answer is encoded without the space that
+SentencePiece tokenizers put before a text: `decode(prompt ids + answer ids)` is the original text,
+byte for byte. Text never becomes control tokens: `</s>` in an answer is encoded as characters.
 """
 
 import json
@@ -23,7 +22,7 @@ from alpaca.records import Record
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized record: `ids[:prompt_length]` is the prompt, the rest is trained on."""
+    """One tokenized record: `ids[:prompt_length]` is the prompt; the rest are training targets."""
 
     ids: list[int]
     prompt_length: int
@@ -31,18 +30,18 @@ class Example:
 
     @property
     def targets(self) -> int:
-        """How many tokens are trained on; 0 when the prompt alone fills the limit."""
+        """Number of tokens that are trained on; 0 if the prompt alone reaches the length limit."""
         return max(0, len(self.ids) - self.prompt_length)
 
 
 class Codec:
-    """A tokenizer held to this project's rules for prompts and answers.
+    """A tokenizer with this project's rules for prompts and answers.
 
-    `bos` is None where the tokenizer adds none by itself; `eos` ends every answer.
+    `bos` is None if the tokenizer does not add a BOS token by itself. `eos` ends every answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take a loaded tokenizer; raises UserError when it has no fast form or no EOS."""
+        """Wrap a loaded tokenizer; raises UserError when it has no fast form or no EOS."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
@@ -60,7 +59,7 @@ class Codec:
         self._continue = _backend(_without_leading_space(definition))
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that start a sequence, with exactly one BOS where one is used."""
+        """Ids of texts that start a sequence, with exactly one BOS if the tokenizer uses one."""
         head = [] if self.bos is None else [self.bos]
         encoded = self._start.encode_batch_fast(list(texts), add_special_tokens=False)
         return [head + encoding.ids for encoding in encoded]
@@ -71,11 +70,11 @@ class Codec:
         return [encoding.ids for encoding in encoded]
 
     def prompt(self, instruction: str, input: str = "") -> list[int]:  # noqa: A002
-        """Ids the server sends for a request, and the trainer puts before an answer."""
+        """Ids of a rendered prompt: the server's input, and the start of a training example."""
         return self.prompts([render(instruction, input)])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a whole sequence; control tokens are left out."""
+        """The text of a whole sequence, without control tokens."""
         text: str = self._start.decode(list(ids), skip_special_tokens=True)
         return text
 
@@ -84,8 +83,8 @@ class Codec:
     ) -> list[Example]:
         """Tokenize records: prompt + answer + EOS, cut at `max_length` tokens.
 
-        `joint` tokenizes prompt and answer as one text, as the recipe of 2023 did; the mask then
-        covers as many tokens as the prompt has by itself.
+        `joint` tokenizes prompt and answer as one text, as the recipe of 2023 did. The loss mask
+        then covers as many tokens as the prompt has when it is tokenized alone.
         """
         texts = [render(record.instruction, record.input) for record in records]
         prompts = self.prompts(texts)
@@ -117,14 +116,14 @@ def _backend(definition: dict[str, Any]) -> Tokenizer:
 
 
 def _without_leading_space(definition: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer for text that continues: nothing is put before it."""
+    """The same tokenizer for text that continues another: no leading space is added."""
     return definition | {
         key: _strip_prefix(definition[key]) for key in ("normalizer", "pre_tokenizer")
     }
 
 
 def _strip_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Undo each of the three ways in which tokenizer.json files ask for a leading space."""
+    """Remove each of the three settings with which tokenizer.json adds a leading space."""
     if part is None or part["type"] == "Prepend":
         return None
     if part["type"] == "Sequence":

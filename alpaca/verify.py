@@ -1,7 +1,7 @@
-"""`python -m alpaca verify FOLDER`: is every file, and every weight, what the passport says?
+"""`python -m alpaca verify FOLDER`: does every file and every weight match the passport?
 
-Hashes find whatever changed by accident; golden logits find a changed weight whose hash was
-written anew. Everything that differs is named, not only the first thing.
+Hashes find accidental changes. Golden logits find a changed weight even if its hash was rewritten.
+All differences are reported, not only the first.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from tqdm import tqdm
 from alpaca import passport, stored
 from alpaca.errors import UserError
 
-# Written into a folder after its passport; a checkpoint has its own checks.
-BESIDE = {"log.jsonl", "loss.png", "loss.svg", "demo.json"}
-# What loaders look for by its name: one that was added changes what is loaded.
+# Files written into a folder after its passport. A checkpoint has its own checks.
+WRITTEN_LATER = {"log.jsonl", "loss.png", "loss.svg", "demo.json"}
+# Loaders look for files with these suffixes, so an added one may change what is loaded.
 LOADED = {".safetensors", ".bin", ".json", ".model", ".jinja", ".py", ".txt", ".gguf", ".pth"}
 
 
@@ -36,64 +36,65 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Verify, and say what was.
+    """Verify a folder and print a summary.
 
     Raises:
-        UserError: something differs; the message names every file, tensor and prompt.
+        UserError: something differs; the message names each file, tensor and prompt that does.
     """
     folder: Path = arguments.folder
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
-    held = passport.read(folder)
-    if held is None:
+    recorded = passport.read(folder)
+    if recorded is None:
         raise UserError(
             f"{folder} has no passport: it was made by another program, or before there were any.",
             "Only folders written by convert and train.py can be verified.",
         )
-    found = sealed(folder, held) + files(folder, held)
-    golden = held.get("golden")
-    if not found and golden and not arguments.no_golden:
-        found = golden_logits(folder, held)
-    if found:
+    problems = sealed(folder, recorded) + files(folder, recorded)
+    golden = recorded.get("golden")
+    if not problems and golden and not arguments.no_golden:
+        problems = golden_logits(folder, recorded)
+    if problems:
         raise UserError(
-            f"{folder} is not what its passport says:\n    " + "\n    ".join(found),
+            f"{folder} is not what its passport says:\n    " + "\n    ".join(problems),
             "Copy, convert or train the folder again; nothing else can mend it.",
         )
     if not golden and arguments.add_golden:
-        golden = add_golden(folder, held)
-    print(summary(folder, held, checked=bool(golden) and not arguments.no_golden))
+        golden = add_golden(folder, recorded)
+    print(summary(folder, recorded, checked=bool(golden) and not arguments.no_golden))
 
 
-def sealed(folder: Path, held: dict[str, Any]) -> list[str]:
-    """What is wrong with the passport itself."""
+def sealed(folder: Path, recorded: dict[str, Any]) -> list[str]:
+    """Problems of the passport itself."""
     text = (folder / passport.NAME).read_text(encoding="utf-8")
-    if held[passport.SEAL] == passport.seal(held) and text == passport.render(held):
+    if recorded[passport.SEAL] == passport.seal(recorded) and text == passport.render(recorded):
         return []
     return [f"{passport.NAME} was changed after it was written"]
 
 
-def files(folder: Path, held: dict[str, Any]) -> list[str]:
-    """What is wrong with the files: one line for each that is missing, changed or too many."""
-    wanted: dict[str, str] = held["files"]
-    beside = {name: value for name, value in held.get("beside", {}).items()
+def files(folder: Path, recorded: dict[str, Any]) -> list[str]:
+    """Problems of the files: one line for each that is missing, changed or unexpected."""
+    wanted: dict[str, str] = recorded["files"]
+    extra = {name: value for name, value in recorded.get("beside", {}).items()
               if (folder / name).is_file()}  # fmt: skip
-    there = [name for name in wanted if (folder / name).is_file()]
-    told = [f"{name} is missing" for name in wanted if name not in there]
-    names = [*there, *beside]
-    # The largest first: a thread that ends late should have begun early.
+    present = [name for name in wanted if (folder / name).is_file()]
+    problems = [f"{name} is missing" for name in wanted if name not in present]
+    names = [*present, *extra]
+    # The largest first: the last thread to finish should have started early.
     names.sort(key=lambda name: -(folder / name).stat().st_size)
     total = sum((folder / name).stat().st_size for name in names)
     with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
         hashes = passport.hash_files([folder / name for name in names], bar.update)
     for name, value in zip(names, hashes, strict=True):
-        if value != {**wanted, **beside}[name]:
-            told += [f"{name} differs", *tensors(folder / name, held)]
-    return told + [f"{name} was added" for name in added(folder, wanted)] + foreign(folder, wanted)
+        if value != {**wanted, **extra}[name]:
+            problems += [f"{name} differs", *tensors(folder / name, recorded)]
+    problems += [f"{name} was added" for name in added(folder, wanted)]
+    return problems + foreign(folder, wanted)
 
 
 def foreign(folder: Path, wanted: dict[str, str]) -> list[str]:
-    """Weight files that are none of the model's, though its passport knows them."""
-    if not (folder / "config.json").is_file():  # a tokenizer's folder
+    """Weight files that are listed in the passport but do not belong to the model."""
+    if not (folder / "config.json").is_file():  # a tokenizer folder
         return []
     try:
         names = stored.foreign_files(folder)
@@ -103,49 +104,49 @@ def foreign(folder: Path, wanted: dict[str, str]) -> list[str]:
 
 
 def added(folder: Path, wanted: dict[str, str]) -> list[str]:
-    """Files that a loader would read and the passport doesn't know."""
+    """Files that a loader would read and the passport does not list."""
     return sorted(
         path.name
         for path in folder.iterdir()
         if path.is_file()
         and path.suffix in LOADED
-        and path.name not in {*wanted, *BESIDE, passport.NAME}
+        and path.name not in {*wanted, *WRITTEN_LATER, passport.NAME}
     )
 
 
-def tensors(path: Path, held: dict[str, Any]) -> list[str]:
-    """Which tensors of a changed file differ, where the passport knows them one by one."""
-    known: dict[str, str] = held.get("tensors", {})
+def tensors(path: Path, recorded: dict[str, Any]) -> list[str]:
+    """Which tensors of a changed file differ, if the passport has a hash of each tensor."""
+    known: dict[str, str] = recorded.get("tensors", {})
     if path.suffix != ".safetensors" or not known:
         return []
     from alpaca.golden import tensor_hashes
 
     try:
         now = tensor_hashes(path)
-    except Exception as error:  # whatever a damaged header makes the library say
+    except Exception as error:  # a damaged header can raise anything
         return [f"  {path.name} can't be read any more: {error}"]
     return [f"  tensor {name} differs" for name in now if known.get(name) != now[name]]
 
 
-def golden_logits(folder: Path, held: dict[str, Any]) -> list[str]:
-    """What the model answers differently from when it was written, and which tensors are why."""
-    from alpaca import golden  # imports torch, which hashing need not wait for
+def golden_logits(folder: Path, recorded: dict[str, Any]) -> list[str]:
+    """Prompts whose logits differ from the passport's, and the tensors that differ."""
+    from alpaca import golden  # imports torch, which is slow and not needed for hashing
 
     weights = golden.Float64Weights(folder)
     try:
-        found = golden.differences(held["golden"], golden.answers(folder, weights))
-    except (KeyError, ValueError, RuntimeError, IndexError) as error:  # weights of another model
-        found = [f"golden prompts can't be answered: {error}"]
-    if found:
-        found += [f"  tensor {name} is missing" for name in held.get("tensors", {})
+        problems = golden.differences(recorded["golden"], golden.answers(folder, weights))
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:  # of another model
+        problems = [f"golden prompts can't be answered: {error}"]
+    if problems:
+        problems += [f"  tensor {name} is missing" for name in recorded.get("tensors", {})
                   if name not in weights]  # fmt: skip
         for path in stored.weight_files(folder):
-            found += tensors(path, held)
-    return found
+            problems += tensors(path, recorded)
+    return problems
 
 
-def add_golden(folder: Path, held: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Compute golden logits, however long it takes, and write them into the passport."""
+def add_golden(folder: Path, recorded: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Compute golden logits, without a time limit, and write them into the passport."""
     from alpaca import atomic, golden
 
     if not (folder / "config.json").is_file():
@@ -154,17 +155,17 @@ def add_golden(folder: Path, held: dict[str, Any]) -> list[dict[str, Any]] | Non
     reason = golden.unsupported(weights.config)
     if reason is not None:
         raise UserError(f"No golden logits can be added: {reason}.")
-    held["golden"] = golden.answers(folder, weights)
-    held[passport.SEAL] = passport.seal(held)
-    atomic.write_text(folder / passport.NAME, passport.render(held))
-    return list(held["golden"])
+    recorded["golden"] = golden.answers(folder, weights)
+    recorded[passport.SEAL] = passport.seal(recorded)
+    atomic.write_text(folder / passport.NAME, passport.render(recorded))
+    return list(recorded["golden"])
 
 
-def summary(folder: Path, held: dict[str, Any], *, checked: bool) -> str:
-    """What was verified, in a line."""
-    size = sum((folder / name).stat().st_size for name in held["files"])
-    logits = f", {len(held.get('golden') or [])} golden prompts" if checked else ""
+def summary(folder: Path, recorded: dict[str, Any], *, checked: bool) -> str:
+    """One line that says what was verified."""
+    size = sum((folder / name).stat().st_size for name in recorded["files"])
+    logits = f", {len(recorded.get('golden') or [])} golden prompts" if checked else ""
     return (
-        f"{folder} is as it was written: {len(held['files'])} files, {size / 1e9:,.2f} GB"
-        f"{logits} (made by {held['made_by']})"
+        f"{folder} is as it was written: {len(recorded['files'])} files, {size / 1e9:,.2f} GB"
+        f"{logits} (made by {recorded['made_by']})"
     )

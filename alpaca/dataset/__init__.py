@@ -1,1 +1,1 @@
-"""Making, auditing and looking at instruction data sets."""
+"""Generate, audit and visualize instruction data sets."""

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Audit, report, and write what was asked for."""
+    """Audit, print the report, and write the files that the flags name."""
     if not 0.5 <= arguments.near <= 1:
         raise UserError(f"--near is {arguments.near}.", "Give a number from 0.5 to 1.")
     name, clean = str(arguments.data), arguments.write_clean
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _changed(items: list[Any], rename: dict[str, str], drop: Sequence[str]) -> list[Any]:
-    """The items with keys renamed and dropped; a text is never replaced by another."""
+    """The items with keys renamed and dropped; refuses to replace one text by another."""
     both = [
         index for index, item in enumerate(items) if isinstance(item, dict)
         for old, new in rename.items()
@@ -109,20 +109,21 @@ def _left_out(audit: Audit, checks: Sequence[str]) -> dict[int, list[str]]:
 def _write_clean(
     path: Path, items: list[Any], left_out: dict[int, list[str]], *, as_lines: bool
 ) -> None:
-    stay = [item for index, item in enumerate(items) if index not in left_out]
-    if not stay:
+    remaining = [item for index, item in enumerate(items) if index not in left_out]
+    if not remaining:
         raise UserError("No record would be left.", "Choose fewer checks with --leave_out.")
     listed = [
         {"index": index, "reasons": reasons, "record": items[index]}
         for index, reasons in left_out.items()
     ]
     atomic.write_text(path.with_name(f"{path.stem}.left_out.jsonl"), _lines(listed))
-    stay = [_without_nan(item) for item in stay]
-    atomic.write_text(path, _lines(stay) if as_lines else _dump(stay, indent=4) + "\n")
+    remaining = [_without_nan(item) for item in remaining]
+    text = _lines(remaining) if as_lines else _dump(remaining, indent=4) + "\n"
+    atomic.write_text(path, text)
 
 
 def _without_nan(item: Any) -> Any:
-    """A record with null for NaN, which is no JSON and which other programs refuse."""
+    """A record with null for NaN, which is not valid JSON and which other programs refuse."""
     if not isinstance(item, dict):
         return item
     return {key: None if value != value else value for key, value in item.items()}
@@ -133,7 +134,7 @@ def _lines(items: list[Any]) -> str:
 
 
 def _dump(value: Any, indent: int | None = None) -> str:
-    """JSON that people can read, unless it holds half a surrogate pair: UTF-8 has none of those."""
+    """Readable JSON; ASCII escapes where it holds a lone surrogate, which UTF-8 cannot encode."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return json.dumps(value, indent=indent) if re.search("[\ud800-\udfff]", text) else text
 

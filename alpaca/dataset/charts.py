@@ -1,6 +1,7 @@
-"""Bar charts as SVG text, drawn here so that a report is one file that opens anywhere.
+"""Bar charts as SVG text, so that a report is one file that opens anywhere.
 
-No script and no stylesheet from elsewhere; hovering a bar shows its figures (an SVG <title>).
+They need no script and no external stylesheet. Hovering over a bar shows its figures (an SVG
+<title>).
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ WIDTH, HEIGHT, MARGIN = 520, 150, 34
 
 
 def histogram(title: str, values: Sequence[float], *, mark: float | None = None) -> str:
-    """Values in about 30 equal bins; the last takes the top percent; `mark` is a line to show."""
+    """Values in about 30 equal bins; the last holds the top percent; a line is drawn at `mark`."""
     array = np.asarray(values, dtype=float)
     if not len(array):
         return ""
@@ -33,7 +34,7 @@ def histogram(title: str, values: Sequence[float], *, mark: float | None = None)
 
 
 def bars(rows: Sequence[tuple[str, int]]) -> str:
-    """One horizontal bar a row, longest count filling the width."""
+    """One horizontal bar per row; the largest count fills the width."""
     most = max((count for _, count in rows), default=1)
     drawn = []
     for number, (name, count) in enumerate(rows):

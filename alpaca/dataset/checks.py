@@ -1,8 +1,8 @@
-"""What can be wrong with one record, seen from its text alone: one small function a defect.
+"""Checks of a single record that need only its text: one small function for each defect.
 
-The patterns are kept narrow on purpose: a finding should be worth a look, so a record that talks
+The patterns are narrow on purpose, because each finding should be worth a look: a record that talks
 about a template, quotes an apology or answers in another language passes. A check returns what it
-saw, or None.
+found, or None.
 """
 
 import re
@@ -23,7 +23,7 @@ PLACEHOLDER = re.compile(
 BLANK_TO_FILL = re.compile(
     r"[\[<{](?:insert|your|enter|add)\b[^\]>}\n]{0,40}[\]>}]", flags=re.IGNORECASE
 )
-# Template variables, and names in capitals where somebody's own was to be put.
+# Template variables, and names in capitals that should have been replaced by a real name.
 _NAME = "(?:NAME|AUTHOR|COMPANY|ORGANI[ZS]ATION|DEVELOPER|(?:BOT|MODEL|USER|ASSISTANT)[_ ]?NAME)"
 UNFILLED = re.compile(
     r"(?<![\w}\\])\{\{\s*[A-Za-z_][\w .-]{0,38}\}\}"
@@ -31,7 +31,7 @@ UNFILLED = re.compile(
     r"|(?i:\b(?:(?:my|your|his|her|its) name is|i am|i'm|call me|known as"
     rf"|(?:developed|built|created|made|trained|designed|owned) by)) [\"'*_]{{0,3}}{_NAME}\b"
 )
-TEMPLATE_CODE = re.compile(r"```|</\w+>|\{%")  # where a template's variables are the answer
+TEMPLATE_CODE = re.compile(r"```|</\w+>|\{%")  # an answer may be code with such variables
 NO_INPUT = re.compile(r"\W*(?:no ?input|n/?a|none|null|nan|nil|empty)\W*", flags=re.IGNORECASE)
 
 REFUSAL = re.compile(
@@ -55,7 +55,7 @@ TEMPLATE = re.compile(
 )
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff]")
 
-# An instruction that points at a text which is not there.
+# An instruction that refers to a text: "the following paragraph", "the list below".
 POINTS = re.compile(
     r"\b(?:(?:the|these|this) (?:following|given|provided|attached)"
     r"|(?<!\ba )(?:following|given|provided)"
@@ -65,12 +65,13 @@ POINTS = re.compile(
     r"|data|questions?|equations?|quotes?|tweets?|functions?|items?|documents?|essays?)\b",
     flags=re.IGNORECASE,
 )
-CARRIES = re.compile(r"[:\n\"“”'‘«»`\d=]|\(|\s-\s|,.*,")  # it may hold that text itself
+# Signs that the instruction holds that text itself.
+CARRIES = re.compile(r"[:\n\"“”'‘«»`\d=]|\(|\s-\s|,.*,")
 MERGED = re.compile(r"^\W*(?:input|output|response)\W*:", flags=re.IGNORECASE | re.MULTILINE)
 
 
 def invalid(item: Any) -> str | None:
-    """What training refuses, but for an empty instruction, which is a check of its own."""
+    """What training refuses, except an empty instruction, which has its own check."""
     found = [why for why in faults(item) if why != "instruction: is empty"]
     return "; ".join(found) or None
 
@@ -91,7 +92,7 @@ def empty_output(text: Text) -> str | None:
 
 
 def placeholder(text: Text) -> str | None:
-    """Something stands where an answer or an input should."""
+    """A placeholder instead of an answer or an input."""
     output, given = text.output.strip(), text.input.strip()
     if output and len(output) < 80 and PLACEHOLDER.fullmatch(output):
         return f"the output is {output!r}"
@@ -144,7 +145,7 @@ def encoding(text: Text) -> str | None:
 
 
 def missing_input(text: Text) -> str | None:
-    """The instruction points at a text that is not there."""
+    """The instruction refers to a text that is missing."""
     found = POINTS.search(text.instruction)
     if not found or text.input.strip() or CARRIES.search(text.instruction):
         return None
@@ -152,24 +153,24 @@ def missing_input(text: Text) -> str | None:
 
 
 def repeated_text(text: Text) -> str | None:
-    """One field is a copy of another, or the input stands in the instruction as well."""
-    asked, given, said = (" ".join(part.casefold().split()) for part in text)
-    if given and given == asked:
+    """One field is a copy of another, or the instruction and the input contain one another."""
+    instruction, given, output = (" ".join(part.casefold().split()) for part in text)
+    if given and given == instruction:
         return "the input is the instruction"
-    if said and said == asked:
+    if output and output == instruction:
         return "the output is the instruction"
-    # To the letter: an answer may be the input with its capitals mended or its lines broken.
+    # Compared exactly: an answer may be the input with its capitals or line breaks corrected.
     if len(given.split()) > 3 and text.input.strip() == text.output.strip():
         return "the output is the input"
-    if len(given.split()) > 3 and given in asked:
+    if len(given.split()) > 3 and given in instruction:
         return "the instruction holds the input as well"
-    if len(asked.split()) > 3 and asked in given:
+    if len(instruction.split()) > 3 and instruction in given:
         return "the input holds the instruction as well"
     return None
 
 
 def merged_fields(text: Text) -> str | None:
-    """Fields of a record run together in one."""
+    """Several fields of a record are merged into one."""
     found = MERGED.search(text.instruction)
     if found:
         return f"the instruction holds {found[0].strip()!r}"
@@ -177,7 +178,7 @@ def merged_fields(text: Text) -> str | None:
     return f"the output begins with {found[0].strip()!r}" if found else None
 
 
-# check: what is asked of each record by itself; the key is its name in reports and options
+# Run on each record alone; the key is the check's name in reports and options.
 CHECKS: dict[str, Callable[[Text], str | None]] = {
     "empty_instruction": empty_instruction,
     "empty_output": empty_output,

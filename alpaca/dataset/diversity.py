@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Parse, draw, and say the figures."""
+    """Parse, draw, and print the figures."""
     form = arguments.output.suffix.lower()
     if form not in FORMS:
         raise UserError(
@@ -93,7 +93,7 @@ def _model(name: str | None) -> str:
 
 
 def _instructions(path: Path) -> list[str]:
-    """Every instruction that is text; what else is wrong with a record is the audit's business."""
+    """Every instruction that is text; other faults of a record are reported by `audit`."""
     items = read_raw(path)
     texts = [item.get("instruction") for item in items if isinstance(item, dict)]
     found = [text for text in texts if isinstance(text, str) and text.strip()]

@@ -1,7 +1,7 @@
-"""Everything an audit looks at: each record by itself, then records together, then their tokens.
+"""Run all checks of an audit: on each record alone, on the whole set, and on token counts.
 
-Checks of one record are regular expressions; duplicates and languages need the whole set; tokens
-are counted by the trainer's own code, so what is said to be cut is what training would cut.
+Checks of one record are regular expressions. Duplicates and languages need the whole set. Tokens
+are counted by the trainer's own code, so a record reported as cut is one that training would cut.
 """
 
 import re
@@ -17,34 +17,34 @@ from alpaca.dataset.findings import FIELDS, Audit, Finding, Text
 from alpaca.dataset.near import exact_duplicates, near_duplicates
 from alpaca.records import Record, notices, texts
 
-LANGUAGE_LETTERS = 25  # shorter instructions are too little to tell a language by
+LANGUAGE_LETTERS = 25  # the language of shorter instructions is not detected
 LANGUAGE_CERTAINTY = 0.95
-CHUNK = 2000  # records tokenized at a time: bounds the memory their ids take
+CHUNK = 2000  # records tokenized at a time, which bounds the memory for their ids
 
 
 def examine(
     items: Sequence[Any], tokenizer: Path | None, max_length: int, threshold: float
 ) -> Audit:
-    """Look at every record; tokens only with a tokenizer's folder."""
+    """Check every record; count tokens only if the tokenizer's folder is given."""
     faults = [invalid(item) for item in items]
-    said = [_text(item, fault) for item, fault in zip(items, faults, strict=True)]
+    records = [_text(item, fault) for item, fault in zip(items, faults, strict=True)]
     findings = [Finding("invalid", index, fault) for index, fault in enumerate(faults) if fault]
     findings += [Finding("unread_key", index, why) for index, item in enumerate(items)
                  if (why := unread_key(item))]  # fmt: skip
-    whole = [index for index, fault in enumerate(faults) if not fault]
-    findings += [finding for index in whole for finding in _alone(index, said[index])]
-    languages, foreign = _languages(said)
+    valid = [index for index, fault in enumerate(faults) if not fault]
+    findings += [finding for index in valid for finding in _alone(index, records[index])]
+    languages, foreign = _languages(records)
     findings += foreign
-    findings += _duplicates(said, threshold)
-    lengths = {f"{name} words": [len(text[place].split()) for text in said]
+    findings += _duplicates(records, threshold)
+    lengths = {f"{name} words": [len(text[place].split()) for text in records]
                for place, name in enumerate(FIELDS)}  # fmt: skip
     if tokenizer:
-        lengths["tokens"] = _token_counts(said, tokenizer)
+        lengths["tokens"] = _token_counts(records, tokenizer)
         findings += _too_long(lengths["tokens"], max_length)
     return Audit(
         count=len(items),
         findings=findings,
-        with_input=sum(bool(text.input.strip()) for text in said),
+        with_input=sum(bool(text.input.strip()) for text in records),
         languages=languages,
         lengths=lengths,
         max_length=max_length if tokenizer else None,
@@ -63,58 +63,58 @@ def _alone(index: int, text: Text) -> Iterator[Finding]:
             yield Finding(name, index, detail)
 
 
-def _languages(said: Sequence[Text]) -> tuple[dict[str, int], list[Finding]]:
-    """How many instructions are surely in which language, and those not in the commonest one."""
+def _languages(records: Sequence[Text]) -> tuple[dict[str, int], list[Finding]]:
+    """Instructions per detected language, and a finding for each not in the commonest one."""
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    sure: dict[int, str] = {}
-    for index, text in enumerate(said):
+    detected: dict[int, str] = {}
+    for index, text in enumerate(records):
         plain = _main_script(text.instruction)
         if sum(map(str.isalpha, plain)) >= LANGUAGE_LETTERS:
             language, certainty = identifier.classify(plain)
             if certainty >= LANGUAGE_CERTAINTY:
-                sure[index] = language
-    counts = Counter(sure.values())
+                detected[index] = language
+    counts = Counter(detected.values())
     common = counts.most_common(1)[0][0] if counts else ""
     foreign = [
         Finding("language", index, f"the instruction is in {language!r}, the set in {common!r}")
-        for index, language in sure.items()
+        for index, language in detected.items()
         if language != common
     ]
     return dict(counts.most_common()), foreign
 
 
 def _main_script(text: str) -> str:
-    """A text in Latin letters without the words of other scripts that it quotes."""
+    """A mostly Latin text without the words of other scripts that it quotes; else the text."""
     latin = re.sub(r"[^\x00-\u024f\u2000-\u206f]+", "", text)
     return latin if sum(map(str.isalpha, latin)) * 2 > sum(map(str.isalpha, text)) else text
 
 
-def _duplicates(said: Sequence[Text], threshold: float) -> list[Finding]:
-    asked = [f"{text.instruction}\n{text.input}" for text in said]
-    exact = dict(exact_duplicates(asked))
+def _duplicates(records: Sequence[Text], threshold: float) -> list[Finding]:
+    prompts = [f"{text.instruction}\n{text.input}" for text in records]
+    exact = dict(exact_duplicates(prompts))
     found = []
     for index, first in exact.items():
-        same = said[index].output.split() == said[first].output.split()
+        same = records[index].output.split() == records[first].output.split()
         answer = "the same answer" if same else "another answer"
         found.append(Finding("exact_duplicate", index, f"of record {first}, {answer}", first))
-    for near in near_duplicates(asked, set(exact), threshold):
+    for near in near_duplicates(prompts, set(exact), threshold):
         detail = f"of record {near.other}, ROUGE-L {near.score:.2f}"
         found.append(Finding("near_duplicate", near.index, detail, near.other))
     return found
 
 
-def _token_counts(said: Sequence[Text], folder: Path) -> list[int]:
+def _token_counts(records: Sequence[Text], folder: Path) -> list[int]:
     """Tokens of prompt, answer and EOS of each record, as the trainer makes them."""
-    from alpaca.model import load_tokenizer  # these bring PyTorch in
+    from alpaca.model import load_tokenizer  # imported here, because it imports PyTorch
     from alpaca.tokens import Codec
 
     codec = Codec(load_tokenizer(folder))
     counts: list[int] = []
-    for start in range(0, len(said), CHUNK):
-        chunk = said[start : start + CHUNK]
-        # Not validated: the audit tells of what the trainer would refuse.
-        records = [Record(**text._asdict()) for text in chunk]
-        counts += [len(example.ids) for example in codec.examples(records, 1 << 40)]
+    for start in range(0, len(records), CHUNK):
+        chunk = records[start : start + CHUNK]
+        # Not validated: the audit also reports what the trainer would refuse.
+        unvalidated = [Record(**text._asdict()) for text in chunk]
+        counts += [len(example.ids) for example in codec.examples(unvalidated, 1 << 40)]
     return counts
 
 

@@ -1,4 +1,4 @@
-"""What a diversity plot says of one data set, and its print-quality picture by matplotlib."""
+"""The figures of one data set's diversity, and its plot for print, drawn by matplotlib."""
 
 import io
 import random
@@ -18,7 +18,7 @@ RADII = (0.28, 0.66, 1.0)  # hole, border between the rings, outside
 
 @dataclass(frozen=True)
 class Diversity:
-    """One data set's figures; `neighbours` are ROUGE-L scores of a sample to their nearest."""
+    """One data set's figures; `neighbours` are the ROUGE-L of a sample to its nearest others."""
 
     name: str
     instructions: list[str]
@@ -37,7 +37,7 @@ class Diversity:
 
     @property
     def types_per_token(self) -> list[float]:
-        """Different words over words, of each run of 100 words in file order."""
+        """Distinct words divided by words, for each run of 100 words in file order."""
         tokens = [word for text in self.instructions for word in words(text)]
         starts = range(0, len(tokens) - WINDOW + 1, WINDOW)
         return [len(set(tokens[start : start + WINDOW])) / WINDOW for start in starts]
@@ -47,7 +47,7 @@ class Diversity:
         return arcs(pairs(self.asked))
 
     def summary(self) -> list[str]:
-        """The figures in words, a line each."""
+        """The figures as text, one line each."""
         count = len(self.instructions)
         tokens = [word for text in self.instructions for word in words(text)]
         ratios, near = self.types_per_token, self.neighbours
@@ -90,7 +90,7 @@ def picture(sets: Sequence[Diversity], form: str) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8 * len(sets), 8.4))
-    FigureCanvasAgg(figure)  # no window system is asked for
+    FigureCanvasAgg(figure)  # needs no window system
     for place, data in enumerate(sets, start=1):
         axes = figure.add_subplot(1, len(sets), place)
         axes.set_aspect("equal")

@@ -1,6 +1,6 @@
-"""What a run leaves beside its journal: the data set, what was dropped, and who was near to whom.
+"""The files that a run writes next to its journal: data set, dropped tasks, nearest neighbours.
 
-All three are written whole, from the journal's content alone.
+Each is written whole, from the journal's content alone.
 """
 
 import json
@@ -13,7 +13,7 @@ from alpaca.dataset.reply import Task
 
 
 def write(output: Path, pool: Pool, wanted: int) -> None:
-    """Write the data set and its two side files from the pool; nothing while nothing is kept."""
+    """Write the data set and its two side files from the pool; no file if no task is kept."""
     if not pool.kept:
         return
     kept = pool.kept[:wanted]
@@ -29,12 +29,12 @@ def write(output: Path, pool: Pool, wanted: int) -> None:
         }
         for index, item in enumerate(kept)
     ]
-    atomic.write_text(beside(output, "neighbours"), _lines(neighbours))
-    atomic.write_text(beside(output, "dropped"), _lines(pool.dropped))
+    atomic.write_text(side_file(output, "neighbours"), _lines(neighbours))
+    atomic.write_text(side_file(output, "dropped"), _lines(pool.dropped))
     atomic.write_text(output, json.dumps(records, indent=4, ensure_ascii=False) + "\n")
 
 
-def beside(output: Path, what: str) -> Path:
+def side_file(output: Path, what: str) -> Path:
     """The side file `what` of a data set."""
     return output.with_name(f"{output.stem}.{what}.jsonl")
 

@@ -1,4 +1,4 @@
-"""What an audit finds, as plain data: text, JSON, HTML and the cleaned copy all tell of the same.
+"""An audit's findings as plain data, from which every report and the cleaned copy are made.
 
 No third-party import, so that `--help` and reports need nothing installed.
 """
@@ -35,7 +35,7 @@ MEANINGS = {
 
 
 class Text(NamedTuple):
-    """A record's three texts; "" where a field is absent or no text."""
+    """A record's three texts; "" where a field is absent or not text."""
 
     instruction: str
     input: str
@@ -44,7 +44,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Record `index` (from 0) and what `check` saw in it; `other` is the record it resembles."""
+    """What `check` found in record `index` (from 0); `other` is the record it resembles."""
 
     check: str
     index: int

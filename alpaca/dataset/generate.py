@@ -1,7 +1,7 @@
 """`python -m alpaca generate`: grow an instruction data set from seed tasks with a teacher model.
 
-Beside OUTPUT lie three files named after it: `.journal.jsonl` (every reply, synced; the same
-command goes on from it), `.dropped.jsonl` (what was dropped, with its reason) and
+Three files are next to OUTPUT and named after it: `.journal.jsonl` (every reply, synced to disk;
+the same command resumes from it), `.dropped.jsonl` (every dropped task with its reason) and
 `.neighbours.jsonl` (the nearest earlier instructions of each kept one). OUTPUT itself is written
 whole, from the journal, when the run ends or is stopped.
 """
@@ -46,9 +46,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generate, write the files, and say what came of it."""
+    """Generate, write the files, and print a summary."""
     try:
-        from alpaca.dataset import session  # brings the libraries in that --help does without
+        from alpaca.dataset import session  # imports libraries that --help does not need
     except ImportError as error:
         raise UserError(
             f"The package {error.name} is missing.", "pip install -e '.[data]'"

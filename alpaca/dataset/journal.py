@@ -1,9 +1,9 @@
-"""The append-only record of a run: every reply that was paid for, and what was made of it.
+"""The append-only record of a run: every reply that was paid for, and the verdict on its tasks.
 
-One JSON object a line; a reply is synced to the disk before anything else happens to it, so a run
-that is killed at any moment resumes from its journal without asking again. The first line holds
-the settings that shape the replies: resuming with others would mix two runs, and is refused. Each
-line ends in a checksum of itself, so a changed byte is found and makes no other data set.
+It holds one JSON object per line. A reply is synced to disk before it is used, so a run that is
+killed at any moment resumes from its journal without paying again. The first line holds the
+settings that shape the replies; resuming with others would mix two runs, so it is refused. Each
+line ends in a checksum of itself, so a changed byte is detected and refused.
 """
 
 import fcntl
@@ -29,19 +29,19 @@ Entry = dict[str, Any]
 class Journal:
     """One open journal, held by one process at a time.
 
-    `entries` is what stood in it when it was opened, without its first line.
+    `entries` are its lines when it was opened, without the first.
     """
 
     def __init__(self, path: Path, settings: Entry) -> None:
-        """Open or begin the journal of a run with these settings (JSON values).
+        """Open or create the journal of a run with these settings (JSON values).
 
         Raises:
-            UserError: another process holds it, it was begun with other settings, or a line that
-                is not the last (a kill can only tear the last) cannot be read.
+            UserError: another process has locked it, it was created with other settings, or a line
+                other than the last (a kill can only truncate the last) cannot be read.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = open(path, "a+b")  # noqa: SIM115 - held until close()
+        self._file = open(path, "a+b")  # noqa: SIM115 - open until close()
         try:
             self._lock()
             lines = self._whole_lines()
@@ -59,20 +59,20 @@ class Journal:
             raise
 
     def append(self, entry: Entry, *, durable: bool = True) -> None:
-        """Add one line; `durable` returns only when it is on the disk."""
-        # ASCII only: a teacher can send half a surrogate pair, which UTF-8 has no bytes for.
+        """Add one line; with `durable`, return only when it is on disk."""
+        # ASCII only: a teacher can send a lone surrogate, which UTF-8 cannot encode.
         self._file.write(_line(entry))
         self._file.flush()
         if durable:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Sync and let go of the journal."""
+        """Sync and close the file, which releases the lock."""
         os.fsync(self._file.fileno())
         self._file.close()
 
     def __enter__(self) -> Self:
-        """Hold it for a with block."""
+        """Use it in a with block."""
         return self
 
     def __exit__(
@@ -93,7 +93,7 @@ class Journal:
             ) from None
 
     def _whole_lines(self) -> list[bytes]:
-        """Every complete line; a last one that a kill tore is cut off the file."""
+        """Every complete line; a last one that a kill left incomplete is removed from the file."""
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]

@@ -1,9 +1,9 @@
 """Exact and near duplicates among tens of thousands of texts, in seconds and without sampling.
 
 Two texts are near when the ROUGE-L F-measure of their words reaches a threshold. That needs a
-minimum of common words, so two near texts must share one among the rarest few of each (prefix
-filtering: Chaudhuri et al., 2006; Bayardo et al., 2007). An inverted index over those finds every
-candidate, and the exact score is computed for candidates only: nothing is missed.
+minimum number of common words, so two near texts share at least one of the few rarest words of
+each (prefix filtering: Chaudhuri et al., 2006; Bayardo et al., 2007). An inverted index over those
+words finds every candidate, and the exact score is computed for candidates only. No pair is missed.
 """
 
 import math
@@ -44,19 +44,19 @@ def exact_duplicates(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
 def near_duplicates(
     texts: Sequence[str], skip: set[int], threshold: float = NEAR
 ) -> Iterator[Near]:
-    """Each text that is near to an earlier one which is itself not near to an earlier one.
+    """Each text that is near to an earlier kept text; a text near to none is kept.
 
-    Leaving out every `index` therefore leaves no two near texts, and one of each group stays.
+    Removing every `index` therefore leaves no two near texts, and keeps one of each group.
     """
     words, rarest = _rare_first(texts)
-    # (rare word, length) -> kept texts of that length which hold the word
-    holders: dict[tuple[int, int], list[int]] = defaultdict(list)
+    # (rare word, length) -> kept texts of that length that contain the word
+    postings: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, text in enumerate(words):
         if index in skip or not text:
             continue
         near = [
             Near(index, other, 2 * common / (len(text) + len(words[other])))
-            for least, candidates in _candidates(rarest[index], holders, threshold)
+            for least, candidates in _candidates(rarest[index], postings, threshold)
             for other in candidates
             if (common := LCSseq.similarity(text, words[other], score_cutoff=least))
         ]
@@ -65,26 +65,26 @@ def near_duplicates(
         else:
             shortest = _ceil(len(text) * threshold / (2 - threshold))
             for word in _prefix(rarest[index], _least(len(text), shortest, threshold)):
-                holders[word, len(text)].append(index)
+                postings[word, len(text)].append(index)
 
 
 def _candidates(
-    rarest: list[int], holders: dict[tuple[int, int], list[int]], threshold: float
+    rarest: list[int], postings: dict[tuple[int, int], list[int]], threshold: float
 ) -> Iterator[tuple[int, set[int]]]:
-    """For each length a near text can have: the common words it needs, and who may have them."""
+    """For each length a near text can have: the common words it needs, and the candidates."""
     length = len(rarest)
     shortest = _ceil(length * threshold / (2 - threshold))
     longest = math.floor(length * (2 - threshold) / threshold + EPSILON)
     for other in range(shortest, longest + 1):
         least = _least(length, other, threshold)
         prefix = _prefix(rarest, least)
-        found = {index for word in prefix for index in holders.get((word, other), ())}
+        found = {index for word in prefix for index in postings.get((word, other), ())}
         if found:
             yield least, found
 
 
 def _prefix(rarest: list[int], least: int) -> list[int]:
-    """The rarest words, of which a text with `least` words in common must hold one."""
+    """The rarest words; a text with `least` words in common contains at least one of them."""
     return rarest[: len(rarest) - least + 1]
 
 
@@ -94,27 +94,27 @@ def _least(length: int, other: int, threshold: float) -> int:
 
 
 def _ceil(value: float) -> int:
-    """The next whole number, with room for the last bit of a product like 0.9 * 10 / 2."""
+    """Round up, but not for the rounding error of a product like 0.9 * 10 / 2."""
     return math.ceil(value - EPSILON)
 
 
 def _rare_first(texts: Sequence[str]) -> tuple[list[str], list[list[int]]]:
-    """Each text as one character a word, and its words as numbers, rarest first.
+    """Each text as one character per word, and its words as numbers, rarest first.
 
-    The second `the` of a text is another word than its first: overlap counts repetitions.
+    The second `the` of a text has a different number from the first, so overlap counts repeats.
     """
     alphabet = Alphabet()
     words = [alphabet.spell(WORD.findall(text.lower())) for text in texts]
     numbers: dict[tuple[str, int], int] = {}
-    held = []
+    numbered = []
     for text in words:
         seen: Counter[str] = Counter()
-        mine = []
+        ids = []
         for word in text:
-            mine.append(numbers.setdefault((word, seen[word]), len(numbers)))
+            ids.append(numbers.setdefault((word, seen[word]), len(numbers)))
             seen[word] += 1
-        held.append(mine)
-    frequency = Counter(number for mine in held for number in mine)
-    for mine in held:
-        mine.sort(key=lambda number: (frequency[number], number))
-    return words, held
+        numbered.append(ids)
+    frequency = Counter(number for ids in numbered for number in ids)
+    for ids in numbered:
+        ids.sort(key=lambda number: (frequency[number], number))
+    return words, numbered

@@ -3,7 +3,7 @@
 Tokens are those of the `rouge_score` package (lower case, runs of ASCII letters and digits). Each
 distinct token becomes one character, so the longest common subsequence of two token lists is that
 of two strings, which rapidfuzz finds with bit-parallel arithmetic (Hyyrö, 2004). The F-measure is
-computed with rouge_score's own operations in the same order: equal to the last bit.
+computed with rouge_score's operations in the same order, so it is equal to the last bit.
 """
 
 import re
@@ -16,7 +16,7 @@ from rapidfuzz.distance import LCSseq
 
 THRESHOLD = 0.7  # the recipe's: an instruction this close to an earlier one is not new
 
-# Characters a token may become: every code point but the surrogates, which are no text.
+# Characters for tokens: every code point except the surrogates, which are not valid text.
 SURROGATES = range(0xD800, 0xE000)
 LAST = 0x10FFFF
 

@@ -1,7 +1,7 @@
-"""The interactive diversity plot: one HTML file with its data, its drawing and its script inside.
+"""The interactive diversity plot: one HTML file that contains its data, its SVG and its script.
 
-The arcs are drawn here as SVG; the script (page.js) only shows an arc's count on hovering and its
-examples on clicking, so the page works offline, and prints, and reads without JavaScript.
+The arcs are drawn here as SVG. The script (page.js) only shows an arc's count on hover and its
+examples on click, so the page works offline, can be printed, and is readable without JavaScript.
 """
 
 import json
@@ -16,7 +16,7 @@ from alpaca.dataset.figures import RADII, WINDOW, Diversity
 from alpaca.dataset.rings import Arc
 
 SIZE = 380  # radius of the plot in SVG units
-EXAMPLES = 12  # shown of each arc
+EXAMPLES = 12  # shown for each arc
 
 PAGE_STYLE = """
 .sets { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 2rem; }
@@ -80,7 +80,7 @@ def _path(place: int, arc: Arc, total: int) -> str:
 
 
 def _outline(start: float, end: float, inner: float, outer: float) -> str:
-    """An SVG path around a piece of a ring; a full turn stops just short, or it would vanish."""
+    """An SVG path around a piece of a ring; a full circle stays slightly open, or SVG omits it."""
     end = min(end, start + 0.99999)
     large = int(end - start > 0.5)
     corners = [_point(turn, radius) for turn, radius in

@@ -1,8 +1,8 @@
-"""Tasks kept so far, and the judgement of each reply: pure bookkeeping, no clock, no network.
+"""The tasks kept so far, and the verdict on each task of a reply; uses no clock and no network.
 
-Replies are judged strictly in the order of their requests, and the examples of request k depend
-only on the seed, on k and on what was kept up to reply k - LAG. So the outcome is a function of the
-replies, whatever order they arrive in and however often the run was killed in between.
+Replies are judged in the order of their requests, and the examples of request k depend only on the
+seed, on k and on what was kept up to reply k - LAG. So the outcome depends on the replies alone,
+not on the order in which they arrive or on how often the run was killed.
 """
 
 import random
@@ -13,8 +13,8 @@ from alpaca.dataset.novelty import THRESHOLD, Index
 from alpaca.dataset.recipe import EXAMPLES, fault
 from alpaca.dataset.reply import Task, parse
 
-# How many requests may be under way past the last judged one. More would let a single slow reply
-# block less; fewer would let generated tasks become examples sooner.
+# How many requests may be sent beyond the last judged one. With a larger value one slow reply
+# blocks less; with a smaller one generated tasks become examples sooner.
 LAG = 128
 NEIGHBOURS = 5
 
@@ -22,10 +22,10 @@ Entry = dict[str, Any]
 
 
 class Pool:
-    """Seed tasks, then the kept ones; `numbers` in judgements count through both from 0."""
+    """Seed tasks, then the kept ones; a task's number in a journal entry counts both from 0."""
 
     def __init__(self, seeds: Sequence[Task], seed: int) -> None:
-        """Begin with the seed tasks; `seed` draws the examples of every request."""
+        """Start with the seed tasks; `seed` draws the examples of every request."""
         self.seeds = len(seeds)
         self.tasks = list(seeds)
         self.kept: list[Entry] = []
@@ -48,18 +48,18 @@ class Pool:
         return [self.tasks[number] for number in numbers]
 
     def judge(self, request: int, text: str, cut: bool) -> Entry:
-        """Judge every task of a reply, take up what is kept, and return the journal's entry."""
+        """Judge every task of a reply, add the kept ones, and return the journal's entry."""
         tasks = [self._verdict(task) for task in parse(text, cut=cut)]
         entry = {"entry": "judged", "request": request, "tasks": tasks}
-        self._close(entry)
+        self._finish(entry)
         return entry
 
     def replay(self, entry: Entry) -> None:
-        """Take up a judgement made before, without comparing anything again."""
+        """Apply an earlier journal entry, without comparing anything again."""
         for item in entry["tasks"]:
             if item["verdict"] == "kept":
-                self._take(Task(item["instruction"], item["input"], item["output"]))
-        self._close(entry)
+                self._add(Task(item["instruction"], item["input"], item["output"]))
+        self._finish(entry)
 
     def _verdict(self, task: Task) -> Entry:
         reason = fault(task)
@@ -69,17 +69,17 @@ class Pool:
             found["nearest"] = [[item.number, item.score] for item in nearest]
             reason = "similar" if nearest and nearest[0].score >= THRESHOLD else None
         if reason is None:
-            self._take(task)
+            self._add(task)
         return found | {"verdict": reason or "kept"}
 
-    def _take(self, task: Task) -> None:
+    def _add(self, task: Task) -> None:
         self.tasks.append(task)
         self._index.add(task.instruction)
 
-    def _close(self, entry: Entry) -> None:
+    def _finish(self, entry: Entry) -> None:
         assert entry["request"] == self.judged, "replies are judged in the order of their requests"
         for item in entry["tasks"]:
-            side = self.kept if item["verdict"] == "kept" else self.dropped
-            side.append(item | {"request": entry["request"]})
+            bucket = self.kept if item["verdict"] == "kept" else self.dropped
+            bucket.append(item | {"request": entry["request"]})
         self.judged += 1
         self._sizes.append(len(self.tasks))

@@ -1,8 +1,8 @@
 """What a request asks of the teacher, and which of the tasks it returns are dropped.
 
 The requirements and filters are those of the recipe of 2023 (Wang et al., "Self-Instruct", 2022;
-Taori et al., "Stanford Alpaca", 2023); the words are ours. Examples are numbered from 1 and the
-new tasks go on from there, so a teacher that counts on counts right.
+Taori et al., "Stanford Alpaca", 2023); the wording is ours. Examples are numbered from 1 and new
+tasks continue the numbering, so a teacher that just continues the list uses the right numbers.
 """
 
 import re
@@ -47,7 +47,7 @@ the answer
 {shown}
 """
 
-# What text alone cannot show, open or do.
+# What a model that only reads and writes text cannot show, open or do.
 MEDIA = re.compile(
     r"\b(?:audio|diagrams?|draw|files?|flow ?charts?|graphs?|images?|maps?|music|photos?|pictures?"
     r"|plots?|screenshots?|videos?|go to)\b",
@@ -65,12 +65,12 @@ def request(examples: Sequence[Task], count: int) -> str:
 
 
 def opening(examples: Sequence[Task]) -> str:
-    """What a completion continues: it is the start of the reply, not part of it."""
+    """The start of the reply, which the prompt ends with and a completion continues."""
     return f"{len(examples) + 1}. Instruction:"
 
 
 def fault(task: Task) -> str | None:
-    """Why the recipe drops a task whatever else is kept, in one word; None when it does not."""
+    """Why the recipe drops a task, whatever else is kept: one word, or None when it does not."""
     length = len(task.instruction.split())
     checks = (
         ("not_text", not all(map(_is_text, task))),
@@ -88,5 +88,5 @@ def fault(task: Task) -> str | None:
 
 
 def _is_text(text: str) -> bool:
-    """Neither half surrogate pairs nor control characters other than tab and line ends."""
+    """Whether there are no lone surrogates and no control characters except tab and line ends."""
     return not re.search(r"[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f]", text)

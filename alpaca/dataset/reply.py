@@ -1,9 +1,9 @@
-"""A teacher's reply to tasks: tolerant of how models really number, mark up and cut their lists.
+"""Parse a teacher's reply into tasks, in the many forms in which models write lists.
 
-Numbered blocks (`4. Instruction: ... 4. Input: ... 4. Output: ...`, with or without numbers, bold,
-headings, separators) and JSON (a list, an object holding one, one object a line, fenced or not)
-are read alike. A model's thoughts are left out first: drafts in them are no tasks. Nothing in a
-reply raises; what cannot be read is left out, and of a reply that was cut off only the last task.
+A reply can be numbered blocks (`4. Instruction: ... 4. Input: ... 4. Output: ...`, with or without
+numbers, bold, headings, separators) or JSON (a list, an object holding one, one object per line,
+fenced or not). A model's thoughts are removed first, because drafts in them are not tasks. No reply
+raises an exception: what cannot be parsed is left out, as is the last task of a truncated reply.
 """
 
 import json
@@ -15,7 +15,7 @@ FIELDS = ("instruction", "input", "output")
 NO_INPUT = {"", "-", "none", "n/a", "noinput", "no input", "null", "empty"}
 
 # How models mark their thoughts: `<think>` (DeepSeek, Qwen), `[THINK]` (Mistral), `◁think▷` (Kimi),
-# `<seed:think>`, `<|begin_of_thought|>`, and the channels of gpt-oss, of which the last is said.
+# `<seed:think>`, `<|begin_of_thought|>`, and gpt-oss's channels, of which `final` is the answer.
 _NAME = "(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|scratchpad)"
 _OPENING = (
     rf"<{_NAME}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
@@ -24,7 +24,7 @@ _OPENING = (
 _CLOSING = rf"</{_NAME}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>"
 THOUGHT_MARK = re.compile(f"{_OPENING}|{_CLOSING}", flags=re.IGNORECASE)
 CLOSING_MARK = re.compile(_CLOSING, flags=re.IGNORECASE)
-# A thought without another inside it.
+# A thought with no other thought inside it.
 THOUGHT = re.compile(
     rf"(?:{_OPENING})(?:(?!{_OPENING}).)*?(?:{_CLOSING})", flags=re.IGNORECASE | re.DOTALL
 )
@@ -34,12 +34,12 @@ HEADER = re.compile(
     r"(?P<field>instruction|input|output)[*_]*[ \t]*:[*_]*",
     flags=re.IGNORECASE | re.MULTILINE,
 )
-# What stands between two blocks: lines of ###, --- or ***, then perhaps the next block's number.
+# Text between two blocks: lines of ###, --- or ***, then perhaps the next block's number.
 SEPARATOR = re.compile(
     r"(?:^|\n)[ \t]*(?:#{3,}|-{3,}|\*{3,})[ \t]*(?:\n[ \t]*(?:task[ \t]*)?\d*[.):]*[ \t]*)?\s*\Z",
     flags=re.IGNORECASE,
 )
-# The last line of ### with nothing but the fragment of a block's first line after it.
+# The last line of ###, followed by nothing but a fragment of the next block's first line.
 CLOSING = re.compile(r"\n[ \t]*#{3,}[ \t]*\n(?!.*:).*\Z")
 
 
@@ -52,14 +52,16 @@ class Task(NamedTuple):
 
 
 def parse(text: str, *, cut: bool = False) -> list[Task]:
-    """Read every task of a reply, in its order; `cut` says that it ended at the token limit."""
-    text = spoken(text)
+    """Read every task of a reply, in its order; `cut` means that it was cut at the token limit."""
+    text = without_thoughts(text)
     return _from_blocks(text, cut) or _from_json(text)
 
 
-def spoken(text: str) -> str:
-    """A reply without its thoughts: those with both marks, all before a lone closing one, and all
-    after a lone opening one (a reply that was cut while it thought).
+def without_thoughts(text: str) -> str:
+    """A reply without its thoughts.
+
+    Removes text between an opening and a closing mark, all text before a lone closing mark, and all
+    text after a lone opening mark (the reply was cut inside a thought).
     """
     while (shorter := THOUGHT.sub("\n", text)) != text:
         text = shorter
@@ -71,7 +73,7 @@ def spoken(text: str) -> str:
 
 
 def block(number: int, task: Task) -> str:
-    """One task as a numbered block: the form asked for, and shown in a request's examples."""
+    """One task as a numbered block: the form that a request asks for and shows in its examples."""
     return (
         f"{number}. Instruction: {task.instruction}\n"
         f"{number}. Input:\n{task.input or '<noinput>'}\n"
@@ -82,7 +84,7 @@ def block(number: int, task: Task) -> str:
 def _from_blocks(text: str, cut: bool) -> list[Task]:
     closed = CLOSING.search(text)
     if cut and closed:
-        text, cut = text[: closed.start()], False  # what follows the last closing line is the loss
+        text, cut = text[: closed.start()], False  # only what follows the last ### is lost
     tasks = []
     for headers in _groups(list(HEADER.finditer(text))):
         fields = dict.fromkeys(FIELDS, "")
@@ -94,25 +96,26 @@ def _from_blocks(text: str, cut: bool) -> list[Task]:
 
 
 def _groups(headers: list[re.Match[str]]) -> list[list[tuple[re.Match[str], int | None]]]:
-    """Headers task by task, each with where its content ends (None: with the text).
+    """Headers of each task, each with the position where its content ends (None: end of text).
 
-    A header counts only where a task's fields go forward, so that `Input:` and `Output:` inside
-    an answer stay text; once a reply's first header is numbered, only numbered ones count.
+    A header counts only if its field comes after the task's previous field, so that `Input:` and
+    `Output:` inside an answer stay text. If a reply's first header is numbered, only numbered
+    headers count.
     """
     numbered = bool(headers) and headers[0]["number"] is not None
-    taken: list[list[re.Match[str]]] = []
+    groups: list[list[re.Match[str]]] = []
     for header in headers:
         place = FIELDS.index(header["field"].lower())
         if numbered and header["number"] is None:
             continue
         if place == 0:
-            taken.append([header])
-        elif taken and place > FIELDS.index(taken[-1][-1]["field"].lower()):
-            taken[-1].append(header)
-    flat = [header for group in taken for header in group]
+            groups.append([header])
+        elif groups and place > FIELDS.index(groups[-1][-1]["field"].lower()):
+            groups[-1].append(header)
+    flat = [header for group in groups for header in group]
     ends = [*[header.start() for header in flat[1:]], None] if flat else []
     end = dict(zip([header.start() for header in flat], ends, strict=True))
-    return [[(header, end[header.start()]) for header in group] for group in taken]
+    return [[(header, end[header.start()]) for header in group] for group in groups]
 
 
 def _from_json(text: str) -> list[Task]:
@@ -151,5 +154,5 @@ def _text(value: Any) -> str:
 
 
 def _input(text: str) -> str:
-    """An input, empty where the teacher wrote that there is none."""
+    """The input; empty where the teacher wrote that there is none."""
     return "" if text.strip("<>()[]. \n").lower() in NO_INPUT else text

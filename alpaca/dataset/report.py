@@ -9,7 +9,7 @@ from typing import Any
 from alpaca.dataset.charts import STYLE, bars, histogram
 from alpaca.dataset.findings import FIELDS, MEANINGS, Audit, Finding
 
-EXAMPLES = 3  # of each check
+EXAMPLES = 3  # shown for each check
 TEXT_INDICES = 12
 HTML_INDICES = 2000
 
@@ -52,7 +52,7 @@ def as_json(audit: Audit, name: str) -> dict[str, Any]:
 
 
 def as_html(audit: Audit, items: Sequence[Any], name: str) -> str:
-    """The report as a page that needs nothing but itself."""
+    """The report as one self-contained HTML page."""
     found = audit.by_check()
     plots = [
         histogram(what, values, mark=audit.max_length if what == "tokens" else None)
@@ -105,7 +105,7 @@ def _excerpt(item: Any, width: int = 100) -> list[str]:
 
 
 def _short(text: str, width: int) -> str:
-    # Half surrogate pairs have no bytes; shown as their escapes, like other unprintable characters.
+    # Lone surrogates cannot be encoded; they are escaped, like other unprintable characters.
     plain = "".join(c if c.isprintable() or c == "�" else repr(c)[1:-1] for c in text[: width * 2])
     return plain if len(plain) <= width and len(text) <= width * 2 else plain[: width - 3] + "..."
 

@@ -1,7 +1,8 @@
 """The two rings of a diversity plot as plain arcs: verbs inside, their direct objects outside.
 
-An arc's angle is its count: a verb's arc spans all its instructions, its four commonest objects
-take their shares of it, and the pale rest is every other object. Nothing is scaled up to look full.
+An arc's angle is proportional to its count. A verb's arc spans all its instructions; its four
+commonest objects take their shares of it, and the pale remainder is all its other objects.
+Nothing is rescaled to fill the circle.
 """
 
 import colorsys
@@ -29,7 +30,7 @@ class Arc:
 
     @property
     def label(self) -> str:
-        """What stands on it; nothing on the rest."""
+        """The text on the arc; empty on the remainder."""
         return self.verb if self.ring == 0 else self.object
 
 
@@ -39,7 +40,7 @@ def pairs(asked: Sequence[Asked]) -> Counter[Asked]:
 
 
 def arcs(counts: Counter[Asked], verbs: int = VERBS, objects: int = OBJECTS) -> list[Arc]:
-    """The commonest verbs, most first, each followed by its objects; equals by the alphabet."""
+    """The commonest verbs by count, each followed by its objects; ties are alphabetical."""
     totals: Counter[str] = Counter()
     for item, count in counts.items():
         totals[item.verb] += count

@@ -1,7 +1,8 @@
-"""One run of `generate`: settings and limits from the flags, the loop, the bar, the files.
+"""One run of `generate`: settings and limits from the flags, the loop, the progress bar, the files.
 
-What shapes the replies goes into the journal's first line; what only limits or paces a run (budget,
-concurrency, time-outs, how many tasks) may change from one call to the next.
+Settings that shape the replies are in the journal's first line, and a resumed run must have the
+same. Settings that only limit or pace a run (budget, concurrency, time-outs, how many tasks) may
+change from one call to the next.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from alpaca.dataset import recipe
 from alpaca.dataset.bootstrap import Bootstrap, Limits
-from alpaca.dataset.files import beside, write
+from alpaca.dataset.files import side_file, write
 from alpaca.dataset.journal import Entry, Journal
 from alpaca.dataset.pool import LAG, Pool
 from alpaca.dataset.reply import Task
@@ -29,7 +30,7 @@ from alpaca.records import read_records
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generate, write the files, and say what came of it."""
+    """Generate, write the files, and print a summary."""
     limits, key = _limits(arguments), _key()
     body = _body(arguments)
     teacher = Teacher(
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     seeds = _seeds(arguments.seed_tasks)
     output = arguments.output
-    with Journal(beside(output, "journal"), _settings(arguments, body, seeds)) as journal:
+    with Journal(side_file(output, "journal"), _settings(arguments, body, seeds)) as journal:
         pool = Pool(seeds, arguments.seed)
         with _bar(arguments.num_instructions) as bar:
             bootstrap = Bootstrap(
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 async def _until_done(bootstrap: Bootstrap) -> None:
-    """Run; the first Ctrl-C (or SIGTERM) waits for replies under way, the second does not."""
+    """Run; the first Ctrl-C (or SIGTERM) waits for requests in flight, the second cancels them."""
     loop = asyncio.get_running_loop()
     work = asyncio.create_task(bootstrap.run())
 
@@ -75,7 +76,7 @@ async def _until_done(bootstrap: Bootstrap) -> None:
             return
         bootstrap.stop("interrupted")
         tqdm.write(
-            f"stopping: {len(bootstrap.flying)} request(s) under way are already being paid for "
+            f"stopping: {len(bootstrap.in_flight)} request(s) under way are already being paid for "
             "and waited for; Ctrl-C again gives them up",
             file=sys.stderr,
         )
@@ -85,15 +86,15 @@ async def _until_done(bootstrap: Bootstrap) -> None:
     try:
         await work
     except asyncio.CancelledError:
-        pass  # the second Ctrl-C: what had arrived is in the journal
+        pass  # the second Ctrl-C: replies that have arrived are in the journal
     finally:
-        for task in bootstrap.flying.values():
+        for task in bootstrap.in_flight.values():
             task.cancel()
         await bootstrap.teacher.close()
 
 
 def _settings(arguments: argparse.Namespace, body: Entry, seeds: list[Task]) -> Entry:
-    """What shapes the replies: a run that goes on must have the same."""
+    """The settings that shape the replies; a resumed run must have the same."""
     return {
         "model": arguments.model,
         "endpoint": arguments.endpoint,
@@ -107,12 +108,12 @@ def _settings(arguments: argparse.Namespace, body: Entry, seeds: list[Task]) -> 
 
 
 def _body(arguments: argparse.Namespace) -> Entry:
-    asked = {name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens")}
-    return {name: value for name, value in (asked | arguments.extra).items() if value is not None}
+    flags = {name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens")}
+    return {name: value for name, value in (flags | arguments.extra).items() if value is not None}
 
 
 def _reply_limit(arguments: argparse.Namespace, body: Entry) -> int:
-    """Tokens one reply can cost at most, whichever of its two names the endpoint knows."""
+    """The most tokens a reply can cost, under either of the names that endpoints have for it."""
     limit = body.get("max_tokens") or body.get("max_completion_tokens") or arguments.max_tokens
     return int(limit)
 
@@ -130,7 +131,7 @@ def _limits(arguments: argparse.Namespace) -> Limits:
 
 
 def _key() -> str:
-    """The endpoint's key, from the environment only, so that it stands in no shell history."""
+    """The endpoint's key, from the environment only, so that it is in no shell history."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY holds characters no key has.", "Set it again.")
@@ -145,14 +146,14 @@ def _bar(wanted: int) -> "tqdm[Any]":
 
 
 def _show(bar: "tqdm[Any]", run: Bootstrap) -> None:
-    """Bring the progress bar up to date; what was there at the start does not count as speed."""
+    """Update the progress bar; tasks that a resumed run starts with do not count as speed."""
     kept = min(len(run.pool.kept), run.limits.wanted)
     if bar.n == 0 and run.journal.entries and bar.initial == 0:
         bar.initial = bar.n = kept
     tokens = f"{run.tokens_in + run.tokens_out:,} tokens"
     cost = f"{run.cost:.2f} spent" if run.limits.price_in or run.limits.price_out else tokens
     bar.set_postfix_str(
-        f"{len(run.pool.dropped)} dropped, {cost}, {len(run.flying)} in flight", refresh=False
+        f"{len(run.pool.dropped)} dropped, {cost}, {len(run.in_flight)} in flight", refresh=False
     )
     bar.update(kept - bar.n)
 
@@ -175,7 +176,7 @@ def _summary(run: Bootstrap, output: Path) -> str:
 
 
 def _seeds(path: Path) -> list[Task]:
-    """The seed tasks; each is an example of how to answer, so none may answer with nothing."""
+    """The seed tasks; each is an example of how to answer, so an empty output is refused."""
     records = read_records(path)
     empty = [index for index, record in enumerate(records) if not record.output]
     if empty:

@@ -1,9 +1,9 @@
 """The teacher: a model behind an OpenAI-compatible endpoint, asked until it gives a usable reply.
 
-The only module of the package that opens a network connection. Passing faults (429, 5xx, cut or
-hanging connections, broken JSON, empty choices) are tried again after Retry-After, or after an
-exponentially growing pause with jitter; a 429 holds back every other request too. Nothing is
-retried inside the client library, so that every attempt is seen and counted here.
+The only module of the package that opens a network connection. Transient failures (429, 5xx, cut or
+hanging connections, broken JSON, empty choices) are retried after Retry-After, or after an
+exponentially growing pause with jitter; Retry-After delays every other request too. The client
+library does not retry, so that every attempt is seen and counted here.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from alpaca.errors import UserError
 
 FIRST_PAUSE = 0.5  # seconds
 LONGEST_PAUSE = 60.0
-PASSING = {408, 409, 425, 429}  # and every 5xx
-NO_KEY = "none"  # local servers want no key, the client library wants something
+TRANSIENT = {408, 409, 425, 429}  # and every 5xx
+NO_KEY = "none"  # local servers need no key, but the client library requires one
 SHORT_KEY = 8  # characters; real keys have more
 CHARACTERS_PER_TOKEN = 4  # where the endpoint reports no usage
 
@@ -42,7 +42,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply that can be read: its text, whether it was cut at the token limit, what it took."""
+    """A usable reply: its text, whether it was cut at the token limit, and the tokens it cost."""
 
     text: str
     cut: bool
@@ -50,9 +50,9 @@ class Reply:
 
 
 class RefusedError(Exception):
-    """Asking this one request again would not help (HTTP 400 or 422, a filter, thoughts alone).
+    """Retrying this one request would not help (HTTP 400 or 422, a filter, reasoning alone).
 
-    `usage` is set when it was paid all the same; `remedy` says what to change.
+    `usage` is set when it was paid nevertheless; `remedy` says what to change.
     """
 
     def __init__(self, why: str, usage: Usage | None = None, remedy: str = "") -> None:
@@ -63,11 +63,11 @@ class RefusedError(Exception):
 
 
 class StoppedError(Exception):
-    """The run is ending, and the request would have had to be tried again."""
+    """The run is ending, and the request would have needed a retry."""
 
 
-class _PassingError(Exception):
-    """One attempt failed in a way that may pass; `usage` is set when it was paid all the same."""
+class _TransientError(Exception):
+    """One attempt failed and may be retried; `usage` is set when it was paid nevertheless."""
 
     def __init__(self, why: str, after: float | None = None, usage: Usage | None = None) -> None:
         super().__init__(why)
@@ -77,10 +77,11 @@ class _PassingError(Exception):
 
 @dataclass
 class Teacher:
-    """Where and how to ask.
+    """A teacher's endpoint, and how to ask it.
 
-    `wasted` is awaited with each reply that was paid for and held nothing, so it can be counted;
-    `sleep` and `clock` are time itself, in seconds.
+    `wasted` is awaited with each reply that was paid for and held nothing, so that its cost counts.
+    `patience` is the longest wait that the server may ask for, in seconds. `sleep` and `clock` take
+    and give seconds.
     """
 
     url: str
@@ -98,29 +99,29 @@ class Teacher:
     def __post_init__(self) -> None:
         """Make the client; it connects at the first request."""
         self.stopping = False
-        self._hold_until = 0.0
+        self._paused_until = 0.0
         self._jitter = random.Random()
         self._client = openai.AsyncOpenAI(
             base_url=self.url, api_key=self.key, max_retries=0, timeout=self.timeout
         )
 
     async def ask(self, prompt: str, opening: str) -> Reply:
-        """Send one request, again and again where it fails in passing, and return its reply.
+        """Send one request, retry it after transient failures, and return its reply.
 
-        `opening` begins the reply in the completion endpoint, where a model continues a text.
+        `opening` is the start of the reply, which a model behind a completion endpoint continues.
 
         Raises:
             RefusedError: this request can have no answer; others may.
-            StoppedError: `stopping` was set while it failed.
+            StoppedError: `stopping` was set when a retry was due.
             UserError: no request will be answered until the user changes something.
         """
         why = ""
         for attempt in range(self.retries + 1):
-            while (held := self._hold_until - self.clock()) > 0:
-                await self._pause(held)
+            while (left := self._paused_until - self.clock()) > 0:
+                await self._pause(left)
             try:
                 return await self._attempt(prompt, opening)
-            except _PassingError as error:
+            except _TransientError as error:
                 why = self._redact(str(error))
                 if error.usage and self.wasted:
                     await self.wasted(why, error.usage)
@@ -134,8 +135,8 @@ class Teacher:
         """Close the connections."""
         await self._client.close()
 
-    async def _after(self, error: _PassingError, attempt: int) -> None:
-        """Wait before the next attempt, and have all requests wait where the server says so."""
+    async def _after(self, error: _TransientError, attempt: int) -> None:
+        """Wait before the next attempt; if the server asked for the wait, all requests wait."""
         seconds = pause(attempt, error.after, self._jitter.random())
         if seconds > self.patience:
             raise UserError(
@@ -143,7 +144,7 @@ class Teacher:
                 "Nothing is lost: run the same command again then.",
             )
         if error.after is not None:
-            self._hold_until = max(self._hold_until, self.clock() + seconds)
+            self._paused_until = max(self._paused_until, self.clock() + seconds)
         else:
             await self._pause(seconds)
 
@@ -160,19 +161,19 @@ class Teacher:
             async with asyncio.timeout(self.timeout):
                 answer = await self._send(prompt, opening)
         except (TimeoutError, openai.APITimeoutError):
-            raise _PassingError(f"no reply within {self.timeout:g} s") from None
+            raise _TransientError(f"no reply within {self.timeout:g} s") from None
         except openai.APIStatusError as error:
             after = retry_after(error.response.headers, time.time())
             raise self._verdict(error.status_code, error.message, error.body, after) from None
         except openai.APIConnectionError as error:
-            raise _PassingError(f"connection failed ({error.__cause__ or error})") from None
+            raise _TransientError(f"connection failed ({error.__cause__ or error})") from None
         except (openai.APIError, ValueError) as error:
-            raise _PassingError(f"the reply is not JSON ({error})") from None
+            raise _TransientError(f"the reply is not JSON ({error})") from None
         failed = _error_in(answer)
-        if failed is not None:  # OpenRouter and others answer 200 where their own provider failed
+        if failed is not None:  # OpenRouter and others answer 200 when their provider failed
             code = str(failed.get("code", ""))
-            said = f"{failed.get('message') or failed}"
-            raise self._verdict(int(code) if code.isdigit() else 500, said, failed, None)
+            message = f"{failed.get('message') or failed}"
+            raise self._verdict(int(code) if code.isdigit() else 500, message, failed, None)
         try:
             return _read(answer, prompt)
         except RefusedError as error:
@@ -189,14 +190,14 @@ class Teacher:
         )
 
     def _verdict(self, status: int, message: str, body: Any, after: float | None) -> Exception:
-        """What an error means: try again, give this request up, or give up."""
-        said = self._redact(f"HTTP {status}: {message}")[:400]
+        """The exception for an error: retry, give up this request, or end the run."""
+        detail = self._redact(f"HTTP {status}: {message}")[:400]
         quota = "insufficient_quota" in json.dumps(body, default=str)
-        if status in PASSING or status >= 500:
+        if status in TRANSIENT or status >= 500:
             if not quota:
-                return _PassingError(said, after)
+                return _TransientError(detail, after)
         elif status in (400, 422):
-            return RefusedError(said)
+            return RefusedError(detail)
         remedy = {
             401: "Set OPENAI_API_KEY to a key this endpoint accepts.",
             403: "The key may not use this model: check both.",
@@ -206,14 +207,14 @@ class Teacher:
             429: "The account's quota is used up; run the same command again when it is not.",
         }
         return UserError(
-            f"The teacher at {self.url} refuses: {said}",
+            f"The teacher at {self.url} refuses: {detail}",
             remedy.get(status, "Check --teacher, --model and OPENAI_API_KEY."),
         )
 
     def _redact(self, text: str) -> str:
-        """Servers quote keys in their errors; nothing we print or write may hold one.
+        """Cut the key, which servers quote in their errors, out of what we print or write.
 
-        A key too short to be one is a word of its own, or it would be found inside others.
+        A key too short to be a real one is matched as a whole word, or it would be found in others.
         """
         if self.key == NO_KEY:
             return text
@@ -222,7 +223,7 @@ class Teacher:
 
 
 def base_url(text: str) -> str:
-    """The endpoint's URL; one without a path gets /v1. Raises UserError when it is no URL."""
+    """The endpoint's URL; one without a path gets /v1. Raises UserError when it is not a URL."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UserError(f"--teacher {text} is no URL.", "Example: http://localhost:8000/v1")
@@ -230,10 +231,10 @@ def base_url(text: str) -> str:
 
 
 def pause(attempt: int, after: float | None, jitter: float) -> float:
-    """Seconds before the next attempt: what the server asks, else 0.5 s doubling up to 60 s.
+    """Seconds before the next attempt: what the server asks for, else 0.5 s doubling up to 60 s.
 
     `jitter` (0 to 1) shortens our own pauses by up to half and lengthens the server's by up to a
-    tenth, so that requests which failed together do not come back together.
+    tenth, so that requests that failed together are not retried together.
     """
     if after is not None:
         return after * (1 + jitter / 10)
@@ -279,11 +280,13 @@ def _read(answer: ChatCompletion | Completion, prompt: str) -> Reply:
     why, remedy = _without_text(message, content, finish, usage)
     if why:
         raise RefusedError(f"the reply has no text: {why}", usage, remedy)
-    raise _PassingError("the reply is empty" if choice else "the reply has no choices", usage=usage)
+    raise _TransientError(
+        "the reply is empty" if choice else "the reply has no choices", usage=usage
+    )
 
 
 def _text(content: Any) -> str:
-    """Content as text; of a list of parts, the parts of text (not those of thinking)."""
+    """Content as text; of a list of parts, only the text parts (not the reasoning)."""
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, dict)]
         return "".join(text for text in texts if isinstance(text, str))
@@ -291,7 +294,7 @@ def _text(content: Any) -> str:
 
 
 def _without_text(message: Any, content: Any, finish: Any, usage: Usage) -> tuple[str, str]:
-    """Why a reply has no text, where asking again would cost the same and give the same."""
+    """Why a reply has no text, and the remedy; "" and "" where a retry may give one."""
     thinking = 'Less thinking, for example: --extra \'{"reasoning_effort": "low"}\''
     if finish == "length":
         return f"its {usage.tokens_out:,} tokens went elsewhere (finish_reason length)", (
@@ -319,5 +322,5 @@ def _usage(reported: Any, prompt: str, text: str) -> Usage:
 
 
 def estimate(text: str) -> int:
-    """About how many tokens a text is."""
+    """Estimate how many tokens a text has."""
     return len(text) // CHARACTERS_PER_TOKEN + 1

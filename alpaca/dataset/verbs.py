@@ -1,9 +1,9 @@
 """Root verb and direct object of an instruction, from spaCy's dependency parse.
 
 The verb is that of the first sentence that asks for something (an imperative or a question), the
-object its noun: "Given a title, write a short poem about it." is (write, poem). What is quoted,
-and what follows a colon or a line end, is the matter and not the request, so it is left out of
-the parse. Verb-first sentences that the tagger takes for nouns are parsed again after "You must".
+object its noun: "Given a title, write a short poem about it." is (write, poem). Quoted text, and
+text after a colon or a line end, is what the request is about, so it is not parsed. A sentence
+whose first verb was tagged as a noun is parsed again after "You must".
 """
 
 import multiprocessing
@@ -17,11 +17,11 @@ from alpaca.errors import UserError
 
 PREFERRED = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg", "en_core_web_trf")
 BATCH = 512
-ALONE = 4 * BATCH  # below this a second process costs more than it saves
+SINGLE_PROCESS = 4 * BATCH  # below this a second process costs more than it saves
 
 QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»|(?<!\w)'[^']*'(?!\w)|‘[^’]*’(?!\w)|`[^`]*`")
 
-# What a parse calls an imperative at the start of a sentence that it took for a noun's first word.
+# Dependency labels of an imperative that was parsed as the start of a noun phrase.
 NOT_A_ROOT = ("compound", "amod", "dep", "nmod", "nsubj", "npadvmod", "advmod", "advcl")
 
 
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 
 def find_model(name: str | None = None) -> str:
-    """The installed English model to parse with: the one named, or the usual small one first.
+    """The installed English model to parse with: the one named, or else the smallest installed.
 
     Raises:
         UserError: it is not installed; the remedy is the one command that installs it.
@@ -67,7 +67,7 @@ def parse_all(
     """Verb and object of each instruction, on all cores; `progress` gets batch sizes."""
     batches = [list(instructions[at : at + BATCH]) for at in range(0, len(instructions), BATCH)]
     cores = min(len(os.sched_getaffinity(0)), len(batches))
-    processes = processes or (cores if len(instructions) > ALONE else 1)
+    processes = processes or (cores if len(instructions) > SINGLE_PROCESS else 1)
     found: list[Asked] = []
     for asked in _results(batches, model, processes):
         found += asked
@@ -80,7 +80,7 @@ def _results(batches: list[list[str]], model: str, processes: int) -> Iterator[l
         nlp = _load(model)
         yield from (_parse(nlp, batch) for batch in batches)
         return
-    # Spawned, not forked: a fork would take over locks of threads that it does not have.
+    # Spawned, not forked: a fork inherits locks that are held by threads it does not have.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _initialize, (model,)) as pool:
         yield from pool.map(_parse_here, batches)
@@ -107,19 +107,19 @@ def _load(model: str) -> Any:
 def _parse(nlp: Any, batch: list[str]) -> list[Asked]:
     plain = [request_of(text) for text in batch]
     found = [asked(doc) for doc in nlp.pipe(plain)]
-    again = [
+    untagged = [
         number
         for number, item in enumerate(found)
         if item is None and plain[number] and not plain[number].endswith("?")
     ]
-    texts = [f"You must {plain[number][:1].lower()}{plain[number][1:]}" for number in again]
-    for number, doc in zip(again, nlp.pipe(texts), strict=True):
-        found[number] = asked(doc, anew=True)
+    texts = [f"You must {plain[number][:1].lower()}{plain[number][1:]}" for number in untagged]
+    for number, doc in zip(untagged, nlp.pipe(texts), strict=True):
+        found[number] = asked(doc, again=True)
     return [item or Asked("", "") for item in found]
 
 
 def request_of(instruction: str) -> str:
-    """What is asked, without the text it is asked about."""
+    """The request in an instruction, without the text it is about."""
     first = next((line for line in instruction.splitlines() if line.strip()), "").strip()
     plain = QUOTED.sub(lambda quote: quote[0] if quote[0].count(" ") < 2 else "this", first)
     head, _, _ = plain.partition(": ")
@@ -128,15 +128,15 @@ def request_of(instruction: str) -> str:
     return re.sub(r"\s+", " ", head).strip(" :-*#")
 
 
-def asked(doc: Any, *, anew: bool = False) -> Asked | None:
-    """Verb and object of the first sentence that asks; None when none seems to have a verb."""
+def asked(doc: Any, *, again: bool = False) -> Asked | None:
+    """Verb and object of the first sentence that asks for something; None without a verb."""
     roots = [sentence.root for sentence in doc.sents]
     verbs = [root for root in roots if root.pos_ in ("VERB", "AUX") or _object(root)]
-    if anew:
+    if again:
         verbs = [root for root in roots if root.pos_ in ("VERB", "AUX")]
-    if not verbs or (not anew and _noun_like_start(doc)):
+    if not verbs or (not again and _noun_like_start(doc)):
         return None
-    root = next((root for root in verbs if anew or _asks(root)), verbs[0])
+    root = next((root for root in verbs if again or _asks(root)), verbs[0])
     if root.lemma_ in ("need", "have", "want"):  # "you need to find ..." asks to find
         root = next((child for child in root.children if child.dep_ == "xcomp"), root)
     return Asked(root.lemma_.lower(), _object(root))
@@ -155,7 +155,7 @@ def _noun_like_start(doc: Any) -> bool:
 
 
 def _asks(root: Any) -> bool:
-    """An imperative has no subject; a question ends in its mark."""
+    """Whether a sentence is an imperative (no subject) or a question (ends in `?`)."""
     subjects = {"nsubj", "nsubjpass", "expl", "csubj"}
     question = root.sent.text.rstrip().endswith("?")
     return question or not any(child.dep_ in subjects for child in root.children)

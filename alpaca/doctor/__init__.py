@@ -1,1 +1,1 @@
-"""What is wrong with this machine, before a run finds out."""
+"""Check this machine before a run fails on it."""

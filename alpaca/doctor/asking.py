@@ -1,6 +1,6 @@
-"""The questions a rehearsal puts to the server it started, over HTTP on this machine.
+"""HTTP requests of a rehearsal to the server that it started on this machine.
 
-Standard library only: the image holds no HTTP client, and curl may be missing.
+Standard library only: the image has no HTTP client, and curl may be missing.
 """
 
 import json
@@ -10,11 +10,11 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-SECONDS = 60.0  # an answer of a tiny model may take on a busy machine
+SECONDS = 60.0  # time-out of an answer: a tiny model on a busy machine
 
 
 def post(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Send JSON, return the JSON that comes back (empty where none does)."""
+    """Send JSON and return the JSON of the response ({} if it has none)."""
     with urllib.request.urlopen(_request(url, body), timeout=SECONDS) as answer:
         text = answer.read().decode()
     found: dict[str, Any] = json.loads(text) if text.strip() else {}
@@ -22,7 +22,7 @@ def post(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def stream(url: str, body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Send JSON, yield server-sent events as they come: (name, data)."""
+    """Send JSON and yield server-sent events as they arrive: (name, data)."""
     request = _request(url, body)
     request.add_header("Accept", "text/event-stream")
     name = ""
@@ -36,7 +36,7 @@ def stream(url: str, body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
 
 
 def health(url: str) -> str:
-    """What the health check says; ABSENT while nothing listens."""
+    """The status that the health check reports; ABSENT while nothing listens."""
     try:
         with urllib.request.urlopen(f"{url}/health-check", timeout=5) as answer:
             return str(json.loads(answer.read())["status"])
@@ -45,7 +45,7 @@ def health(url: str) -> str:
 
 
 def wait_until_ready(url: str, seconds: float) -> str:
-    """The server's status, READY or what it is after `seconds`."""
+    """The server's status when it has started or failed, or after `seconds`."""
     deadline = time.monotonic() + seconds
     while (status := health(url)) in ("ABSENT", "STARTING") and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,6 +1,6 @@
 """`python -m alpaca doctor`: one line a check, green or red, with the remedy.
 
-The ranks that test the devices are started first and import torch while the rest is checked.
+The ranks that test the devices start first and import torch while the other checks run.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from alpaca.doctor.finding import Finding
 from alpaca.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-MEETING = 29500  # where torchrun's ranks meet, unless they are told otherwise
+MASTER_PORT = 29500  # torchrun's default for the rendezvous of its ranks
 
 
 def parser() -> argparse.ArgumentParser:
-    """Flags of the verb."""
+    """The command line of `doctor`."""
     made = argparse.ArgumentParser(
         description="Check this machine: software, devices, memory, disk, network, limits.",
         epilog="Exit code 0: all green. 2: something is red; its line says what to do.",
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the report; raises UserError, so exit code 2, when something is red."""
+    """Print the report; raise UserError (exit code 2) when a check is red."""
     found = []
     for finding in checks(arguments):
         print(finding.line(), flush=True)
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def rehearsed() -> Iterator[Finding]:
-    """The rehearsal's findings; it imports torch and transformers, which the checks need not."""
+    """The rehearsal's findings; it imports torch and transformers, which the checks do not need."""
     try:
         from alpaca.doctor.rehearsal import rehearse
     except (ImportError, OSError) as error:  # OSError: a shared library that is missing
@@ -72,11 +72,11 @@ def rehearsed() -> Iterator[Finding]:
 
 
 def checks(arguments: argparse.Namespace) -> list[Finding]:
-    """All findings but the rehearsal's."""
+    """All findings except the rehearsal's."""
     driver = devices.driver()
     ranks = driver.gpus or (1 if driver.fault else devices.CPU_RANKS)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        asked = pool.submit(devices.ask, ranks)
+        reports = pool.submit(devices.ask, ranks)
         found = [
             host.python(),
             host.pins(ROOT / "requirements.txt"),
@@ -84,9 +84,9 @@ def checks(arguments: argparse.Namespace) -> list[Finding]:
             host.disk(arguments.folder, arguments.disk * 1e9),
             host.shared_memory(arguments.shm, ranks, driver.gpus > 0),
             host.port(arguments.port, "--port"),
-            host.port(MEETING, "torchrun --master_port"),
+            host.port(MASTER_PORT, "torchrun --master_port"),
             host.open_files(),
             host.curl(),
             *([] if arguments.no_image else [host.docker(), host.cog()]),
         ]
-        return [*found, *devices.findings(asked.result(), driver)]
+        return [*found, *devices.findings(reports.result(), driver)]

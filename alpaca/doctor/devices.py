@@ -1,7 +1,7 @@
 """Checks of torch, the driver and every accelerator, by starting one small process for each.
 
-The processes report what torch sees and add numbers together; what hangs or dies in them does so
-without the doctor.
+The processes report what torch sees and run an all-reduce. If one of them hangs or crashes, the
+doctor still reports its other checks.
 """
 
 import json
@@ -19,14 +19,14 @@ from typing import Any
 from alpaca.doctor.finding import Finding
 
 CPU_RANKS = 2
-PATIENCE = 60.0  # seconds, for processes that import torch on a busy machine
+TIMEOUT = 60.0  # seconds, for processes that import torch on a busy machine
 ROOT = Path(__file__).resolve().parents[2]
-BF16 = 8  # compute capability from which tensor cores multiply bf16
+BF16 = 8  # the first compute capability whose tensor cores multiply bf16
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What became of one process: its last report (empty when there is none), and its errors."""
+    """The result of one process: its last report (empty when there is none) and its stderr."""
 
     facts: dict[str, Any]
     errors: str
@@ -34,7 +34,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Driver:
-    """NVIDIA's: its version, the GPUs a program may use, and what is wrong with it, if anything."""
+    """NVIDIA's driver: its version, the GPUs a program may use, and its fault ("" if none)."""
 
     version: str | None = None
     gpus: int = 0
@@ -42,14 +42,14 @@ class Driver:
 
 
 def driver(devices: Path = Path("/dev")) -> Driver:
-    """Ask nvidia-smi; without one there is no driver, unless its devices are there.
+    """Ask nvidia-smi; without it there is no driver, unless NVIDIA's device files exist.
 
-    CUDA_VISIBLE_DEVICES hides cards, all behind the first that does not exist too.
+    CUDA_VISIBLE_DEVICES hides cards; all entries after the first that does not exist are ignored.
     """
     program = shutil.which("nvidia-smi")
     if program is None:
-        there = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
-        return Driver(fault=f"{', '.join(there)} there, but no nvidia-smi" if there else "")
+        found = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+        return Driver(fault=f"{', '.join(found)} there, but no nvidia-smi" if found else "")
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
@@ -70,17 +70,17 @@ def driver(devices: Path = Path("/dev")) -> Driver:
 def ask(world_size: int, program: Sequence[str] = ("-m", "alpaca.doctor.ranks")) -> list[Rank]:
     """Start the ranks, wait for all of them, and read their reports."""
     with tempfile.TemporaryDirectory() as folder:
-        meeting = str(Path(folder, "meeting"))
+        rendezvous = str(Path(folder, "rendezvous"))
         started = [
             subprocess.Popen(
-                [sys.executable, *program, meeting], cwd=ROOT, text=True,
+                [sys.executable, *program, rendezvous], cwd=ROOT, text=True,
                 env={"OMP_NUM_THREADS": "1", **os.environ, "RANK": str(rank),
                      "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )
             for rank in range(world_size)
         ]  # fmt: skip
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         return [_report(process, deadline) for process in started]
 
 
@@ -90,7 +90,7 @@ def _report(process: "subprocess.Popen[str]", deadline: float) -> Rank:
     except subprocess.TimeoutExpired:
         process.kill()
         output, errors = process.communicate()
-        errors += f"\nno answer within {PATIENCE:.0f} s"
+        errors += f"\nno answer within {TIMEOUT:.0f} s"
     lines = [line for line in output.splitlines() if line.startswith("{")]
     return Rank(json.loads(lines[-1]) if lines else {}, errors.strip())
 
@@ -99,8 +99,8 @@ def findings(ranks: Sequence[Rank], found_driver: Driver) -> list[Finding]:
     """All findings about torch and the devices, from what the ranks reported."""
     facts = ranks[0].facts
     if not facts:
-        told = "can't be used: " + last_line(ranks[0].errors)
-        return [Finding("torch", False, told, "./script/setup installs it.")]
+        detail = "can't be used: " + last_line(ranks[0].errors)
+        return [Finding("torch", False, detail, "./script/setup installs it.")]
     found = [Finding("torch", True, f"{facts['torch']}, {len(ranks)} rank(s)")]
     found.append(cuda(facts, found_driver))
     for number, rank in enumerate(ranks):
@@ -112,7 +112,7 @@ def findings(ranks: Sequence[Rank], found_driver: Driver) -> list[Finding]:
 
 
 def cuda(facts: dict[str, Any], found: Driver) -> Finding:
-    """Whether torch's CUDA and the driver go together."""
+    """Whether torch's CUDA and the driver are compatible."""
     built, gpus = facts["cuda"], found.gpus
     if found.fault and "name" not in facts:
         return Finding("CUDA", False, found.fault,
@@ -121,8 +121,8 @@ def cuda(facts: dict[str, Any], found: Driver) -> Finding:
     if "name" in facts and not gpus:
         return Finding("CUDA", True, f"{built}; how many GPUs there are is not known")
     if not gpus:
-        told = "no NVIDIA GPU here; training and serving run on the CPU"
-        return Finding("CUDA", True, told)
+        detail = "no NVIDIA GPU here; training and serving run on the CPU"
+        return Finding("CUDA", True, detail)
     if built is None:
         return Finding("CUDA", False, f"{gpus} GPU(s), but torch is a build for CPUs",
                        "./script/setup on a machine whose pip finds the CUDA build.")  # fmt: skip
@@ -136,31 +136,33 @@ def gpu(number: int, facts: dict[str, Any]) -> Finding:
     major, minor = facts["capability"]
     fast = major >= BF16
     free, memory = facts["free"] / 1e9, facts["memory"] / 1e9
-    told = f"{facts['name']}, {free:.1f} of {memory:.1f} GB free, capability {major}.{minor}, " + (
-        "bf16 in hardware" if fast else "bf16 only emulated"
+    detail = (
+        f"{facts['name']}, {free:.1f} of {memory:.1f} GB free, capability {major}.{minor}, "
+        + ("bf16 in hardware" if fast else "bf16 only emulated")
     )
     if fast and free < 0.9 * memory:
-        return Finding(f"GPU {number}", False, told, "Something else uses it: nvidia-smi")
-    return Finding(f"GPU {number}", fast, told, "It trains and serves in fp32, much slower.")
+        return Finding(f"GPU {number}", False, detail, "Something else uses it: nvidia-smi")
+    return Finding(f"GPU {number}", fast, detail, "It trains and serves in fp32, much slower.")
 
 
 def peers(facts: Sequence[dict[str, Any]]) -> Finding:
-    """Whether every card reaches every other without going through the CPU's memory."""
-    silent = [f"rank {number}" for number, one in enumerate(facts) if "peers" not in one]
-    apart = silent + [
+    """Whether every GPU can access every other without going through host memory."""
+    unreported = [f"rank {number}" for number, one in enumerate(facts) if "peers" not in one]
+    unconnected = unreported + [
         f"{number}-{other}"
         for number, one in enumerate(facts)
         for other in one.get("others", [])
         if other not in one["peers"]
     ]
-    told = "every GPU reaches every other" if not apart else f"not between {', '.join(apart)}"
-    return Finding("peer access", not apart, told,
+    detail = f"not between {', '.join(unconnected)}" if unconnected else ""
+    detail = detail or "every GPU reaches every other"
+    return Finding("peer access", not unconnected, detail,
                    "Slower, not wrong: enable it (IOMMU off, NVLink), or expect the time of PCIe."
                    )  # fmt: skip
 
 
 def all_reduce(ranks: Sequence[Rank]) -> Finding:
-    """Whether the ranks could add numbers."""
+    """Whether an all-reduce over the ranks gave the right sum."""
     world = len(ranks)
     right = world * (world + 1) / 2
     wrong = [number for number, rank in enumerate(ranks) if rank.facts.get("sum") != right]

@@ -1,4 +1,4 @@
-"""What a check returns: green or red, in one line, and what to do about red."""
+"""The result of a check: one line, green or red, and what to do when it is red."""
 
 import sys
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ GREEN, RED, PLAIN = "\033[32m", "\033[31m", "\033[0m"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's report; `remedy` is what to do where it is not `ok`."""
+    """One line of the report; `told` is what was found, `remedy` what to do when it is not `ok`."""
 
     name: str
     ok: bool
@@ -21,5 +21,5 @@ class Finding:
         word = "ok " if self.ok else "BAD"
         if colored:
             word = f"{GREEN if self.ok else RED}{word}{PLAIN}"
-        told = f"{word}  {self.name:<12} {self.told}"
-        return told if self.ok or not self.remedy else f"{told}\n{'':18}-> {self.remedy}"
+        text = f"{word}  {self.name:<12} {self.told}"
+        return text if self.ok or not self.remedy else f"{text}\n{'':18}-> {self.remedy}"

@@ -1,6 +1,6 @@
-"""Checks of everything but the accelerators: versions, disk, memory, ports, limits, programs.
+"""Checks of everything except the accelerators: versions, disk, memory, ports, limits, programs.
 
-Each takes what it looks at as an argument and returns one finding. None imports torch.
+Each takes what it checks as an argument and returns one finding. None imports torch.
 """
 
 import os
@@ -20,15 +20,15 @@ from alpaca.atomic import free_disk
 from alpaca.doctor.finding import Finding
 
 PYTHON = (3, 11)
-OPEN_FILES = 1024  # of one rank: shards, sockets to every other rank, the data set
+OPEN_FILES = 1024  # per rank: shards, sockets to every other rank, the data set
 SHARED_MEMORY = 1 << 30  # NCCL's buffers between ranks of one node; Docker gives 64 MB
-PROBE = 64 << 20  # bytes written to learn a disk's speed
+PROBE = 64 << 20  # bytes written to measure a disk's speed
 SLOW = 20e6  # bytes/s below which a checkpoint of a 7B model takes more than an hour
 CONTAINER = Path("/.dockerenv")
 
 
 def python() -> Finding:
-    """The interpreter that the pins are made for."""
+    """Whether Python is new enough for the pinned packages."""
     found = tuple(map(int, platform.python_version_tuple()[:2]))
     return Finding(
         "Python", found >= PYTHON, platform.python_version(),
@@ -37,7 +37,7 @@ def python() -> Finding:
 
 
 def pins(requirements: Path) -> Finding:
-    """Installed versions against requirements.txt."""
+    """Whether the installed versions are those of requirements.txt."""
     wanted = re.findall(r"^([\w.-]+)==([\w.]+)$", requirements.read_text(), flags=re.MULTILINE)
     wrong = []
     for package, pinned in wanted:
@@ -47,31 +47,31 @@ def pins(requirements: Path) -> Finding:
             found = "absent"
         if found != pinned:
             wrong.append(f"{package} {found}, pinned {pinned}")
-    told = f"all {len(wanted)} packages are the pinned ones" if not wrong else "; ".join(wrong)
-    return Finding("versions", not wrong, told, "./script/setup installs the pinned ones")
+    detail = f"all {len(wanted)} packages are the pinned ones" if not wrong else "; ".join(wrong)
+    return Finding("versions", not wrong, detail, "./script/setup installs the pinned ones")
 
 
 def disk(folder: Path, needed: float) -> Finding:
-    """Space where models and checkpoints will be written, and how fast that goes."""
+    """Free space and write speed of the disk that models and checkpoints will be written to."""
     name, free = "disk", free_disk(folder.resolve())
     if free < max(needed, 2 * PROBE):
         return Finding(
             name, False, f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.1f} needed",
             "Free some space, or take another disk (python -m alpaca plan says how much).",
         )  # fmt: skip
-    there = folder.resolve()
-    while not there.exists():
-        there = there.parent
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
     try:
-        speed = write_speed(there)
+        speed = write_speed(existing)
     except OSError as error:
         return Finding(name, False, f"{folder} can't be written: {error}", "Take another folder.")
-    told = f"{folder}: {free / 1e9:,.0f} GB free, writes {speed / 1e6:,.0f} MB/s"
-    return Finding(name, speed > SLOW, told, "Checkpoints will take long; take a local disk.")
+    detail = f"{folder}: {free / 1e9:,.0f} GB free, writes {speed / 1e6:,.0f} MB/s"
+    return Finding(name, speed > SLOW, detail, "Checkpoints will take long; take a local disk.")
 
 
 def write_speed(folder: Path) -> float:
-    """Bytes a second that reach the disk, measured with a file that is removed again."""
+    """Bytes per second that reach the disk, measured with a temporary file."""
     path = folder / f".alpaca-doctor-{os.getpid()}"
     block = os.urandom(1 << 20)
     started = time.perf_counter()
@@ -87,7 +87,7 @@ def write_speed(folder: Path) -> float:
 
 
 def shared_memory(folder: Path, ranks: int, cuda: bool) -> Finding:
-    """Room in /dev/shm, through which NCCL's ranks of one node talk."""
+    """Free space in /dev/shm, through which NCCL's ranks on one node communicate."""
     name = str(folder)
     if not folder.is_dir():
         return Finding(name, False, "is not there", "docker run --shm-size=8g")
@@ -100,15 +100,15 @@ def shared_memory(folder: Path, ranks: int, cuda: bool) -> Finding:
 
 
 def memory(needed: float) -> Finding:
-    """RAM that is available now, to this container if it is one."""
+    """RAM that is available now, within the container's limit if there is one."""
     total = ram.total()
     available = min(psutil.virtual_memory().available, total)
-    told = f"{available / 1e9:.1f} of {total / 1e9:.1f} GB available"
-    return Finding("RAM", available >= needed, told, f"Needs {needed / 1e9:.0f} GB.")
+    detail = f"{available / 1e9:.1f} of {total / 1e9:.1f} GB available"
+    return Finding("RAM", available >= needed, detail, f"Needs {needed / 1e9:.0f} GB.")
 
 
 def port(number: int, flag: str) -> Finding:
-    """Whether a port can be listened at; `flag` names another one."""
+    """Whether a port is free to listen on; `flag` is the option that sets another."""
     name, remedy = f"port {number}", f"Take another: {flag} {max(1024, number % 65535) + 1}"
     if not 0 < number < 65536:
         return Finding(name, False, "is no port: they are 1 to 65535", remedy)
@@ -122,7 +122,7 @@ def port(number: int, flag: str) -> Finding:
 
 
 def _unprivileged() -> int:
-    """The first port that is not for root alone."""
+    """The lowest port that does not need root."""
     try:
         return int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
     except (OSError, ValueError):
@@ -139,14 +139,14 @@ def open_files() -> Finding:
 
 
 def curl() -> Finding:
-    """The program that the demo asks its questions with."""
+    """Whether curl is installed, with which the demo sends its requests."""
     found = shutil.which("curl")
     return Finding("curl", found is not None, found or "is not on PATH",
                    "./script/demo needs it: apt-get install curl")  # fmt: skip
 
 
 def docker(container: Path = CONTAINER) -> Finding:
-    """Docker, and whether its engine answers; what builds and runs the image."""
+    """Whether Docker, which builds and runs the image, is installed and its engine answers."""
     if container.exists():
         return Finding("docker", True, "not needed: this is a container already")
     program = shutil.which("docker")
@@ -159,7 +159,7 @@ def docker(container: Path = CONTAINER) -> Finding:
 
 
 def cog(container: Path = CONTAINER) -> Finding:
-    """The cog program, and under which names this version knows its commands."""
+    """Whether cog is installed, and what this version calls its commands."""
     if container.exists():
         return Finding("cog", True, "not needed: this is a container already")
     program = shutil.which("cog")
@@ -173,12 +173,12 @@ def cog(container: Path = CONTAINER) -> Finding:
     # Since 0.23 a command in the image is `cog exec`, and a prediction `cog run`.
     new = "exec" in known
     names = ("cog exec CMD", "cog run -i ...") if new else ("cog run CMD", "cog predict -i ...")
-    told = f"{release}: a command in the image is `{names[0]}`, a prediction `{names[1]}`"
-    return Finding("cog", "build" in known, told, "This is no Cog that can build images.")
+    detail = f"{release}: a command in the image is `{names[0]}`, a prediction `{names[1]}`"
+    return Finding("cog", "build" in known, detail, "This is no Cog that can build images.")
 
 
 def _ask(*words: str) -> str | None:
-    """What a program answers, or None where it fails or takes longer than five seconds."""
+    """A program's output, or None when it fails or takes longer than five seconds."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

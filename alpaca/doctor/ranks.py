@@ -1,7 +1,7 @@
-"""One rank of the doctor's process group: says what torch sees, and adds numbers with the others.
+"""One rank of the doctor's process group: reports what torch sees, and runs an all-reduce.
 
-Run by alpaca/doctor/devices.py, one process a device: RANK, WORLD_SIZE and the path of a file
-through which they meet. Prints one JSON object.
+alpaca/doctor/devices.py starts one process per device, with RANK, WORLD_SIZE and the path of the
+file that is their rendezvous. Prints a JSON object before the all-reduce and one after it.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-NUMBERS = 1 << 20  # that are added: 4 MB
+NUMBERS = 1 << 20  # elements of the all-reduce: 4 MB
 
 
 def main() -> None:
-    """Join, add, report."""
+    """Join the group, run an all-reduce, and print the reports."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     facts = seen(rank)
-    print(json.dumps(facts | {"sum": None}), flush=True)  # known even where adding hangs
+    print(json.dumps(facts | {"sum": None}), flush=True)  # printed even if the all-reduce hangs
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def seen(rank: int) -> dict[str, Any]:
-    """What torch says of itself and of this rank's device."""
+    """What torch reports about itself and about this rank's device."""
     facts: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
     if not torch.cuda.is_available():
         return facts

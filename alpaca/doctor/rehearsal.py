@@ -1,8 +1,8 @@
-"""The whole way with a tiny model, in this very environment, by the commands people type.
+"""Run every step once with a tiny model, in this environment, with the commands that people type.
 
-Convert, train on all ranks, kill, resume, export, verify, serve, predict, stream, cancel: what
-works here on two layers works on eighty, as far as the environment decides it. The first stage
-that fails ends it.
+The steps are: convert, train on all ranks, kill, resume, export, verify, serve, predict, stream,
+cancel. What works with two layers works with eighty, as far as the environment decides it. The
+first stage that fails ends the rehearsal.
 """
 
 import json
@@ -28,14 +28,14 @@ FIRST_PORT = 5050
 
 
 class FailedError(Exception):
-    """A stage did not do what it should; the message says what it did."""
+    """A stage failed; the message says what happened."""
 
 
 class Rehearsal:
     """The stages, in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is empty, and removed by the caller."""
+        """`folder` is empty; the caller removes it."""
         self.folder = folder
         self.base, self.out = folder / "weights/tiny", folder / "alpaca_out"
         self.log = folder / "server.log"
@@ -57,13 +57,13 @@ class Rehearsal:
         ]
 
     def convert(self) -> str:
-        """A tiny Hugging Face folder to a clean one."""
+        """Convert a tiny Hugging Face folder."""
         tiny.write(self.folder / "source/tiny", DATA)
         run("convert", "--input_dir", self.folder / "source/tiny", "--output_dir", self.base.parent)
         return f"{len(list(self.base.iterdir()))} files"
 
     def training(self) -> list[str]:
-        """The training command; the same for the run that is killed and the one that goes on."""
+        """The training command, the same for the killed run and the resumed one."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
         flags = {
             "model_name_or_path": self.base, "data_path": DATA, "output_dir": self.out,
@@ -74,7 +74,7 @@ class Rehearsal:
         return [sys.executable, *launcher, "train.py", *words]
 
     def train_and_kill(self) -> str:
-        """Train until a checkpoint is there, then end every process without warning."""
+        """Train until there is a checkpoint, then kill every process."""
         process = subprocess.Popen(
             self.training(), cwd=ROOT, env=_environment(), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -97,7 +97,7 @@ class Rehearsal:
         return [line["step"] for line in map(json.loads, lines) if "loss" in line]
 
     def resume(self) -> str:
-        """The same command goes on from the checkpoint, and exports."""
+        """The same command resumes from the checkpoint, and exports."""
         words = self.training()
         done = subprocess.run(
             words, cwd=ROOT, env=_environment(), capture_output=True, text=True,
@@ -110,7 +110,7 @@ class Rehearsal:
         return f"went on to step {STEPS} and exported"
 
     def verify(self) -> str:
-        """The exported folder is what its passport says."""
+        """The exported folder matches its passport."""
         run("verify", self.out)
         return "the exported folder is as it was written"
 
@@ -129,17 +129,17 @@ class Rehearsal:
 
     def predict(self) -> str:
         """One answer to one question."""
-        asked = {"prompt": "Say hello.", "max_new_tokens": 8, "seed": 1}
-        answer = asking.post(f"{self.url}/predictions", {"input": asked})
+        inputs = {"prompt": "Say hello.", "max_new_tokens": 8, "seed": 1}
+        answer = asking.post(f"{self.url}/predictions", {"input": inputs})
         if answer.get("status") != "succeeded" or len(answer["output"]) != 1:
             raise FailedError(f"the server answered {answer}")
         return f"{answer['metrics']['completion_tokens']} tokens"
 
     def stream_and_cancel(self) -> str:
-        """A long answer arrives piece by piece, and ends when it is cancelled."""
-        asked = {"prompt": "Go on.", "max_new_tokens": tiny.CONTEXT - 200, "total_tokens": 10**6,
-                 "temperature": 0, "stream": True}  # fmt: skip
-        request = {"id": "rehearsal", "input": asked}
+        """A long answer is streamed, and ends when it is cancelled."""
+        inputs = {"prompt": "Go on.", "max_new_tokens": tiny.CONTEXT - 200, "total_tokens": 10**6,
+                  "temperature": 0, "stream": True}  # fmt: skip
+        request = {"id": "rehearsal", "input": inputs}
         pieces, last = 0, {}
         for name, data in asking.stream(f"{self.url}/predictions", request):
             last = data
@@ -151,7 +151,7 @@ class Rehearsal:
         return f"{pieces} pieces arrived, then it was cancelled"
 
     def stop(self) -> None:
-        """End the server, if it runs."""
+        """Stop the server, if it is running."""
         if self.server is not None and self.server.poll() is None:
             self.server.terminate()
             try:
@@ -161,7 +161,7 @@ class Rehearsal:
 
 
 def rehearse() -> Iterator[Finding]:
-    """Run the stages; one finding each, the last a verdict."""
+    """Run the stages; one finding each, and one for the whole when all have passed."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="alpaca-rehearsal-") as folder:
         rehearsal = Rehearsal(Path(folder))
@@ -169,11 +169,11 @@ def rehearse() -> Iterator[Finding]:
             for name, body in rehearsal.stages():
                 started = time.monotonic()
                 try:
-                    told = body()
+                    detail = body()
                 except (FailedError, OSError, subprocess.SubprocessError) as error:
                     yield Finding(name, False, str(error), "The lines above say where it ended.")
                     return
-                yield Finding(name, True, f"{told} ({time.monotonic() - started:.0f} s)")
+                yield Finding(name, True, f"{detail} ({time.monotonic() - started:.0f} s)")
         finally:
             rehearsal.stop()
     spent = time.monotonic() - began
@@ -191,20 +191,20 @@ def run(*words: object) -> None:
 
 
 def tail(output: str) -> str:
-    """The end of an output, for a message of one line."""
+    """The end of a program's output, for a one-line message."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     named = [line for line in lines if "error:" in line.lower()]
     return " | ".join((named or lines)[-3:])[:600]
 
 
 def kill(process: "subprocess.Popen[Any]") -> None:
-    """End a process and its descendants at once; torchrun gives each rank a session of its own."""
+    """Kill a process and its descendants, also torchrun's ranks, which have their own sessions."""
     try:
         parent = psutil.Process(process.pid)
-        family = [*parent.children(recursive=True), parent]
+        processes = [*parent.children(recursive=True), parent]
     except psutil.NoSuchProcess:
         return
-    for member in family:
+    for member in processes:
         try:
             member.kill()
         except psutil.NoSuchProcess:
@@ -213,7 +213,7 @@ def kill(process: "subprocess.Popen[Any]") -> None:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A port that no process listens on."""
     taken = {found.laddr.port for found in psutil.net_connections("tcp") if found.laddr}
     return next(port for port in range(FIRST_PORT, 65536) if port not in taken)
 

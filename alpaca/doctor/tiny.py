@@ -1,7 +1,7 @@
-"""A tiny LLaMA with a tokenizer of its own, made in a second: what a rehearsal converts.
+"""A tiny LLaMA with its own tokenizer, made in a second: the model that a rehearsal converts.
 
-It says nothing sensible, and never ends an answer when asked for the likeliest token, so that
-there is something to cancel.
+Its answers are random text. With greedy decoding they never end, so that there is something to
+cancel.
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""The engine that answers requests, and the schema Cog publishes for it."""
+"""The engine that answers requests, and the OpenAPI schema that Cog publishes for it."""

@@ -1,9 +1,9 @@
-"""Attention over slots, registered with transformers, so that its models run unchanged.
+"""Attention over cache slots, registered with transformers, so that its models run unchanged.
 
-One forward pass carries tokens of many sequences in one row: first one token of every decoding
-sequence, then chunks of prompts. Linear layers see them all together, which is what makes batching
-pay; attention reads each sequence's own slot. The query heads that share a key head are passed as
-if they were positions, so that keys are read once, not repeated (grouped-query attention).
+One forward pass concatenates tokens of many sequences: first one token of each decoding sequence,
+then prompt chunks. Linear layers process all tokens together, which makes batching efficient.
+Attention reads each sequence's own slot. In grouped-query attention, the query heads that share a
+key head are passed as if they were positions, so that keys are read once instead of repeated.
 """
 
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ from alpaca.serving.transfer import send
 from alpaca.stored import ADVICE
 
 NAME = "alpaca_slots"
-CALL_COST = 128  # an attention call more costs about as much as reading this many tokens
+CALL_COST = 128  # one more attention call costs about as much as reading this many tokens
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Part of a prompt in this pass: tokens [first, last) of it, in slot `slot`."""
+    """The part of a prompt that this pass computes: its tokens [first, last), in slot `slot`."""
 
     slot: int
     first: int
@@ -34,11 +34,11 @@ class PrefillChunk:
 
 @dataclass
 class Step:
-    """Where the tokens of one forward pass belong.
+    """Maps the tokens of one forward pass to slots and positions.
 
-    The first `decoding` tokens are of that many slots in ascending order; the chunks follow.
-    `lengths[i]` counts the tokens of slot `rows[i]`, the new one included; in a recorded step,
-    which is replayed at other positions, it is the most that the recording reaches.
+    The first `decoding` tokens belong to the slots `rows`, in ascending order; the chunks follow.
+    `lengths[i]` counts the tokens of slot `rows[i]`, including the new one. A recorded step is
+    replayed at other positions, so there it is the greatest length that the recording covers.
     """
 
     cache: SlotCache
@@ -53,11 +53,11 @@ class Step:
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
-        """Runs of decoding slots that are attended together; the same in every layer."""
+        """Runs of decoding slots that share one attention call; the same in every layer."""
         return spans(self.rows, self.lengths)
 
     def index(self, first: int, last: int, device: torch.device) -> torch.Tensor:
-        """Where rows [first, last) are, counted from the first; sent once a step."""
+        """Slots of rows [first, last), counted from the first one; sent once per step."""
         name = (first, last, device)
         if name not in self._indices:
             low = self.rows[first]
@@ -68,13 +68,13 @@ class Step:
 
     @property
     def decoding(self) -> int:
-        """How many tokens are one sequence's next."""
+        """Number of decoding sequences; each has one token in the pass."""
         return len(self.rows)
 
 
 @dataclass
 class Probe:
-    """Stands in for a Step once, to learn what each layer's keys look like."""
+    """Replaces the Step in a trial pass that records the shape of each layer's keys."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
 
@@ -95,7 +95,8 @@ def slot_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query (1, heads, tokens, head_dim), key and value alike.
 
-    Returns (1, tokens, heads, head_dim). Raises UserError in a probe of attention of other kinds.
+    Returns (1, tokens, heads, head_dim). With a Probe, raises UserError for attention with capped
+    scores or attention sinks.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(step, Probe):
@@ -108,8 +109,8 @@ def slot_attention(
     keys, values = step.cache.layers[layer]
     out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
     if step.decoding:
-        fresh = query[0, :, : step.decoding].transpose(0, 1)
-        out[: step.decoding] = _decode(step, fresh, keys, values, scaling, sliding_window)
+        decode_query = query[0, :, : step.decoding].transpose(0, 1)
+        out[: step.decoding] = _decode(step, decode_query, keys, values, scaling, sliding_window)
     start = step.decoding
     for chunk in step.chunks:
         stop = start + chunk.last - chunk.first
@@ -133,26 +134,26 @@ def _decode(
     parts = []
     for first, last, length in step.spans:
         low, high = step.rows[first], step.rows[last - 1] + 1
-        asked = grouped[first:last]
+        padded = grouped[first:last]
         holes = high - low > last - first
-        if holes:  # slots in between that do not decode now: computed, and not used
+        if holes:  # slots in between that are not decoding: computed, but not used
             index = step.index(first, last, query.device)
-            asked = grouped.new_zeros(high - low, *grouped.shape[1:])
-            asked[index] = grouped[first:last]
+            padded = grouped.new_zeros(high - low, *grouped.shape[1:])
+            padded[index] = grouped[first:last]
         mask = _decode_mask(step, low, high, first, last, length, window, query)
-        answer = F.scaled_dot_product_attention(
-            asked, keys[low:high, :, :length], values[low:high, :, :length], mask, scale=scaling
+        attended = F.scaled_dot_product_attention(
+            padded, keys[low:high, :, :length], values[low:high, :, :length], mask, scale=scaling
         )
-        parts.append(answer[index] if holes else answer)
+        parts.append(attended[index] if holes else attended)
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined.reshape(count, heads, size)
 
 
 def spans(rows: list[int], lengths: list[int]) -> list[tuple[int, int, int]]:
-    """Cut ascending slots into runs worth attending together: (first, last, longest) each.
+    """Cut ascending slots into runs that share one attention call: (first, last, longest) each.
 
-    A run is computed as a rectangle, slots by longest length. A slot joins the run before it while
-    that wastes fewer tokens than a call of its own costs.
+    A run is computed as a rectangle: its slots times its longest length. A slot joins the previous
+    run if that wastes fewer tokens than a separate call costs.
     """
     runs: list[tuple[int, int, int]] = []
     for at, length in enumerate(lengths):
@@ -174,7 +175,7 @@ def _decode_mask(
 ) -> torch.Tensor | None:  # fmt: skip
     """Additive mask (slots, 1, 1, length): a slot's own tokens, within the window if there is one.
 
-    The same for every layer of a kind, so it is made once a step.
+    It is the same for all layers with the same window, so it is made once per step.
     """
     windowed = window is not None and length > window
     even_rows = high - low == last - first
@@ -187,12 +188,12 @@ def _decode_mask(
         index = slice(None) if even_rows else step.index(first, last, like.device)
         ends[index] = step.positions[first:last].to(like.device) + 1
         at = torch.arange(length, device=like.device)
-        seen = at < ends[:, None]
+        visible = at < ends[:, None]
         if windowed:
             assert window is not None
-            seen &= at >= ends[:, None] - window
-        mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
-        step.masks[name] = mask.masked_fill_(~seen, -torch.inf)[:, None, None]
+            visible &= at >= ends[:, None] - window
+        mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+        step.masks[name] = mask.masked_fill_(~visible, -torch.inf)[:, None, None]
     return step.masks[name]
 
 
@@ -202,36 +203,36 @@ def _prefill(
 ) -> torch.Tensor:  # fmt: skip
     """A chunk of a prompt: query (1, heads, tokens, head_dim), result (tokens, heads, head_dim)."""
     repeat = query.shape[1] // keys.shape[1]
-    known_keys, known_values = (
+    repeated_keys, repeated_values = (
         part[chunk.slot, :, : chunk.last].repeat_interleave(repeat, dim=0).unsqueeze(0)
         for part in (keys, values)
     )
     windowed = window is not None and chunk.last > window
     whole = chunk.first == 0 and not windowed
-    answer = F.scaled_dot_product_attention(
+    attended = F.scaled_dot_product_attention(
         query,
-        known_keys,
-        known_values,
+        repeated_keys,
+        repeated_values,
         None if whole else _chunk_mask(step, chunk, window if windowed else None, query),
         is_causal=whole,
         scale=scaling,
     )
-    return answer[0].transpose(0, 1)
+    return attended[0].transpose(0, 1)
 
 
 def _chunk_mask(
     step: Step, chunk: PrefillChunk, window: int | None, like: torch.Tensor
 ) -> torch.Tensor:
-    """Additive mask (tokens, last): each token sees those before it, and itself."""
+    """Additive mask (tokens, last): each token sees itself and the tokens before it."""
     name = (chunk, window, like.device)
     if name not in step.masks:
         own = torch.arange(chunk.first, chunk.last, device=like.device)[:, None]
         at = torch.arange(chunk.last, device=like.device)
-        seen = at <= own
+        visible = at <= own
         if window is not None:
-            seen &= at > own - window
-        mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
-        step.masks[name] = mask.masked_fill_(~seen, -torch.inf)
+            visible &= at > own - window
+        mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+        step.masks[name] = mask.masked_fill_(~visible, -torch.inf)
     return step.masks[name]
 
 

@@ -1,9 +1,8 @@
-"""Keys and values of everything being served, in slots of fixed size.
+"""The key/value cache: slots of fixed size.
 
-A slot holds one sequence's keys and values for every layer. Slots never move, so nothing is copied
-while decoding and a GPU can replay a recorded step; how many there are, and how long, is settled
-at start from the memory that is free. One slot more than are used takes what must be written
-somewhere but never read.
+A slot holds one sequence's keys and values for every layer. Slots never move, so decoding copies
+nothing and a GPU can replay a recorded step. The number of slots and their length are set at start
+from the free memory. One spare slot receives writes whose result is never read.
 """
 
 import math
@@ -19,14 +18,14 @@ import torch
 
 from alpaca.errors import UserError
 
-# of free memory: the rest is for activations, and on a CPU for others on the machine
+# share of free memory; the rest is for activations and, on a CPU, for other processes
 SHARE = {"cpu": 0.5, "cuda": 0.9}
-GROUPS = Path("/sys/fs/cgroup")
+GROUPS = Path("/sys/fs/cgroup")  # control groups
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Keys and values of one token in one layer."""
+    """Shape, dtype and device of one token's key and value in one layer."""
 
     heads: int
     head_dim: int
@@ -41,25 +40,25 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many slots, and how many tokens fit into each."""
+    """Number of slots, and of tokens that fit into each."""
 
     slots: int
     length: int
 
     @property
     def tokens(self) -> int:
-        """All tokens that can be held at once."""
+        """Tokens that all slots hold together."""
         return self.slots * self.length
 
 
 def plan_capacity(tokens: int, context: int, slots: int, at_least: int) -> Capacity:
-    """Fit slots of the model's whole context into `tokens`; see `fitting_tokens`.
+    """Fit slots of length `context` into `tokens`; see `fitting_tokens`.
 
-    When memory is short there are fewer slots, down to `at_least`; then they get shorter. A long
-    prompt that is served slowly is better than one that is refused.
+    If memory is short, the number of slots is reduced first, down to `at_least`, and then their
+    length: it is better to serve a long prompt slowly than to refuse it.
 
     Raises:
-        UserError: not even 256 tokens a slot fit.
+        UserError: fewer than 256 tokens per slot fit.
     """
     fitting = max(at_least, min(slots, tokens // context - 1))
     length = min(context, tokens // (fitting + 1))
@@ -74,7 +73,7 @@ def plan_capacity(tokens: int, context: int, slots: int, at_least: int) -> Capac
 def fitting_tokens(
     shapes: Sequence[LayerShape], unused: Callable[[torch.device], int] | None = None
 ) -> int:
-    """Tokens that the cache may hold: on each device the keys of its own layers have to fit."""
+    """Tokens that the cache may hold; on each device its own layers' keys and values must fit."""
     unused = unused or unused_bytes
     token_bytes: Counter[torch.device] = Counter()
     for shape in shapes:
@@ -85,19 +84,20 @@ def fitting_tokens(
 
 
 def unused_bytes(device: torch.device) -> int:
-    """Memory that nobody has taken, of the machine or container, or of a GPU."""
+    """Free memory of a GPU, or of the machine or container, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)  # of the machine, also in a container
-    room = container_room(GROUPS)
-    return available if room is None else min(available, room)
+    available = int(psutil.virtual_memory().available)  # of the whole machine, even in a container
+    container = container_room(GROUPS)
+    return available if container is None else min(available, container)
 
 
 def container_room(groups: Path) -> int | None:
-    """Bytes that the container may still take, or None; `groups` is where control groups are.
+    """Bytes that the container may still allocate, or None without a limit.
 
-    Files that were read count as used until someone wants the room: such pages are not counted
-    here (kernel documentation, control groups, version 2: memory.stat; then version 1).
+    `groups` is the folder of the control groups; version 2 is tried first, then version 1. The
+    kernel counts cached file pages as used but frees them on demand, so inactive ones do not
+    count here (kernel documentation of control groups, memory.stat).
     """
     for limit, used, stat, files in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -112,16 +112,16 @@ def container_room(groups: Path) -> int | None:
             counts = dict(line.split() for line in (groups / stat).read_text().splitlines())
             taken = int((groups / used).read_text()) - int(counts[files])
             return int((groups / limit).read_text()) - taken
-        except (OSError, ValueError, KeyError):  # no such group, or one without a limit ("max")
+        except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
             continue
     return None
 
 
 class SlotCache:
-    """The tensors: one (slots + 1, heads, length, head_dim) for keys and one for values a layer."""
+    """The tensors; per layer, (slots + 1, heads, length, head_dim) for keys and for values."""
 
     def __init__(self, shapes: list[LayerShape], capacity: Capacity) -> None:
-        """Allocate; on a CPU memory is taken as it is first written."""
+        """Allocate; on a CPU the system provides each page when it is first written."""
         self.capacity = capacity
         self.spare = capacity.slots
         rows = capacity.slots + 1
@@ -132,7 +132,7 @@ class SlotCache:
 
     @property
     def cpu_bytes(self) -> int:
-        """Its part in a CPU's memory when full; at first nothing of it is taken."""
+        """CPU memory that the cache takes when it is full; at first it takes none."""
         parts = [part for layer in self.layers for part in layer]
         return sum(part.nbytes for part in parts if part.device.type == "cpu")
 
@@ -147,7 +147,7 @@ class SlotCache:
         """Store tokens' keys and values (heads, tokens, head_dim) at (slots, positions)."""
         for stored, new in zip(self.layers[layer], (keys, values), strict=True):
             at = slots.to(stored.device), positions.to(stored.device)  # a model may span devices
-            # indices on both sides of the heads: (tokens, heads, head_dim)
+            # an index before and one after the heads gives (tokens, heads, head_dim)
             stored[at[0], :, at[1]] = new.transpose(0, 1)
 
     def read(self, slot: int, length: int) -> list[torch.Tensor]:
@@ -155,30 +155,33 @@ class SlotCache:
         return [part[slot, :, :length].clone() for layer in self.layers for part in layer]
 
     def restore(self, slot: int, saved: list[torch.Tensor]) -> None:
-        """Begin a slot with what `read` returned."""
+        """Write what `read` returned to the beginning of a slot."""
         parts = [part for layer in self.layers for part in layer]
         for part, tokens in zip(parts, saved, strict=True):
             part[slot, :, : tokens.shape[1]] = tokens
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Begin slot `target` with the first `length` tokens of `source`."""
+        """Copy the first `length` tokens of slot `source` to slot `target`."""
         for layer in self.layers:
             for part in layer:
                 part[target, :, :length] = part[source, :, :length]
 
     def erase(self, slot: int, length: int) -> None:
-        """Forget the first `length` tokens of a slot: also masked, NaN would reach the sums."""
+        """Zero the first `length` tokens of a slot, because NaN would reach sums even if masked."""
         for layer in self.layers:
             for part in layer:
                 part[slot, :, :length] = 0
 
 
 def _zeros(shape: LayerShape, size: tuple[int, ...]) -> torch.Tensor:
-    """Zeros (*size, head_dim). On a CPU torch would write them, the system does so when needed."""
+    """Zeros (*size, head_dim).
+
+    On a CPU they come from mmap: the system zeroes a page on first use, torch would write all now.
+    """
     size = (*size, shape.head_dim)
     if shape.device.type != "cpu":
         return torch.zeros(size, dtype=shape.dtype, device=shape.device)
     memory = mmap.mmap(-1, math.prod(size) * shape.dtype.itemsize)
     with suppress(OSError, AttributeError):  # a system without huge pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE)  # one token would take 2 MB, and the time to clear it
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page: 2 MB, and time to clear it, for a token
     return torch.frombuffer(memory, dtype=shape.dtype).view(size)

@@ -1,10 +1,10 @@
-"""Lets a run hear that Cog cancelled it, whenever that happens.
+"""Notifies a run that Cog cancelled it, at any time in its life.
 
-Cog 0.23 sends what an async generator yields only after it has ended, so a run that streams is a
+Cog 0.23 sends what an async generator yields only after it has ended, so a streaming run is a
 coroutine that returns a plain generator. By then the future on which Cog calls `cancel()` is done,
-and the call would go unheard; and in a run's first moments Cog raises in the submitting thread and
-leaves the coroutine running. Runs reach Cog's event loop through
-`asyncio.run_coroutine_threadsafe`, so its future is made to tell of both.
+and the call would have no effect. During a run's first moments Cog instead raises in the submitting
+thread and leaves the coroutine running. Cog submits runs with `asyncio.run_coroutine_threadsafe`,
+so this module replaces it, to return a future that reports both kinds of cancellation.
 """
 
 import asyncio
@@ -15,38 +15,38 @@ from typing import Any
 
 
 class _CancelSignal:
-    """Who wants to hear of one run's cancellation; also those who ask after it."""
+    """Callbacks for one run's cancellation; one that is added after it is called at once."""
 
     def __init__(self) -> None:
-        self._told = False
-        self._hearers: list[Callable[[], None]] = []
+        self._fired = False
+        self._callbacks: list[Callable[[], None]] = []
 
-    def add(self, hearer: Callable[[], None]) -> None:
-        self._hearers.append(hearer)
-        if self._told:
-            hearer()
+    def add(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+        if self._fired:
+            callback()
 
-    def tell(self) -> None:
-        self._told = True
-        for hearer in self._hearers:
-            hearer()
+    def fire(self) -> None:
+        self._fired = True
+        for callback in self._callbacks:
+            callback()
 
 
 _CURRENT: ContextVar[_CancelSignal] = ContextVar("signal")
 _submit = asyncio.run_coroutine_threadsafe
 
 
-def on_cancel(hearer: Callable[[], None]) -> None:
-    """Call `hearer` when the run that this is called in is cancelled, even after it returned.
+def on_cancel(callback: Callable[[], None]) -> None:
+    """Call `callback` when the current run is cancelled, even if its coroutine has returned.
 
-    It may be called more than once.
+    `callback` may be called more than once.
     """
     if (signal := _CURRENT.get(None)) is not None:
-        signal.add(hearer)
+        signal.add(callback)
 
 
-class _ToldFuture(Future[Any]):
-    """Stands before the future of a submitted coroutine; tells when it is given up."""
+class _NotifyingFuture(Future[Any]):
+    """Wraps the future of a submitted coroutine; fires `signal` when it is cancelled."""
 
     def __init__(self, inner: Future[Any], signal: _CancelSignal) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _ToldFuture(Future[Any]):
         self.signal = signal
 
     def cancel(self) -> bool:
-        self.signal.tell()
+        self.signal.fire()
         return self.inner.cancel()
 
     def result(self, timeout: float | None = None) -> Any:
@@ -62,29 +62,29 @@ class _ToldFuture(Future[Any]):
             return self.inner.result(timeout)
         except Exception:
             raise
-        except BaseException:  # Cog's CancelationException, raised in the thread that waits
+        except BaseException:  # Cog's CancelationException, raised in the waiting thread
             self.cancel()
             raise CancelledError from None
 
 
 def submit(coroutine: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> Future[Any]:
-    """`asyncio.run_coroutine_threadsafe`, with a future that tells `on_cancel`."""
+    """`asyncio.run_coroutine_threadsafe`, with a future that triggers `on_cancel` callbacks."""
     signal = _CancelSignal()
     token = _CURRENT.set(signal)  # the coroutine runs in a copy of this context
     inner: Future[Any] = Future()
     try:
         inner = _submit(coroutine, loop)
-        return _ToldFuture(inner, signal)
+        return _NotifyingFuture(inner, signal)
     except Exception:
         raise
-    except BaseException:  # the same, raised here
-        told = _ToldFuture(inner, signal)
-        told.cancel()
-        return told
+    except BaseException:  # the same exception, raised while submitting
+        future = _NotifyingFuture(inner, signal)
+        future.cancel()
+        return future
     finally:
         _CURRENT.reset(token)
 
 
 def install() -> None:
-    """From now on, runs that are submitted to an event loop of this process can be heard."""
+    """Enable `on_cancel` for all runs that are submitted in this process from now on."""
     asyncio.run_coroutine_threadsafe = submit  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """`python -m alpaca serve`: Cog's own server on this machine, without the cog program.
 
-It does what `cog build` and the image do around `python -m cog.server.http`: writes the schema
-file and sets the environment; then it becomes that server.
+Like `cog build` and the image, it writes the schema file and sets the environment; then it replaces
+itself with the server, `python -m cog.server.http`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from alpaca.serving import schema, weights
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "predict.py:Runner"
 TRAIN = "train.py:train"
-IMAGE = {"TOKIO_WORKER_THREADS": "1", "GOMP_SPINCOUNT": "10000"}  # as cog.yaml has it, and says why
+IMAGE = {"TOKIO_WORKER_THREADS": "1", "GOMP_SPINCOUNT": "10000"}  # reasons: cog.yaml
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,10 +45,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check what can be checked at once, then become the server; does not return."""
+    """Run the quick checks, then replace this process with the server; does not return."""
     environment = named({**IMAGE, **os.environ}, arguments.weights)
     if not environment.get("COG_WEIGHTS") and not arguments.train:
-        from alpaca import model  # imports torch, which --help need not wait for
+        from alpaca import model  # imports torch, which is slow and not needed for --help
 
         model.check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         "COG_TRAIN_TYPE_STUB": TRAIN,
         "COG_MAX_CONCURRENCY": environment.get("COG_MAX_CONCURRENCY", str(entry.concurrency)),
         "PORT": str(arguments.port),
-        # The server starts its worker as `python`, which must be this one.
+        # The server starts its worker as `python`, which must be this interpreter.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
     }
     os.chdir(ROOT)
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def named(environment: dict[str, str], folder: str | None) -> dict[str, str]:
-    """The server's environment where `--weights` is given: nothing else names weights in it."""
+    """The server's environment; `--weights`, if given, replaces any other setting of weights."""
     if not folder:
         return environment
     others = {name: value for name, value in environment.items() if name != "COG_WEIGHTS"}
@@ -77,7 +77,7 @@ def named(environment: dict[str, str], folder: str | None) -> dict[str, str]:
 
 
 def check_port(port: int) -> None:
-    """Raise UserError when something on this machine listens on `port`."""
+    """Raise UserError if a process on this machine listens on `port`."""
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
             raise UserError(

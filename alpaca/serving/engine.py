@@ -1,8 +1,8 @@
-"""Continuous batching: one thread owns the model, requests join and leave at every step.
+"""Continuous batching: one thread owns the model; requests join and leave at every step.
 
-A step is one pass that carries the next token of every decoding sequence and bounded chunks of
-waiting prompts, so a long prompt costs the others a little per step and never a stall. The pass
-over a prompt is shared by its n completions. Everything public is thread-safe.
+A step is one forward pass over the next token of every decoding sequence and over bounded chunks of
+waiting prompts, so a long prompt slows the others a little but never stalls them. The n completions
+of a request share the pass over its prompt. All public methods are thread-safe.
 """
 
 import threading
@@ -22,7 +22,7 @@ from alpaca.serving.scheduler import Scheduler
 from alpaca.serving.transfer import send
 
 SHRINKING = 4  # normalizing a text (Unicode's NFC, NFKC) leaves at least a quarter of its bytes
-STOPS = 16  # each is looked for at every token, on the thread that serves everyone
+STOPS = 16  # each is searched for at every token, on the thread that serves all requests
 STOP_LENGTH = 1000  # characters
 
 
@@ -36,10 +36,11 @@ class BusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is waited for and done at a time.
+    """Limits of the queue and of a step, and when the engine counts as unhealthy.
 
-    `waiting` requests may queue for a slot. `prefill_tokens` of prompts are computed in one step.
-    A step of more than `stuck_seconds` counts as illness, and so do `failures` steps in a row.
+    At most `waiting` requests queue for a slot, and a step computes at most `prefill_tokens` prompt
+    tokens. The engine is unhealthy during a step of more than `stuck_seconds`, or after `failures`
+    failed steps in a row.
     """
 
     waiting: int = 256
@@ -73,11 +74,11 @@ class Engine:
         self._wake = threading.Condition()
         self._stopping = False
         self._step_began: float | None = None
-        self._failures = 0  # steps in a row
+        self._failures = 0  # failed steps in a row
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self, shared_prefixes: Sequence[Sequence[int]] = ()) -> None:
-        """Compute the prefixes that many prompts begin with, once, and start serving."""
+        """Compute the prefixes that many prompts share, once, and start serving."""
         for prefix in shared_prefixes:
             self._scheduler.remember(self.model, tuple(prefix))
         self._thread.start()
@@ -86,10 +87,10 @@ class Engine:
         """Queue a request.
 
         Raises:
-            UserError: the prompt is empty, too long, or of tokens that do not exist; n is larger
-                than the slots; or there are too many or too long stop strings.
-            BusyError: too many requests wait already.
-            EngineStoppedError: it no longer serves.
+            UserError: the prompt is empty, is too long, or contains tokens that do not exist; n is
+                larger than the number of slots; or stop strings are too many or too long.
+            BusyError: the queue is full.
+            EngineStoppedError: the engine has stopped.
         """
         self._check(request)
         job = Job(request)
@@ -103,10 +104,10 @@ class Engine:
         return job
 
     def check_text(self, size: int) -> None:
-        """Raise UserError for a prompt of so many bytes that no tokens of it fit into a slot.
+        """Raise UserError for a prompt of `size` bytes that cannot fit into a slot.
 
-        Each token stands for the longest one's bytes at most, so this refuses no prompt that
-        `submit` would take, and costs nothing.
+        The limit assumes that every token is as long as the longest one in the vocabulary, so it
+        never refuses a prompt that `submit` would accept. The check does not tokenize.
         """
         if size > self._most_text:
             raise UserError(
@@ -116,7 +117,7 @@ class Engine:
             )
 
     def stop(self) -> None:
-        """End the thread; what is unfinished fails with EngineStoppedError."""
+        """End the thread; unfinished requests fail with EngineStoppedError."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -125,7 +126,7 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the thread lives, is not stuck in a step, and its passes do not all fail."""
+        """Whether the thread is alive, not stuck in a step, and not failing step after step."""
         began = self._step_began
         stuck = began is not None and time.monotonic() - began > self.limits.stuck_seconds
         failing = self._failures >= self.limits.failures
@@ -134,7 +135,7 @@ class Engine:
 
     @property
     def idle_slots(self) -> int:
-        """Slots that no sequence holds; all of them when nothing is being served."""
+        """Number of free slots; all of them when nothing is being served."""
         return self._scheduler.free_slots
 
     def _check(self, request: Request) -> None:
@@ -159,24 +160,24 @@ class Engine:
             )
 
     def _loop(self) -> None:
-        """The thread: steps while there is work, waits while there is none."""
+        """The engine's thread: run steps while there is work, wait while there is none."""
         try:
             while self._collect():
                 self._step_began = time.monotonic()
                 try:
                     self._step()
-                except Exception as error:  # whatever it is, it ends requests and not the server
+                except Exception as error:  # any error ends requests, not the server
                     self._failures += 1
                     self._scheduler.fail_pass(error)
                 self._step_began = None
-        finally:  # also when blaming failed: nobody may wait for a thread that has ended
+        finally:  # even if `fail_pass` raised: no caller may wait for a thread that has ended
             with self._wake:
                 self._stopping = True
             for job in [*self._inbox, *self._scheduler.clear()]:
                 job.finish(EngineStoppedError("The engine was stopped."))
 
     def _collect(self) -> bool:
-        """Take in new requests, waiting for one if there is nothing to do; False at the end."""
+        """Queue new requests; wait for one if there is nothing to do. False when stopping."""
         with self._wake:
             while not (self._inbox or self._scheduler.busy or self._stopping):
                 self._wake.wait()
@@ -185,51 +186,52 @@ class Engine:
             return not self._stopping
 
     def _step(self) -> None:
-        """Drop what was cancelled, admit, run one pass, sample, hand out text."""
+        """Drop cancelled jobs, admit new ones, run one pass, sample, deliver the text."""
         for job in self._scheduler.drop_canceled():
             job.finish(CanceledError())
-        for one in self._scheduler.admit(self.table):
-            self._begin(one)
-        batch, answering = self._scheduler.batch()
+        for sequence in self._scheduler.admit(self.table):
+            self._begin(sequence)
+        batch, sampled = self._scheduler.batch()
         if batch is None:
             return
-        rows, sequences = [row for row, _ in answering], [one for _, one in answering]
+        rows = [row for row, _ in sampled]
+        sequences = [sequence for _, sequence in sampled]
         draws = self._draws(sequences)
-        shared = len(set(rows)) < len(rows)  # completions that share a prompt share its row
+        shared = len(set(rows)) < len(rows)  # n completions of a prompt use the same row
         where = send(self.model.device, torch.int64, rows) if shared else ()
         logits = self.model.run(batch)
         self._scheduler.advance()
         if sequences:
             tokens = choose(logits[where] if shared else logits, draws, self._seen)
-            # The one point of a step where a GPU is waited for.
+            # The only point of a step that waits for the GPU.
             self._accept(sequences, tokens.tolist())
         self._failures = 0
 
     def _draws(self, sequences: list[Generation]) -> Draws:
-        """How these sequences' logits become tokens."""
+        """The sampling settings and random numbers of these sequences."""
         return Draws(
-            [one.sampling for one in sequences],
-            [one.uniform for one in sequences],
+            [s.sampling for s in sequences],
+            [s.uniform for s in sequences],
             self.model.vocabulary,
             self.model.device,
-            [one.slot for one in sequences],
+            [s.slot for s in sequences],
         )
 
-    def _begin(self, one: Generation) -> None:
+    def _begin(self, sequence: Generation) -> None:
         """Mark the prompt's tokens as seen, for the repetition penalty."""
-        if one.sampling.repetition_penalty != 1:
-            self._seen[one.slot] = False
-            self._seen[one.slot, list(one.prompt)] = True
+        if sequence.sampling.repetition_penalty != 1:
+            self._seen[sequence.slot] = False
+            self._seen[sequence.slot, list(sequence.prompt)] = True
 
     def _accept(self, sequences: list[Generation], tokens: list[int]) -> None:
-        """Hand each sequence its token, and free the slots of those that end with it."""
-        for one, token in zip(sequences, tokens, strict=True):
+        """Give each sequence its token, and free the slots of those that are finished."""
+        for sequence, token in zip(sequences, tokens, strict=True):
             try:
                 if token == NO_TOKEN:
-                    self.model.cache.erase(one.slot, one.length)  # for the next in it
+                    self.model.cache.erase(sequence.slot, sequence.length)  # for its next user
                     raise ArithmeticError("The model's logits for this request are not numbers.")
-                one.accept(token, self.ends)
+                sequence.accept(token, self.ends)
             except Exception as error:  # a request that fails here fails alone
-                one.fail(error)
-            if one.reason:
-                self._scheduler.release(one)
+                sequence.fail(error)
+            if sequence.reason:
+                self._scheduler.release(sequence)

@@ -1,7 +1,7 @@
 """The part of Cog's OpenAPI document that is the same for every model.
 
-Facts from the cog repository, pkg/schema/openapi_spec.go: paths, request and response envelopes,
-and the error shapes. A model's own inputs and output are put in by `schema`.
+Source: pkg/schema/openapi_spec.go in the cog repository. This covers paths, request and response
+envelopes, and error shapes. `schema` adds a model's own inputs and output.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """The words in which Cog's predictions and trainings differ."""
+    """The names that differ between Cog's predictions and trainings."""
 
     noun: str
     path: str
@@ -64,7 +64,7 @@ STATUSES = ["starting", "processing", "succeeded", "canceled", "failed"]
 
 
 def paths(kind: Kind, *, streams: bool = False) -> dict[str, Any]:
-    """The routes of a run or a training, and the two that every server has."""
+    """The routes of a prediction or training, and the two that every server has."""
     run: dict[str, Any] = {
         "summary": kind.summary,
         "description": f"Run a single {kind.noun} on the model",

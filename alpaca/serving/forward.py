@@ -1,7 +1,7 @@
-"""A transformers model made ready to serve, and one pass of it over slots.
+"""A transformers model prepared for serving, and its forward pass over cache slots.
 
-The model's own modules run; what differs from `generate` is the attention function, the layout of
-linear weights on a CPU, and that logits are computed only where a token is to be sampled.
+The model's own modules run. Three things differ from `generate`: the attention function, the layout
+of linear weights on a CPU, and that logits are computed only where a token will be sampled.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from alpaca.stored import ADVICE, check_rope
 
 @dataclass
 class Batch:
-    """One pass: tokens by slot, as `Step` wants them, and where logits are wanted.
+    """Input of one pass: tokens by slot, in the order of `Step`, and where logits are needed.
 
-    `wanted` are indices into the pass's tokens: the decoding ones first, then the chunks.
+    `wanted` are indices into the pass's tokens: the decoding tokens first, then the chunks.
     """
 
     decoding: list[tuple[int, int, int]]  # (slot, position, token), ascending slots
@@ -33,10 +33,10 @@ class Batch:
 
 
 class SlotModel:
-    """A model, its cache, and the pass that ties them."""
+    """A model and its key/value cache; `run` computes one forward pass."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-        """Take over a loaded model, to compute in `dtype`; it serves nothing else afterwards.
+        """Prepare a loaded model to compute in `dtype`; it is changed in place.
 
         Raises:
             UserError: the model has no output layer.
@@ -48,39 +48,39 @@ class SlotModel:
         model.set_attn_implementation(attention.NAME)
         self.fp16_layers = packed.pack(model, dtype or model.dtype)
         if dtype is not None and dtype != model.dtype:
-            cast(model, dtype)  # what is not packed
+            cast(model, dtype)  # the layers that are not packed
         self.cache: SlotCache
         self._wanted: torch.Tensor
         head = model.get_output_embeddings()
         if head is None:
             raise UserError(f"{type(model).__name__} has no output layer, so it cannot be served.")
-        # Not `logits_to_keep`: its indices would have to be on the device of the last layer, and
-        # in a model that is spread over several, only there it is known which that is.
+        # Not `logits_to_keep`: its indices must be on the device of the last layer. In a model that
+        # is spread over several devices, only the hook knows which one that is.
         head.register_forward_pre_hook(self._select)
 
     @torch.inference_mode()
     def probe(self) -> list[LayerShape]:
-        """What one token's keys look like in every layer, seen in a pass over one token.
+        """The shapes of one token's keys in every layer, found by a pass over one token.
 
         Raises:
-            UserError: the model does not attend through transformers' attention interface, or what
-                a token's key is depends on how long the other sequences are.
+            UserError: the model does not use transformers' attention interface, or a token's key
+                depends on the lengths of the other sequences.
         """
         check_rope(self.model.config.get_text_config().to_dict())
-        seen = Probe()
+        trial = Probe()
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self._pass(zero, zero, seen, zero[0])
+        self._pass(zero, zero, trial, zero[0])
         layers = self.model.config.get_text_config().num_hidden_layers
-        if sorted(seen.shapes) != list(range(layers)):
+        if sorted(trial.shapes) != list(range(layers)):
             raise UserError(
                 f"{type(self.model).__name__} does not use transformers' attention interface "
                 f"in all {layers} layers, so it cannot be served here.",
                 ADVICE,
             )
-        return [seen.shapes[layer] for layer in range(layers)]
+        return [trial.shapes[layer] for layer in range(layers)]
 
     def allocate(self, shapes: list[LayerShape], capacity: Capacity) -> None:
-        """Make room for the slots."""
+        """Allocate the key/value cache."""
         self.cache = SlotCache(shapes, capacity)
 
     @torch.inference_mode()
@@ -133,9 +133,9 @@ class SlotModel:
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give a loaded model the parameters and buffers that it would have if loaded in `dtype`.
 
-    `model.to(dtype)` rounds buffers as well: rotary frequencies, which transformers computes in
-    fp32 whatever the dtype, and the embedding scale of Gemma, which it rounds to bf16 only there.
-    Buffers are computed again, by a model that has no weights.
+    `model.to(dtype)` would also round buffers: rotary frequencies, which transformers computes in
+    fp32 for every dtype, and Gemma's embedding scale, which it rounds to bf16 only in bf16. So the
+    buffers are computed again, by a model without weights.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""One completion while it is being made: its slot, its place, its random numbers, its text."""
+"""The state of one completion in progress: its slot, position, random numbers and text."""
 
 import time
 from collections.abc import Sequence
@@ -9,13 +9,15 @@ from alpaca.serving.stream import TextStream
 
 
 class Generation:
-    """Belongs to the engine's thread.
+    """One completion in progress; only the engine's thread may use it.
 
-    `length` counts the tokens whose keys are in the slot; `token` is the one to go in next.
+    `length` counts the tokens whose keys are in the slot; `token` is the next input token.
     """
 
-    def __init__(self, job: Job, index: int, slot: int, table: Sequence[bytes], room: int) -> None:
-        """Completion `index` of `job` in `slot`; `room` is how many tokens a slot holds."""
+    def __init__(
+        self, job: Job, index: int, slot: int, table: Sequence[bytes], slot_length: int
+    ) -> None:
+        """Completion `index` of `job` in `slot`; a slot holds `slot_length` tokens."""
         request = job.request
         self.job = job
         self.slot = slot
@@ -28,42 +30,42 @@ class Generation:
         self._completion: Completion = job.completions[index]
         self._text = TextStream(table, request.stop)
         self._random = generator(request.sampling.seed, index)
-        # for the next token, and the same if its pass has to be repeated
+        # for the next token; it stays the same if the pass has to be repeated
         self.uniform = self._random.random()
-        self._said: list[str] = []
-        self._made = 0
+        self._pieces: list[str] = []
+        self._generated = 0
         allowed = request.total_tokens - len(request.prompt)
         if request.max_new_tokens is not None:
             allowed = min(allowed, request.max_new_tokens)
-        fits = room - len(request.prompt)
+        fits = slot_length - len(request.prompt)
         self._limit, self._limited_by = (fits, "context") if fits < allowed else (allowed, "length")
 
     @property
     def wants_tokens(self) -> bool:
-        """False for a request that leaves no room for an answer."""
+        """False if the request's limits allow no answer tokens."""
         return self._limit > 0
 
     def accept(self, token: int, ends: frozenset[int]) -> None:
-        """Take a sampled token; ends the text when it is the last."""
+        """Add a sampled token; ends the completion if it is the last."""
         if self._completion.first_token is None:
             self._completion.first_token = time.monotonic()
         self.token = token
         self.uniform = self._random.random()
-        self._made += 1
+        self._generated += 1
         if token in ends:
             self.end("eos")
             return
-        self._say(self._text.push(token))
+        self._emit(self._text.push(token))
         if self._text.stopped:
             self.end("stop")
-        elif self._made >= self._limit:
+        elif self._generated >= self._limit:
             self.end(self._limited_by)
 
     def end(self, reason: str = "") -> None:
-        """End the text; without a reason it is the limit that left no room at all."""
+        """End the completion; without a reason, its limit allowed no tokens at all."""
         self.reason = reason or self._limited_by
-        self._say(self._text.finish())
-        self._outcome = Answer("".join(self._said), self._made, self.reason)
+        self._emit(self._text.finish())
+        self._outcome = Answer("".join(self._pieces), self._generated, self.reason)
 
     def fail(self, error: BaseException) -> None:
         """End with an error."""
@@ -71,9 +73,9 @@ class Generation:
         self._outcome = error
 
     def finish(self) -> None:
-        """Hand out the answer or error, once the slot is free again."""
+        """Deliver the answer or error; called once the slot is free again."""
         self._completion.finish(self._outcome)
 
-    def _say(self, piece: str) -> None:
-        self._said.append(piece)
+    def _emit(self, piece: str) -> None:
+        self._pieces.append(piece)
         self._completion.push(piece)

@@ -1,9 +1,9 @@
-"""Decoding under CUDA graphs: a step is recorded once for each size and then replayed.
+"""Decoding with CUDA graphs: a step is recorded once for each size and then replayed.
 
-A decode step of a small batch is bound by reading the weights, and launching its thousand kernels
-one by one takes longer than that. Sizes are rounded up (rows to a power of two, tokens to one of
-a few lengths), so there are few recordings; rows without a sequence write to the cache's spare
-slot. Prompts are computed outside of the graphs.
+Launching the thousand kernels of a small decode step one by one takes longer than reading the
+weights, which would otherwise set its speed. Sizes are rounded up (rows to a power of two, tokens
+to one of a few lengths), so there are few recordings. Rows without a sequence write to the cache's
+spare slot. Prompts are computed without graphs.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from alpaca.serving.cache import SlotCache
 from alpaca.serving.forward import Batch, SlotModel
 from alpaca.serving.transfer import send
 
-SHORTEST = 256  # tokens: the shortest length recorded; others are doubles of it
+SHORTEST = 256  # tokens: the shortest length recorded; each further one is double the one before
 
 
 @dataclass
 class Recording:
-    """A step that can be repeated, and the tensors it reads and writes; they live as long as it."""
+    """A step that can be replayed, and the tensors it reads and writes, kept alive with it."""
 
     replay: Callable[[], object]
     logits: torch.Tensor  # (rows, vocabulary)
@@ -34,21 +34,21 @@ class GraphModel(SlotModel):
     """A `SlotModel` on one GPU that replays its decode steps."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-        """As `SlotModel`; recordings are made as sizes come up."""
+        """As `SlotModel`; a size is recorded when it first occurs."""
         super().__init__(model, dtype)
         self._recordings: dict[tuple[int, int], Recording] = {}
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
-        """One pass: what decodes by replay, pieces of prompts directly."""
+        """One pass: decoding tokens by replay, prompt chunks directly."""
         parts = []
         decoding = len(batch.decoding)
         if decoding:
             parts.append(self._replay(batch))
         if batch.chunks:
             wanted = [index - decoding for index in batch.wanted if index >= decoding]
-            fresh = super().run(Batch([], batch.chunks, wanted or [0]))
-            parts += [fresh] if wanted or not decoding else []
+            prefilled = super().run(Batch([], batch.chunks, wanted or [0]))
+            parts += [prefilled] if wanted or not decoding else []
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _replay(self, batch: Batch) -> torch.Tensor:
@@ -66,7 +66,7 @@ class GraphModel(SlotModel):
         return recording.logits[where]
 
     def _record(self, rows: int, length: int) -> Recording:
-        """Record a step of this size; until it is given inputs it writes to the spare slot."""
+        """Record a step of this size; without inputs it writes to the spare slot."""
         inputs = torch.zeros(3, rows, dtype=torch.int64, device=self.device)
         inputs[2] = self.cache.spare
         tokens, positions, slots = inputs
@@ -78,14 +78,14 @@ class GraphModel(SlotModel):
             )
             return self._pass(tokens[None], positions[None], fixed, wanted)
 
-        made = Recording(*self._capture(step), inputs, wanted)
-        self._recordings[rows, length] = made
-        return made
+        recording = Recording(*self._capture(step), inputs, wanted)
+        self._recordings[rows, length] = recording
+        return recording
 
     def _capture(
         self, step: Callable[[], torch.Tensor]
     ) -> tuple[Callable[[], object], torch.Tensor]:
-        """How to repeat `step`, and where its result is then; warmed up as graphs demand."""
+        """Capture `step` after the warm-up that CUDA graphs need; returns replay and result."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -99,7 +99,7 @@ class GraphModel(SlotModel):
 
 
 def sizes(rows: int, length: int, cache: SlotCache) -> tuple[int, int]:
-    """Round up to what is recorded: a power of two rows, a few lengths; never beyond the cache."""
+    """Round up to a recorded size: a power of two rows, one of a few lengths; at most the cache."""
     wide = 1 << (rows - 1).bit_length()
     long = SHORTEST
     while long < length:

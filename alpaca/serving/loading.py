@@ -1,8 +1,8 @@
-"""From a model folder to an engine that serves it, and a line that says what was loaded.
+"""Loads a model folder, starts an engine that serves it, and prints one line about it.
 
-Two environment variables tune the cache, ALPACA_SLOTS (requests decoded together) and
-ALPACA_CONTEXT (most tokens of one request); ALPACA_DTYPE (float32, bfloat16) overrides the type
-to compute in.
+Environment variables: ALPACA_SLOTS (requests decoded together) and ALPACA_CONTEXT (most tokens of
+one request) set the size of the cache; ALPACA_DTYPE (float32, bfloat16) overrides the compute
+type.
 """
 
 import os
@@ -25,21 +25,21 @@ from alpaca.serving.stream import token_bytes
 from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
 
-CONTEXT = 8192  # what ALPACA_CONTEXT raises: longer slots would leave room for few of them
+CONTEXT = 8192  # default of ALPACA_CONTEXT; with longer slots, fewer fit into memory
 SLOTS = {"cpu": 16, "cuda": 64}
-PIECE_TOKENS = {"cpu": 128, "cuda": 2048}  # of prompts in one step: about its cost without them
-MIN_SLOTS = 5  # n completions are decoded together, and n goes up to 5
+PIECE_TOKENS = {"cpu": 128, "cuda": 2048}  # prompt tokens per step; they about double its cost
+MIN_SLOTS = 5  # the n completions of a request are decoded together, and n is at most 5
 
 
 def load(weights: Weights, environment: Mapping[str, str] = os.environ) -> tuple[Engine, Codec]:
     """Load a model folder and start its engine.
 
-    In a thread that ends with it. GNU OpenMP keeps a pool for each thread that computes; while
-    those together are larger than the machine, each sleeps from one operation to the next
-    (libgomp, throttled spin count), and the engine's decoding took 1.4 to 1.8 times as long.
+    Loading runs in a thread that ends afterwards, because GNU OpenMP keeps a pool for each thread
+    that computes. If all pools together have more threads than the machine has cores, they sleep
+    between operations (libgomp, throttled spin count), and decoding took 1.4 to 1.8 times as long.
 
     Raises:
-        UserError: the folder is incomplete, or made for other templates, or does not fit.
+        UserError: the folder is incomplete, was made for other templates, or does not fit.
     """
     with ThreadPoolExecutor(max_workers=1) as own_thread:
         return own_thread.submit(_load, weights, environment).result()
@@ -53,7 +53,7 @@ def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[Engine, Cod
     codec = Codec(model_folder.load_tokenizer(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(environment, device)
-    # On a CPU in the checkpoint's own type: packing makes the other one, a layer at a time.
+    # On a CPU, load the checkpoint's own type: packing converts one layer at a time.
     read_as = None if device.type == "cpu" else dtype
     loaded = model_folder.load_model(folder, read_as, _device_map(folder, device))
     check_tokenizer(loaded, codec, folder)
@@ -71,9 +71,9 @@ def make_engine(
     environment: Mapping[str, str] = os.environ,
     dtype: torch.dtype | None = None,
 ) -> Engine:
-    """Make room for the cache and start serving a loaded model, which it takes over.
+    """Allocate the cache and start serving a loaded model, which is changed in place.
 
-    It computes in `dtype`, or else in the type that the model is in.
+    The engine computes in `dtype`, by default in the model's own type.
     """
     ends = _end_ids(loaded, codec)
     devices = {parameter.device for parameter in loaded.parameters()}
@@ -92,8 +92,8 @@ def make_engine(
 
 
 def shared_prefixes(codec: Codec) -> list[list[int]]:
-    """The tokens with which all prompts of each template begin."""
-    probes = ("a", "Z", "1", "\n", " ", "é", "ก")  # whatever an instruction may begin with
+    """The token prefix that all prompts of a template share, for each template."""
+    probes = ("a", "Z", "1", "\n", " ", "é", "ก")  # first characters of all kinds
     prefixes = []
     for given in ("", "x"):
         prompts = [codec.prompt(probe, given) for probe in probes]
@@ -103,7 +103,7 @@ def shared_prefixes(codec: Codec) -> list[list[int]]:
 
 
 def check_tokenizer(loaded: PreTrainedModel, codec: Codec, folder: Path) -> None:
-    """Refuse a tokenizer with tokens that the model has no rows for."""
+    """Refuse a tokenizer with more tokens than the model has embedding rows."""
     rows, tokens = loaded.get_input_embeddings().weight.shape[0], len(codec.tokenizer)
     if tokens > rows:
         raise UserError(
@@ -113,7 +113,7 @@ def check_tokenizer(loaded: PreTrainedModel, codec: Codec, folder: Path) -> None
 
 
 def _end_ids(loaded: PreTrainedModel, codec: Codec) -> frozenset[int]:
-    """EOS, and whatever else the folder's generation settings end an answer at."""
+    """EOS, and the other end tokens of the folder's generation settings."""
     named = loaded.generation_config.eos_token_id
     return frozenset([codec.eos, *(named if isinstance(named, list) else [named])]) - {None}
 
@@ -128,7 +128,7 @@ def _dtype(environment: Mapping[str, str], device: torch.device) -> torch.dtype:
 
 
 def _device_map(folder: Path, device: torch.device) -> str | None:
-    """One device where the weights leave half of it free or there is no other; else all GPUs."""
+    """The first GPU if the weights fill at most half of its free memory; else all GPUs."""
     if device.type == "cpu":
         return None
     size = sum(path.stat().st_size for path in stored.weight_files(folder))
@@ -145,7 +145,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _slots(environment: Mapping[str, str], kind: str) -> int:
-    """How many slots are wanted on a kind of device; memory may not hold them."""
+    """The number of slots wanted on a kind of device; fewer may fit into memory."""
     return _number(environment, "ALPACA_SLOTS", SLOTS[kind])
 
 
@@ -154,10 +154,10 @@ def _summary(weights: Weights, what: str, engine: Engine, seconds: float, wanted
     short = capacity.slots < wanted
     more = f"; with a lower ALPACA_CONTEXT there are up to {wanted:,}" if short else ""
     kind = str(model.model.dtype).removeprefix("torch.")
-    held = " (weights held in 16 bits)" if model.fp16_layers else ""
+    packing_note = " (weights held in 16 bits)" if model.fp16_layers else ""
     left = (unused_bytes(model.device) - model.cache.cpu_bytes) / 2**30
     return (
-        f"serving {weights.folder}, taken from {weights.origin}: {what}, {kind}{held} on "
+        f"serving {weights.folder}, taken from {weights.origin}: {what}, {kind}{packing_note} on "
         f"{model.device}, ready in {seconds:.1f} s; {capacity.slots} slots of "
         f"{capacity.length:,} tokens ({capacity.tokens:,} in all{more}), {left:.1f} GiB of memory "
         "to spare"

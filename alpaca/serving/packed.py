@@ -1,11 +1,10 @@
-"""Linear layers with weights laid out once for a CPU: a decoding step up to twice as fast.
+"""Linear layers with weights repacked once for a CPU: decoding steps are up to twice as fast.
 
-Decoding reads every weight once a step, so its speed is the speed of reading them. The weights of
-a 16-bit checkpoint are fp16 numbers, up to one power of two: such a matrix is held in fp16 and
-multiplied in fp32 by FBGEMM, which is half the reading, exact, and gives a row the same result
-whatever stands beside it. Other matrices go into oneDNN's blocked layout, into which torch would
-reorder them at every call. Figures are in bench/LOG.md. Where the operators are missing, layers
-stay as they are.
+Decoding reads every weight once per step, so reading sets its speed. The weights of a 16-bit
+checkpoint, times one power of two per matrix, are exact fp16 numbers. FBGEMM keeps such a matrix in
+fp16 and multiplies in fp32: half the reading, exact, and a row's result does not depend on the
+other rows. Other matrices use oneDNN's blocked layout, into which torch would otherwise reorder
+them at every call. Figures: bench/LOG.md. If the operators are missing, layers are not changed.
 """
 
 import math
@@ -14,17 +13,17 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-ROWS = 16  # the row count oneDNN's layout is chosen for; it serves all others
+ROWS = 16  # oneDNN chooses the layout for this row count; it works for all others
 HALF = torch.finfo(torch.float16)
 AVX2_ROWS = 6
-FARTHEST = 100  # so that the scale, its inverse and products with it are ordinary fp32 numbers
+MAX_SHIFT = 100  # so that the scale, its inverse and products with it are normal fp32 numbers
 
 
 class HalfLinear(nn.Module):
-    """`nn.Linear` in fp32 on a weight held in fp16, exactly; for inference only."""
+    """`nn.Linear` in fp32 with a weight stored exactly in fp16; for inference only."""
 
     def __init__(self, linear: nn.Linear, shift: int) -> None:
-        """Take over a layer's weight and bias; `shift` is its `half_shift`."""
+        """Repack a layer's weight and bias; `shift` is the `half_shift` of the weight."""
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach().float()
@@ -33,7 +32,7 @@ class HalfLinear(nn.Module):
             weight = weight * 2.0**shift
         bias = None if linear.bias is None else linear.bias.detach().float() * 2.0**shift
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        self.product = torch.ops.quantized.linear_dynamic_fp16.default  # found once
+        self.product = torch.ops.quantized.linear_dynamic_fp16.default  # looked up once
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), both fp32."""
@@ -49,20 +48,20 @@ class HalfLinear(nn.Module):
 
 
 def padding(rows: int) -> int:
-    """Rows to add so that FBGEMM computes each row as it would among any others.
+    """Rows to add so that a row's result does not depend on the number of rows.
 
-    Without AVX-512 it takes six rows at a time, and the rest together; a rest of one or two rows
-    goes through a kernel that rounds differently.
+    Without AVX-512, FBGEMM computes six rows at a time and then the remainder together. For a
+    remainder of one or two rows it uses a kernel that rounds differently.
     """
     rest = rows % AVX2_ROWS
     return 3 - rest if rest in (1, 2) and torch.backends.cpu.get_cpu_capability() == "AVX2" else 0
 
 
 class BlockedLinear(nn.Module):
-    """`nn.Linear` on a weight in oneDNN's layout; inference only."""
+    """`nn.Linear` with a weight in oneDNN's blocked layout; for inference only."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        """Take over a layer's weight and bias."""
+        """Repack a layer's weight and bias."""
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         reorder = torch.ops.mkldnn._reorder_linear_weight
@@ -77,11 +76,11 @@ class BlockedLinear(nn.Module):
 
 
 def half_shift(weight: torch.Tensor) -> int | None:
-    """The power of two times which every value of a weight is an fp16 number, if there is one.
+    """The exponent s for which every value times 2^s is an exact fp16 number, or None.
 
-    0 where that does, else one that brings the largest value near fp16's own. bf16 has fp32's
-    exponents and fewer digits than fp16, so only a matrix with values 2^32 times smaller than its
-    largest fails.
+    0 if that works, else the one that brings the largest value close to the largest of fp16. bf16
+    has the exponents of fp32 and fewer digits than fp16, so a bf16 matrix fails only if it has
+    values 2^32 times smaller than its largest.
     """
     weight = weight.detach().float()
     largest = float(weight.abs().max()) if weight.numel() else 0.0
@@ -89,7 +88,7 @@ def half_shift(weight: torch.Tensor) -> int | None:
         return None
     for shift in (0, math.frexp(HALF.max)[1] - 1 - math.frexp(largest)[1]):
         scaled = weight * 2.0**shift if shift else weight
-        fits = abs(shift) < FARTHEST and largest * 2.0**shift <= HALF.max
+        fits = abs(shift) < MAX_SHIFT and largest * 2.0**shift <= HALF.max
         if fits and torch.equal(scaled.half().float(), scaled):
             return shift
     return None
@@ -108,7 +107,7 @@ def blocked_available(dtype: torch.dtype) -> bool:
 
 
 def _runs(make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype) -> bool:
-    """Whether a kind of layer works, seen by running one."""
+    """Whether a kind of layer works here, found by running a small one."""
     try:
         with torch.inference_mode():
             make(nn.Linear(64, 64))(torch.zeros(2, 64, dtype=dtype))
@@ -118,12 +117,12 @@ def _runs(make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype) -> bool:
 
 
 def pack(model: nn.Module, dtype: torch.dtype) -> int:
-    """Replace the model's linear layers on the CPU in place; returns how many are held in fp16.
+    """Replace the model's linear layers on the CPU in place; returns how many are stored in fp16.
 
-    They compute in `dtype`, whatever type their weights have. One layer at a time, so that memory
-    never holds the model twice. The rows of a weight shared with the embedding stay as well: they
-    are looked up one by one. A model that accelerate spread over devices stays as it is: its
-    layers fetch their weights.
+    The new layers compute in `dtype`, whatever the type of their weights. Layers are replaced one
+    at a time, so that memory never holds the model twice. A weight shared with the embedding is
+    also kept unpacked, because embedding rows are looked up one by one. A model that accelerate
+    spread over devices is not changed, because its layers fetch their weights.
     """
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return 0

@@ -1,7 +1,7 @@
-"""What is asked of the engine, and the handles through which the answers come.
+"""Requests to the engine, and the objects that deliver its answers.
 
-A `Job` is one request and its n completions; both sides of it are thread-safe. The engine's thread
-is the only one that calls `push` and `finish`.
+A `Job` is one request and its n completions. It is thread-safe for the caller and the engine. Only
+the engine's thread calls `push` and `finish`.
 """
 
 import asyncio
@@ -15,10 +15,10 @@ from queue import SimpleQueue
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is taken from the logits; the defaults sample from the model as it is.
+    """How a token is chosen from the logits; the defaults do not change the model's distribution.
 
     temperature 0 takes the likeliest token. top_k 0 and top_p 1 filter nothing. Equal seeds and
-    inputs give equal text; completion i of a request draws from (seed, i).
+    inputs give equal text; completion i of a request uses the random numbers of (seed, i).
     """
 
     temperature: float = 1.0
@@ -32,8 +32,8 @@ class Sampling:
 class Request:
     """A prompt's token ids, and when to stop.
 
-    `total_tokens` counts prompt and answer, `max_new_tokens` the answer. Text from the first of
-    the `stop` strings on is not returned; empty ones are ignored.
+    `total_tokens` limits prompt and answer together, `max_new_tokens` only the answer. An answer
+    ends before the first `stop` string in it; empty stop strings are ignored.
     """
 
     prompt: tuple[int, ...]
@@ -48,7 +48,7 @@ class Request:
 class Answer:
     """A finished completion; `reason` is eos, stop, length, context or canceled.
 
-    `tokens` counts what was generated, the ending token included.
+    `tokens` counts the generated tokens, including the end token.
     """
 
     text: str
@@ -61,18 +61,18 @@ class CanceledError(Exception):
 
 
 class Completion:
-    """One answer in the making: iterate over its pieces, or wait for `result`."""
+    """One answer in progress: iterate over its pieces, or wait for `result`."""
 
     def __init__(self) -> None:
-        """Start empty."""
+        """Start without text."""
         self.result: Future[Answer] = Future()
-        # From now on it cannot be cancelled by who waits for it, which `finish` would stumble over.
+        # From now on a waiting task cannot cancel the future, which would make `finish` fail.
         self.result.set_running_or_notify_cancel()
         self.first_token: float | None = None  # time.monotonic()
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
 
     def push(self, piece: str) -> None:
-        """Hand a piece of text to whoever iterates."""
+        """Add a piece of text for the iterating thread."""
         if piece:
             self._pieces.put(piece)
 
@@ -87,7 +87,7 @@ class Completion:
         self._pieces.put(None)
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces as they are made; blocks in between. Raises what the completion failed with."""
+        """Yield pieces as they are generated; blocks in between. Raises the completion's error."""
         while (piece := self._pieces.get()) is not None:
             yield piece
         self.result.result()
@@ -97,14 +97,14 @@ class Job:
     """One request and its completions."""
 
     def __init__(self, request: Request) -> None:
-        """Start the clock."""
+        """Create the n completions and record the time of submission."""
         self.request = request
         self.completions = [Completion() for _ in range(request.n)]
         self.submitted = time.monotonic()
         self._canceled = threading.Event()
 
     def cancel(self) -> None:
-        """Ask the engine to drop the job; its slots are free at the next step."""
+        """Ask the engine to drop the job; its slots become free at the next step."""
         self._canceled.set()
 
     @property
@@ -113,9 +113,9 @@ class Job:
         return self._canceled.is_set()
 
     async def answers(self) -> list[Answer]:
-        """All n answers; when one fails, or the waiting task is cancelled, the job is cancelled."""
+        """Wait for all n answers; if one fails or the task is cancelled, the job is cancelled."""
         try:
-            results = (asyncio.wrap_future(one.result) for one in self.completions)
+            results = (asyncio.wrap_future(c.result) for c in self.completions)
             return list(await asyncio.gather(*results))
         except BaseException:
             self.cancel()

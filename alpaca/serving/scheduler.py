@@ -1,7 +1,7 @@
-"""Who is in which slot, and what the next pass computes.
+"""Assigns slots to jobs, and decides what the next pass computes.
 
-A job takes its n slots together, first come first served. Its prompt is computed in the first of
-them, chunk by chunk; then the slot's content is copied to the others and all of them decode.
+A job gets its n slots together, in order of arrival. Its prompt is computed chunk by chunk in the
+first slot. The content of that slot is then copied to the others, and all of them decode.
 """
 
 from collections import deque
@@ -15,15 +15,15 @@ from alpaca.serving.forward import Batch, SlotModel
 from alpaca.serving.generation import Generation
 from alpaca.serving.request import Job
 
-MIN_CHUNK = 16  # tokens: a smaller chunk of a prompt is not worth a call of attention
-MIN_PREFIX = 8  # tokens: a shorter common beginning is not worth its bookkeeping
+MIN_CHUNK = 16  # tokens: a smaller prompt chunk is not worth an attention call
+MIN_PREFIX = 8  # tokens: a shorter shared prefix is not worth its bookkeeping
 
 
 class Prompt:
-    """A prompt being computed, and the sequences that wait for it; the first one's slot is used."""
+    """A prompt in progress and the sequences that wait for it; it uses the first one's slot."""
 
     def __init__(self, sequences: list[Generation], done: int) -> None:
-        """`done` tokens of the prompt are in the slot already."""
+        """The first `done` tokens of the prompt are already in the slot."""
         self.sequences = sequences
         self.done = done
         self.chunk_end = done
@@ -40,37 +40,37 @@ class Prompt:
 
 
 class Scheduler:
-    """Belongs to the engine's thread, but for the two counts `waiting` and `free_slots`."""
+    """For the engine's thread only; other threads may read `waiting` and `free_slots`."""
 
     def __init__(self, cache: SlotCache, prefill_tokens: int) -> None:
-        """`prefill_tokens` of prompts go into one pass."""
+        """One pass computes at most `prefill_tokens` prompt tokens."""
         self._cache = cache
         self._prefill_tokens = prefill_tokens
         self._free = list(range(cache.capacity.slots))
         self._queue: deque[Job] = deque()
         self._prompts: list[Prompt] = []
         self._decoding: list[Generation] = []
-        self._passing: list[Prompt] = []  # those with a chunk in the present pass
-        self._suspects: list[Prompt] = []  # one of them made a pass fail
+        self._in_pass: list[Prompt] = []  # prompts with a chunk in the current pass
+        self._suspects: list[Prompt] = []  # prompts one of which made a pass fail
         self._prefixes: list[tuple[tuple[int, ...], list[torch.Tensor]]] = []
 
     @property
     def waiting(self) -> int:
-        """Jobs without slots."""
+        """Number of jobs that wait for slots."""
         return len(self._queue)
 
     @property
     def free_slots(self) -> int:
-        """Slots without a sequence."""
+        """Number of slots without a sequence."""
         return len(self._free)
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether there is work for a step."""
         return bool(self._queue or self._prompts or self._decoding)
 
     def remember(self, model: SlotModel, prefix: tuple[int, ...]) -> None:
-        """Compute the keys of a common beginning once; prompts that begin so start with a copy."""
+        """Compute the keys of a shared prefix once; prompts that begin with it copy them."""
         if not MIN_PREFIX <= len(prefix) < self._cache.capacity.length:
             return
         chunk = PrefillChunk(self._cache.spare, 0, len(prefix))
@@ -83,63 +83,64 @@ class Scheduler:
         self._queue.append(job)
 
     def admit(self, table: Sequence[bytes]) -> list[Generation]:
-        """Give slots to jobs in order of arrival while there are enough; returns who got one."""
+        """Give free slots to jobs in order of arrival; returns the new sequences."""
         admitted = []
         while self._queue and len(self._free) >= self._queue[0].request.n:
             job = self._queue.popleft()
-            room = self._cache.capacity.length
+            slot_length = self._cache.capacity.length
             slots = sorted(self._free)[: job.request.n]
             try:
-                sequences = [Generation(job, *at, table, room) for at in enumerate(slots)]
+                sequences = [Generation(job, *at, table, slot_length) for at in enumerate(slots)]
                 fits = sequences[0].wants_tokens
                 prompt = Prompt(sequences, self._reuse(sequences[0]) if fits else 0)
-            except Exception as error:  # a request that cannot even begin fails alone
+            except Exception as error:  # a request that fails here fails alone
                 job.finish(error)
                 continue
             if not fits:
-                for one in sequences:
-                    one.end()
-                    one.finish()
+                for sequence in sequences:
+                    sequence.end()
+                    sequence.finish()
                 continue
-            self._free = [s for s in self._free if s not in {one.slot for one in sequences}]
+            self._free = [slot for slot in self._free if slot not in slots]
             self._prompts.append(prompt)
             admitted += sequences
         return admitted
 
-    def _reuse(self, one: Generation) -> int:
-        """Put the longest remembered beginning of a prompt into its slot; returns its length."""
+    def _reuse(self, sequence: Generation) -> int:
+        """Copy the longest remembered prefix of a prompt into its slot; returns its length."""
         for prefix, saved in self._prefixes:
-            # At least one token is left to compute: its logits give the answer's first token.
-            if len(prefix) < len(one.prompt) and one.prompt[: len(prefix)] == prefix:
-                self._cache.restore(one.slot, saved)
+            # At least one token must remain: its logits give the answer's first token.
+            if len(prefix) < len(sequence.prompt) and sequence.prompt[: len(prefix)] == prefix:
+                self._cache.restore(sequence.slot, saved)
                 return len(prefix)
         return 0
 
     def batch(self) -> tuple[Batch | None, list[tuple[int, Generation]]]:
-        """What to compute now, and which sequences get a token from which of its logits."""
-        decoding = [(one.slot, one.length, one.token) for one in self._decoding]
+        """The next pass, and for each row of its logits the sequences that sample from it."""
+        decoding = [(s.slot, s.length, s.token) for s in self._decoding]
         chunks, offset = [], len(decoding)
         wanted = list(range(offset))
-        answering = list(enumerate(self._decoding))
+        sampled = list(enumerate(self._decoding))
         divided = self._divide()
-        self._passing = [prompt for prompt, _ in divided]
+        self._in_pass = [prompt for prompt, _ in divided]
         for prompt, count in divided:
             chunk = PrefillChunk(prompt.sequences[0].slot, prompt.done, prompt.done + count)
             prompt.chunk_end = chunk.last
             chunks.append((chunk, prompt.ids[chunk.first : chunk.last]))
             offset += count
             if count == prompt.left:
-                answering += [(len(wanted), one) for one in prompt.sequences]
+                sampled += [(len(wanted), sequence) for sequence in prompt.sequences]
                 wanted.append(offset - 1)
         if not decoding and not chunks:
             return None, []
-        return Batch(decoding, chunks, wanted or [0]), answering
+        return Batch(decoding, chunks, wanted or [0]), sampled
 
     def _divide(self) -> list[tuple[Prompt, int]]:
-        """Divide a pass's prompt tokens in order of arrival.
+        """Share out the prompt tokens of one pass in order of arrival.
 
-        A prompt that fits goes in whole. One that does not takes half of what is left, so that
-        those behind it move too, and nothing if that half is less than a chunk is worth.
+        A prompt that fits is computed whole. One that does not fit gets half of the remaining
+        tokens, so that the prompts behind it also advance; the last prompt gets all of them. Except
+        for the first chunk, a chunk of fewer than MIN_CHUNK tokens is left for a later pass.
         """
         divided: list[tuple[Prompt, int]] = []
         left = self._prefill_tokens
@@ -155,10 +156,10 @@ class Scheduler:
         return divided
 
     def advance(self) -> None:
-        """After a pass: its keys are in the slots; prompts that are complete begin to decode."""
-        for one in self._decoding:
-            one.length += 1
-        for prompt in self._passing:
+        """Record that a pass succeeded; sequences whose prompt is complete start decoding."""
+        for sequence in self._decoding:
+            sequence.length += 1
+        for prompt in self._in_pass:
             prompt.done = prompt.chunk_end
             if prompt in self._suspects:
                 self._suspects.remove(prompt)
@@ -166,57 +167,57 @@ class Scheduler:
                 continue
             self._prompts.remove(prompt)
             first, *others = prompt.sequences
-            for one in others:
-                self._cache.copy(first.slot, one.slot, prompt.done)
-            for one in prompt.sequences:
-                one.length = prompt.done
+            for sequence in others:
+                self._cache.copy(first.slot, sequence.slot, prompt.done)
+            for sequence in prompt.sequences:
+                sequence.length = prompt.done
             self._decoding = sorted([*self._decoding, *prompt.sequences], key=lambda s: s.slot)
-        self._passing = []
+        self._in_pass = []
 
-    def release(self, one: Generation) -> None:
-        """Free the slot of a sequence that ended, then tell who waits for it."""
-        self._decoding.remove(one)
-        self._free.append(one.slot)
-        one.finish()
+    def release(self, sequence: Generation) -> None:
+        """Free the slot of a finished sequence, then deliver its outcome."""
+        self._decoding.remove(sequence)
+        self._free.append(sequence.slot)
+        sequence.finish()
 
     def drop_canceled(self) -> list[Job]:
-        """Remove cancelled jobs wherever they are; their slots are free at once."""
+        """Remove cancelled jobs, queued or running; their slots become free at once."""
         dropped = {id(job): job for job in self._queue if job.canceled}
         self._queue = deque(job for job in self._queue if not job.canceled)
-        for one in [*self._decoding, *(s for p in self._prompts for s in p.sequences)]:
-            if one.job.canceled:
-                dropped[id(one.job)] = one.job
-                self._free.append(one.slot)
-        self._decoding = [one for one in self._decoding if not one.job.canceled]
+        for sequence in [*self._decoding, *(s for p in self._prompts for s in p.sequences)]:
+            if sequence.job.canceled:
+                dropped[id(sequence.job)] = sequence.job
+                self._free.append(sequence.slot)
+        self._decoding = [s for s in self._decoding if not s.job.canceled]
         self._prompts = [p for p in self._prompts if not p.sequences[0].job.canceled]
         self._suspects = [p for p in self._suspects if p in self._prompts]
         return list(dropped.values())
 
     def fail_pass(self, error: BaseException) -> None:
-        """A pass raised `error`: end the prompt that was new in it, or else all that decode.
+        """A pass raised `error`: fail its prompt or, if it had none, all decoding sequences.
 
-        Where several were new, each is tried again alone. Nothing has advanced, so those that
-        remain repeat the pass.
+        If the pass had several prompts, each is retried alone. No sequence has advanced, so the
+        remaining ones repeat the pass.
         """
-        new, self._passing = self._passing, []
+        new, self._in_pass = self._in_pass, []
         if len(new) > 1:
             self._suspects = new
             return
-        culprits = [s for p in new for s in p.sequences] or self._decoding
+        failed = [s for p in new for s in p.sequences] or self._decoding
         if not new:
             self._decoding = []
         self._prompts = [p for p in self._prompts if p not in new]
         self._suspects = [p for p in self._suspects if p not in new]
-        self._free += [one.slot for one in culprits]
-        for one in culprits:
-            one.fail(error)
-            one.finish()
+        self._free += [s.slot for s in failed]
+        for sequence in failed:
+            sequence.fail(error)
+            sequence.finish()
 
     def clear(self) -> list[Job]:
-        """Take everything out; returns the jobs that were unfinished."""
+        """Remove all jobs; returns those that were unfinished."""
         active = [*self._decoding, *(s for p in self._prompts for s in p.sequences)]
-        jobs = {id(one.job): one.job for one in active} | {id(job): job for job in self._queue}
+        jobs = {id(s.job): s.job for s in active} | {id(job): job for job in self._queue}
         self._free = list(range(self._cache.capacity.slots))
         self._queue, self._decoding, self._prompts = deque(), [], []
-        self._passing, self._suspects = [], []
+        self._in_pass, self._suspects = [], []
         return list(jobs.values())

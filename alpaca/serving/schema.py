@@ -1,9 +1,9 @@
-"""The `.cog/openapi_schema.json` that `cog build` writes, made without the cog program.
+"""Writes the `.cog/openapi_schema.json` of `cog build` without the cog program.
 
-Cog's server validates inputs, answers `/openapi.json` and streams only when it finds that file
+Cog's server validates inputs, answers `/openapi.json` and streams only if it finds that file
 (format: the cog repository, architecture/02-schema.md and pkg/schema/openapi_spec.go). Like
-`cog build` this parses the source and never imports it, so what cannot be read statically is
-refused here too, with the reason, instead of in the middle of an image build.
+`cog build`, this module parses the source without importing it. So it also refuses what cannot be
+read statically, and says why, before an image build fails on it.
 """
 
 import ast
@@ -24,7 +24,7 @@ PRIMITIVES: dict[str, dict[str, Any]] = {
     "str": {"type": "string"},
     "Path": {"type": "string", "format": "uri"},
 }
-# Input()'s words: their names in a JSON schema
+# keyword of Input(): its name in a JSON schema
 CONSTRAINTS = {
     "ge": "minimum",
     "le": "maximum",
@@ -37,12 +37,12 @@ ITERATORS = ("Iterator", "AsyncIterator")
 
 
 class SchemaError(ValueError):
-    """The signature is not one that `cog build` can read; names file, line and reason."""
+    """`cog build` cannot read the signature; the message names file, line and reason."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the schema needs of `run()` or `train()`: its signature and its decorators."""
+    """The `run()` or `train()` function: the schema is made from its signature and decorators."""
 
     source: "RunnerSource"
     function: ast.FunctionDef | ast.AsyncFunctionDef
@@ -54,14 +54,14 @@ class Entry:
 
     @property
     def concurrency(self) -> int:
-        """The `max` of `@cog.concurrent(max=...)`, which `cog build` bakes into the image."""
+        """The `max` of `@cog.concurrent(max=...)`, which `cog build` stores in the image."""
         for mark in self.function.decorator_list:
             if isinstance(mark, ast.Call) and _last_name(mark) == "concurrent":
                 return int(ast.literal_eval(mark.keywords[0].value))
         return 1
 
     def input_schema(self) -> dict[str, Any]:
-        """JSON schema of the inputs, one property a parameter, in the order of the signature."""
+        """JSON schema of the inputs: one property per parameter, in the order of the signature."""
         arguments = self.function.args
         parameters = [arg for arg in arguments.args if arg.arg != "self"]
         missing = len(parameters) - len(arguments.defaults)
@@ -75,7 +75,7 @@ class Entry:
         return schema
 
     def output_schema(self) -> dict[str, Any]:
-        """JSON schema of what is returned."""
+        """JSON schema of the return value."""
         if self.function.returns is None:
             raise self.source.error(self.function, "the return type is not annotated")
         return {**self.source.output(self.function.returns), "title": "Output"}
@@ -107,7 +107,7 @@ class RunnerSource:
         raise SchemaError(f"{self.path}: there is no {name} with a {method}()")
 
     def error(self, node: ast.AST, reason: str) -> SchemaError:
-        """The refusal of what stands at `node`."""
+        """A SchemaError with the file and line of `node`."""
         return SchemaError(f"{self.path}:{getattr(node, 'lineno', '?')}: {reason}")
 
     def field(self, parameter: ast.arg, default: ast.expr | None) -> tuple[dict[str, Any], bool]:
@@ -116,21 +116,21 @@ class RunnerSource:
             raise self.error(parameter, f"{parameter.arg} is not annotated")
         schema, optional = self.input_type(parameter.annotation)
         schema["title"] = _title(parameter.arg)
-        given = self.input_call(default)
-        has_default = "default" in given and (optional or given["default"] is not None)
+        keywords = self.input_call(default)
+        has_default = "default" in keywords and (optional or keywords["default"] is not None)
         if has_default:
-            schema["default"] = given["default"]
+            schema["default"] = keywords["default"]
         if optional:
             schema["nullable"] = True
-        if "description" in given:
-            schema["description"] = given["description"]
-        for word, key in CONSTRAINTS.items():
-            if given.get(word) is not None:
-                schema[key] = given[word]
+        if "description" in keywords:
+            schema["description"] = keywords["description"]
+        for keyword, key in CONSTRAINTS.items():
+            if keywords.get(keyword) is not None:
+                schema[key] = keywords[keyword]
         return schema, not has_default and not optional
 
     def input_call(self, default: ast.expr | None) -> dict[str, Any]:
-        """The literal keywords of `Input(...)`; a bare default counts as Input(default=...)."""
+        """The keywords of `Input(...)` and their values; a plain default counts as `default`."""
         if default is None:
             return {}
         if not isinstance(default, ast.Call) or _last_name(default) != "Input":
@@ -141,7 +141,7 @@ class RunnerSource:
         return {str(k.arg): self.literal(k.value) for k in default.keywords}
 
     def literal(self, node: ast.expr) -> Any:
-        """A literal, or a module constant that is one, as Go would print it in JSON."""
+        """The value of a literal or of a module constant, as Go prints it in JSON."""
         if isinstance(node, ast.Name) and node.id in self.constants:
             node = self.constants[node.id]
         try:
@@ -164,7 +164,7 @@ class RunnerSource:
         return dict(self.primitive(node)), False
 
     def primitive(self, node: ast.expr) -> dict[str, Any]:
-        """The schema of a plain type; a dotted name counts by its last part."""
+        """The schema of a simple type; only the last part of a dotted name counts."""
         name = _last_name(node)
         if name not in PRIMITIVES:
             raise self.error(node, f"{ast.unparse(node)} is no type that this program maps")

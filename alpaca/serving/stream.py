@@ -1,8 +1,8 @@
-"""From tokens to text as they come: no half characters, and nothing of a stop string.
+"""Streaming detokenization: no incomplete characters, and no part of a stop string.
 
-Every token of the two tokenizer families we serve (byte-level BPE; SentencePiece with byte
-fallback) stands for fixed bytes once it follows a prompt, so text is decoded byte by byte in
-constant time a token, instead of decoding a growing sequence again and looking at its end.
+In both supported tokenizer families (byte-level BPE; SentencePiece with byte fallback), a token
+that follows a prompt always stands for the same bytes. So text is decoded byte by byte, in constant
+time per token, instead of decoding the whole growing sequence again.
 """
 
 import codecs
@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
 
-SPACE = "▁"  # SentencePiece's mark
+SPACE = "▁"  # SentencePiece's character for a space
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """The bytes each token adds to a text; control tokens add none.
 
     Raises:
-        UserError: the tokenizer decodes in a way this program does not know.
+        UserError: the tokenizer's decoder is not supported.
     """
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     kinds = _decoder_kinds(definition["decoder"])
@@ -51,7 +51,7 @@ def _decoder_kinds(decoder: dict[str, object] | None) -> set[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-in of each byte in byte-level BPE (Radford et al. 2019)."""
+    """The printable character for each byte in byte-level BPE (Radford et al. 2019)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -73,44 +73,44 @@ def _spell_sentencepiece(token: str) -> bytes:
 
 
 class TextStream:
-    """The text of one answer: push tokens in, take out pieces that are safe to show."""
+    """The text of one answer: takes tokens, returns pieces of text that are final."""
 
     def __init__(self, table: Sequence[bytes], stop: Sequence[str] = ()) -> None:
         """`table` comes from `token_bytes`; empty stop strings are ignored."""
         self._table = table
         self._stop = [text for text in stop if text]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._pending = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that became certain, and sets `stopped` at a stop."""
+        """Add a token; returns the text that is now final; sets `stopped` at a stop string."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(self._table[token])
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        self._pending += self._decoder.decode(self._table[token])
+        found = [at for at in map(self._pending.find, self._stop) if at >= 0]
         if found:
             self.stopped = True
-            piece, self._held = self._held[: min(found)], ""
+            piece, self._pending = self._pending[: min(found)], ""
             return piece
-        certain = len(self._held) - self._possible_stop()
-        piece, self._held = self._held[:certain], self._held[certain:]
+        final = len(self._pending) - self._possible_stop()
+        piece, self._pending = self._pending[:final], self._pending[final:]
         return piece
 
     def finish(self) -> str:
-        """The rest, when no token follows: what was held back in case it began a stop string.
+        """The rest of the text, which was held back because it might begin a stop string.
 
-        Bytes that only begin a character are dropped.
+        The bytes of an incomplete character are dropped.
         """
-        piece, self._held = self._held, ""
+        piece, self._pending = self._pending, ""
         return piece
 
     def _possible_stop(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+        """Number of characters at the end that may be the beginning of a stop string."""
         longest = 0
         for text in self._stop:
-            for size in range(min(len(text) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(text[:size]):
+            for size in range(min(len(text) - 1, len(self._pending)), longest, -1):
+                if self._pending.endswith(text[:size]):
                     longest = size
                     break
         return longest

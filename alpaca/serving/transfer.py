@@ -1,7 +1,7 @@
-"""Numbers that a step needs, brought to its device in one copy that nobody waits for.
+"""Copies the numbers that a step needs to its device, in one asynchronous copy.
 
-`torch.tensor(..., device="cuda")` waits until the GPU has done all that it was given. A copy out of
-pinned memory does not, so a step's numbers are sent ahead of its pass.
+`torch.tensor(..., device="cuda")` waits until the GPU has finished all its queued work. A copy from
+pinned memory does not wait, so a step's numbers are sent before its pass.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 def send(
     device: torch.device, dtype: torch.dtype, *lists: Sequence[float]
 ) -> tuple[torch.Tensor, ...]:
-    """Each list as a tensor (its length,) of `dtype` on `device`."""
+    """Each list as a tensor of shape (length,) and type `dtype` on `device`."""
     joined = torch.tensor([number for numbers in lists for number in numbers], dtype=dtype)
     if device.type == "cuda":
         joined = joined.pin_memory().to(device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Which model folder to serve.
+"""Finds the model folder to serve.
 
-Three ways, in this order: what Cog hands to `setup(weights)` (fine-tuned weights: a folder or a
-tar file), the environment variable ALPACA_WEIGHTS, and `alpaca_out/`, where training leaves its
-model. Tar files are unpacked once into `.cache/weights/`, complete or not at all.
+Sources, in this order: the argument that Cog passes to `setup(weights)` (fine-tuned weights: a
+folder or a tar file), the environment variable ALPACA_WEIGHTS, and `alpaca_out/`, the output folder
+of training. A tar file is unpacked once, atomically, into `.cache/weights/`.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ CACHE = Path(".cache/weights")
 
 @dataclass(frozen=True)
 class Weights:
-    """A model folder, and in words why it was taken."""
+    """A model folder, and a description of where it was named."""
 
     folder: Path
     origin: str
 
 
 def locate(given: Path | None, environment: Mapping[str, str], root: Path) -> Weights:
-    """Find the model folder; relative names count from `root`.
+    """Find the model folder; relative paths start at `root`.
 
     Raises:
-        UserError: none of the three ways leads anywhere, or one names what is not there.
+        UserError: there are no weights, or a source names a path that does not exist.
     """
     if given is not None:
         return Weights(_folder(given, root), f"the weights given to setup ({given})")
@@ -60,7 +60,7 @@ def _folder(path: Path, root: Path) -> Path:
 
 
 def _unpack(tar: Path, root: Path) -> Path:
-    """Unpack a tar file into the cache, unless a file with the same content has been before."""
+    """Unpack a tar file into the cache, unless one with the same content is already there."""
     with open(tar, "rb") as file:
         name = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = root / CACHE / name
@@ -78,7 +78,7 @@ def _unpack(tar: Path, root: Path) -> Path:
 
 
 def _inner(folder: Path) -> Path:
-    """The folder itself, or the only folder in it, as `tar -cf x.tar folder/` makes them."""
+    """The folder itself or, for `tar -cf x.tar folder/`, the only model folder in it."""
     inner = [path for path in folder.iterdir() if (path / "config.json").is_file()]
     if not (folder / "config.json").is_file() and len(inner) == 1:
         return inner[0]
