@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Convert published weights to a Hugging Face folder; all options: ./convert_weights.sh --help
+# Convert published weights to a Hugging Face folder. For all options: ./convert_weights.sh --help
 #   ./convert_weights.sh [--input_dir unconverted-weights] [--model_size 7B] [--output_dir weights]
 #                        [--dtype keep|bf16|fp16|fp32] [--force]
 set -euo pipefail

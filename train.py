@@ -1,7 +1,7 @@
 """Fine-tune a base model on Alpaca-format data.
 
 One process:  python train.py --model_name_or_path weights/llama-7b --data_path alpaca_data.json
-Many:         torchrun --nproc_per_node=8 train.py ...       (the command of 2023 works as it is)
+Many:         torchrun --nproc_per_node=8 train.py ...       (the command of 2023 works unchanged)
 Over HTTP:    `train` below, which Cog serves as POST /trainings
 """
 
@@ -16,7 +16,7 @@ from alpaca.errors import exit_code
 from alpaca.recipe import arguments, fsdp_config
 
 ROOT = LocalPath(__file__).resolve().parent
-LARGEST = 9007199254740991  # 2^53 - 1: larger whole numbers are rounded on their way in JSON
+LARGEST = 9007199254740991  # 2^53 - 1: larger integers may be rounded in JSON
 
 
 async def train(
@@ -31,7 +31,7 @@ async def train(
 ) -> Path:
     """Fine-tune on all GPUs (or two CPU ranks); returns a tar file for `setup(weights)`.
 
-    The model is also left in alpaca_out/, or where the variable ALPACA_OUT says.
+    The model is also kept in alpaca_out/, or in the folder that the variable ALPACA_OUT names.
     """
     from alpaca.training import job
 
@@ -54,23 +54,26 @@ async def train(
 
 
 def train_from_command_line() -> None:
-    """Read the flags, and train."""
+    """Read the flags and train."""
     parsed, notices = arguments.parse(sys.argv[1:])
     arguments.check_packages(parsed)
     parsed, more = fsdp_config.apply(parsed)
     if os.environ.get("RANK", "0") == "0":
         for notice in [*notices, *more]:
             print(f"train: {notice}")
-    from alpaca.training import command  # torch takes seconds to import; mistakes in flags do not
+    from alpaca.training import inputs  # no torch yet, which takes seconds to import
 
-    command.run(parsed)
+    given = inputs.read(parsed)
+    from alpaca.training import command
+
+    command.run(parsed, given)
 
 
 def end(code: int) -> NoReturn:
-    """End the process at once.
+    """End the process at once, without Python's shutdown.
 
-    A thread of torch's that lets go of a Python object while Python 3.11 takes itself down aborts
-    the process ("terminate called without an active exception"), now and then, after all is done.
+    If a torch thread releases a Python object while Python 3.11 shuts down, the process sometimes
+    aborts after all work is done ("terminate called without an active exception").
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,8 +1,8 @@
-"""The items of a data file: a JSON list or JSONL in UTF-8, or one sentence on what else it is.
+"""Read the items of a data file: a JSON list or JSONL in UTF-8. Anything else is named and refused.
 
-First bytes tell compressed files, tables and pages; what is not UTF-8 is decoded in the likely
-encodings and shown; JSON in another shape is named. Each refusal holds the command that makes a
-readable file of this one. `read_any` also reads the shapes whose records are whole, for the audit.
+Compressed files, tables and web pages are recognized by their first bytes. A line that is not UTF-8
+is shown in the likely encodings. JSON of another shape is described. Each refusal gives the command
+that converts the file. For the audit, `read_any` also reads shapes that hold complete records.
 """
 
 import ast
@@ -19,36 +19,36 @@ from alpaca.errors import UserError
 
 FIELDS = ("instruction", "input", "output")
 MAX_LISTED = 50
-MOST_DIGITS = 4300  # of a whole number: Python converts no longer ones
-MOST_NESTED = 100  # lists and objects inside each other, in one record
-LONGEST_LITERAL = 20 << 20  # characters read as Python's own spelling, which takes much memory
+MAX_DIGITS = 4300  # of an integer: Python's own limit for converting text
+MAX_DEPTH = 100  # of nested lists and objects in one record
+MAX_LITERAL = 20 << 20  # characters parsed as Python literals, which takes much memory
 
 
 class Spelled(float):
-    """A number with a fraction that remembers how the file writes it: 1.10 stays 1.10 as text."""
+    """A float that remembers how the file writes it: 1.10 stays 1.10 as text."""
 
     __slots__ = ("text",)
     text: str
 
     def __new__(cls, text: str) -> "Spelled":
-        """Read the number that `text` spells."""
+        """Parse `text` as a number."""
         made = super().__new__(cls, text)
         made.text = text
         return made
 
 
-class Twice(dict[str, Any]):
-    """An object that has the key `twice` more than once, so that JSON alone keeps the last."""
+class DuplicateKeys(dict[str, Any]):
+    """A JSON object with a key more than once (`duplicate`); json alone keeps the last value."""
 
-    twice = ""
+    duplicate = ""
 
 
 class _TooLongError(Exception):
-    """A whole number of more digits than Python converts."""
+    """An integer with more than `MAX_DIGITS` digits."""
 
 
 def audit_command(path: Path, *flags: str) -> str:
-    """The command that writes a copy of a data set; `flags` say what is left out or changed."""
+    """The command that writes a copy of a data set; `flags` select what it drops or changes."""
     clean = f"clean{path.suffix}"
     clean = f"clean_2{path.suffix}" if clean == path.name else clean
     words = ["python", "-m", "alpaca", "audit", str(path), *flags, "--write-clean", clean]
@@ -56,10 +56,10 @@ def audit_command(path: Path, *flags: str) -> str:
 
 
 def read_raw(path: Path) -> list[Any]:
-    """The items of a JSON list or JSONL file, whatever they are.
+    """The items of a JSON list or JSONL file; the items are not checked.
 
     Raises:
-        UserError: no such file, another kind of file, another encoding, or another shape of JSON.
+        UserError: the file is missing, of another kind or encoding, or JSON of another shape.
     """
     items, shape = read_any(path)
     if shape:
@@ -72,7 +72,7 @@ def read_raw(path: Path) -> list[Any]:
 
 
 def read_any(path: Path) -> tuple[list[Any], str]:
-    """The items, and the name of the shape that holds them, "" for a JSON list or JSONL.
+    """The items, and a description of the file's shape: "" for a JSON list or JSONL.
 
     Raises:
         UserError: as `read_raw`, but not for shapes that can be read.
@@ -91,9 +91,9 @@ def read_any(path: Path) -> tuple[list[Any], str]:
     try:
         items, shape = _parse(path, text)
     except _TooLongError:
-        found = re.search(rf"\d{{{MOST_DIGITS + 1},}}", text)
+        found = re.search(rf"\d{{{MAX_DIGITS + 1},}}", text)
         where = text.count("\n", 0, found.start()) + 1 if found else 1
-        digits = len(found[0]) if found else MOST_DIGITS + 1
+        digits = len(found[0]) if found else MAX_DIGITS + 1
         raise UserError(
             f"{path}, line {where}: a number of {digits:,} digits.",
             "Write it as text, in quotes, or leave its key out.",
@@ -107,18 +107,18 @@ def read_any(path: Path) -> tuple[list[Any], str]:
 
 def _nested(path: Path) -> UserError:
     return UserError(
-        f"{path}: lists or objects are nested more than {MOST_NESTED} deep.",
+        f"{path}: lists or objects are nested more than {MAX_DEPTH} deep.",
         'Each record is {"instruction": text, "input": text, "output": text}.',
     )
 
 
-# ---- what kind of file it is, by its first bytes
+# ---- kind of file, by its first bytes
 
 TABLE = (
     'python -c "import pandas, sys; pandas.{reader}(sys.argv[1]).to_json(sys.argv[2], '
     "orient='records', lines=True, force_ascii=False)\" {old} {new}"
 )
-# first bytes: (what it is, the ending of the file to make, the command that makes it)
+# first bytes: (description, suffix of the file to make, command that makes it)
 MAGIC = {
     b"\x1f\x8b": ("compressed with gzip", "", "gzip -dc {old} > {new}"),
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "", "zstd -dc {old} > {new}"),
@@ -142,7 +142,7 @@ PACKAGES = {"read_parquet": "pyarrow", "read_feather": "pyarrow", "read_excel": 
 
 
 def _check_kind(path: Path, raw: bytes) -> None:
-    """Raise UserError where the first bytes are those of another kind of file."""
+    """Raise UserError if the first bytes are those of another kind of file."""
     for magic, (what, suffix, command) in MAGIC.items():
         if raw.startswith(magic):
             raise _other_kind(path, what, suffix, command)
@@ -194,7 +194,7 @@ def _zip(path: Path) -> UserError:
 
 
 def _filled(command: str, path: Path, suffix: str) -> str:
-    """A command with the names of this file and of one to make, which does not exist yet."""
+    """Fill the names of this file and of a new file, which does not exist yet, into a command."""
     new = path.with_suffix(suffix)
     if not new.suffix:
         new = path.with_suffix(".json")
@@ -217,7 +217,7 @@ def _decode(path: Path, raw: bytes) -> str:
 
 
 def _not_utf8(path: Path, raw: bytes, error: UnicodeDecodeError) -> UserError:
-    """Show the first line that is not UTF-8 as the usual encodings read it; propose one."""
+    """An error that shows the first non-UTF-8 line in common encodings and proposes one."""
     at, line = error.start, raw.count(b"\n", 0, error.start) + 1
     if error.end == len(raw) and error.reason == "unexpected end of data":
         return UserError(
@@ -251,9 +251,10 @@ def _in(encoding: str, raw: bytes) -> str | None:
 
 
 def _likeliest(read: dict[str, str]) -> str:
-    """GB18030 where what it reads is common Chinese; else CP1252; LATIN1 where that fails.
+    """GB18030 if the text decodes to common Chinese, else CP1252, or LATIN1 if CP1252 fails.
 
-    Western letters come one at a time, and with the ASCII byte after them make rare characters.
+    In Western text, a non-ASCII byte usually stands alone. Read as GB18030 together with the ASCII
+    byte after it, it becomes a rare character.
     """
     foreign = [letter for letter in read.get("GB18030", "") if not letter.isascii()]
     common = sum(_encodes(letter, "gb2312") for letter in foreign)
@@ -271,7 +272,7 @@ def _encodes(letter: str, encoding: str) -> bool:
 
 
 def _around(raw: bytes, at: int, encoding: str, width: int = 30) -> str:
-    """What is around a byte, in its line."""
+    """The text around a byte, within its line."""
     start = raw.rfind(b"\n", 0, at) + 1
     end = raw.find(b"\n", at)
     before = raw[max(start, at - 4 * width) : at].decode(encoding, "replace")[-width:]
@@ -287,13 +288,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) == len(pairs):
         return made
     seen = [key for key, _ in pairs]
-    twice = Twice(made)
-    twice.twice = next(key for key in seen if seen.count(key) > 1)
-    return twice
+    repeated = DuplicateKeys(made)
+    repeated.duplicate = next(key for key in seen if seen.count(key) > 1)
+    return repeated
 
 
 def _integer(text: str) -> int:
-    if len(text) > MOST_DIGITS:
+    if len(text) > MAX_DIGITS:
         raise _TooLongError
     return int(text)
 
@@ -311,7 +312,7 @@ GAP = re.compile(r"[\s,]*")
 
 
 def _parse(path: Path, text: str) -> tuple[list[Any], str]:
-    """Items and shape of a text that is JSON in one shape or another."""
+    """The items and the shape of a JSON text."""
     if not text.strip():
         return [], ""
     if text.lstrip()[0] not in '[{"':
@@ -342,7 +343,7 @@ def _parse(path: Path, text: str) -> tuple[list[Any], str]:
 
 
 def _values(text: str) -> tuple[list[Any], str]:
-    """The JSON values in a row that a text is, and what else is unusual; none where it is not."""
+    """The consecutive JSON values of a text, and what is unusual about it; empty if it has none."""
     cleaned = TRAILING.sub(lambda found: found[1] or "", text)
     comma = "a comma after the last record or field" if cleaned != text else ""
     for decoder, unusual in ((STRICT, ""), (LENIENT, "line ends inside texts")):
@@ -366,7 +367,7 @@ def _gap(text: str, at: int) -> int:
 
 
 def _python_literal(text: str) -> tuple[list[Any], str]:
-    if len(text) > LONGEST_LITERAL:
+    if len(text) > MAX_LITERAL:
         return [], ""
     for pieces in ([text], text.strip().split("\n")):
         try:
@@ -380,11 +381,11 @@ def _python_literal(text: str) -> tuple[list[Any], str]:
 
 
 def _broken(path: Path, text: str, error: json.JSONDecodeError) -> UserError:
-    said = f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+    message = f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
     if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated"):
-        return UserError(f"{said}, where it ends.", "Was it cut off while being downloaded?")
+        return UserError(f"{message}, where it ends.", "Was it cut off while being downloaded?")
     near = text[max(0, error.pos - 30) : error.pos + 30]
-    return UserError(f"{said}, near {near!r}.", "Fix it there in an editor.")
+    return UserError(f"{message}, near {near!r}.", "Fix it there in an editor.")
 
 
 def _lines(path: Path, text: str) -> list[Any]:
@@ -409,7 +410,7 @@ def _lines(path: Path, text: str) -> list[Any]:
 
 
 def _not_json(path: Path, text: str) -> UserError:
-    """A table of comma-separated values, or whatever it begins with."""
+    """The error for a CSV table, or for a text that is neither JSON nor CSV."""
     first = text.lstrip().split("\n", 1)[0]
     for delimiter in ",;\t|":
         header = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter))]
@@ -434,7 +435,7 @@ COLUMNS = {*FIELDS, "prompt", "question", "answer", "response", "completion", "t
 
 
 def _unwrapped(path: Path, items: list[Any], shape: str) -> tuple[list[Any], str]:
-    """Take records out of what is around them: an object, columns, rows, texts of JSON."""
+    """Extract records from an enclosing object, columns, rows, or strings of JSON."""
     if items and all(isinstance(item, str) and item.lstrip()[:1] in ("{", "[") for item in items):
         try:
             read = [STRICT.decode(item) for item in items]
@@ -450,13 +451,13 @@ def _unwrapped(path: Path, items: list[Any], shape: str) -> tuple[list[Any], str
         isinstance(item, dict) and isinstance(item.get("row"), dict) for item in items
     ):
         return [item["row"] for item in items], "each record is under the key 'row'"
-    if len(items) == 1 and isinstance(items[0], dict) and not isinstance(items[0], Twice):
+    if len(items) == 1 and isinstance(items[0], dict) and not isinstance(items[0], DuplicateKeys):
         return _inside(path, items[0]) or (items, shape)
     return items, shape
 
 
 def _inside(path: Path, whole: dict[str, Any]) -> tuple[list[Any], str] | None:
-    """The records inside one object; None where it is a record itself."""
+    """The records inside one object; None if the object is itself a record."""
     columns = {*whole} & COLUMNS
     values = list(whole.values())
     if columns and all(isinstance(value, dict) for value in values):
@@ -493,7 +494,7 @@ def _inside(path: Path, whole: dict[str, Any]) -> tuple[list[Any], str] | None:
 
 def _too_deep(items: list[Any]) -> bool:
     level = [item for item in items if isinstance(item, dict | list)]
-    for _ in range(MOST_NESTED):
+    for _ in range(MAX_DEPTH):
         level = [
             child
             for value in level

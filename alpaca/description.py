@@ -1,9 +1,9 @@
-"""What is written next to the weights of a model folder, by convert and by training alike.
+"""Write config.json, generation_config.json and the tokenizer of a model folder.
 
-Older programs read the folder as well (transformers 4, which llama.cpp's converter pins, mlx-lm,
-vLLM), and they ignore what they do not know without a warning. So config.json names the rotary
-settings in both spellings, and the tokenizer's class is `PreTrainedTokenizerFast`, the one name
-that all of them know and load as tokenizer.json says.
+Both convert and training use this module. Other programs read the folder too (mlx-lm, vLLM, and
+transformers 4, which llama.cpp's converter pins) and silently ignore keys that they do not know. So
+config.json holds the rotary settings under the keys of transformers 4 and of 5. The tokenizer class
+is `PreTrainedTokenizerFast`: all of them know it and load it as tokenizer.json defines it.
 """
 
 import json
@@ -26,7 +26,7 @@ from alpaca.tokens import Codec
 CLASS = "PreTrainedTokenizerFast"
 SENTENCEPIECE = "tokenizer.model"
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
-# Of the program that wrote a configuration, or of the file it was read from.
+# Keys about the program that wrote a configuration, or about the file it was read from.
 WRITERS_OWN = ("transformers_version", "_name_or_path", "_from_model_config", "dtype")
 
 
@@ -34,7 +34,7 @@ WRITERS_OWN = ("transformers_version", "_name_or_path", "_from_model_config", "d
 class Vocabulary:
     """A fast tokenizer and the roles of its control tokens.
 
-    `stops` are the tokens that may end an answer; `eos` is the first of them and ends training
+    `stops`: the tokens that may end an answer. `eos` is the first of them and ends training
     examples. `adds_bos`: whether every text starts with `bos`. `sentencepiece`: the original
     `tokenizer.model`, which llama.cpp's converter needs for the scores of its pieces.
     """
@@ -55,7 +55,7 @@ class Vocabulary:
         return size
 
     def id(self, token: str) -> int:
-        """Id of a token that is in the vocabulary."""
+        """Id of a token, which must be in the vocabulary."""
         found = self.backend.token_to_id(token)
         assert found is not None, token
         return int(found)
@@ -70,7 +70,7 @@ class Vocabulary:
         return ids
 
     def write(self, folder: Path, context: int) -> None:
-        """Write the tokenizer's files: three of JSON, and `tokenizer.model` where there is one."""
+        """Write the tokenizer's three JSON files, and `tokenizer.model` if there is one."""
         roles = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self.unk}
         roles["pad_token"] = self.pad
         special = {role: token for role, token in roles.items() if token is not None}
@@ -86,7 +86,7 @@ class Vocabulary:
         self.backend.post_processor = self._post_processor()
         atomic.write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         if self.sentencepiece is not None:
-            # Tokens added to the pieces are not in that file: its readers look for them here.
+            # tokenizer.model lacks the added tokens; programs that read it look for them here.
             added = self.backend.get_added_tokens_decoder().items()
             settings["added_tokens_decoder"] = {str(at): _flags(token) for at, token in added}
             shutil.copyfile(self.sentencepiece, folder / SENTENCEPIECE)
@@ -104,7 +104,7 @@ class Vocabulary:
 
 
 def vocabulary_of(codec: Codec) -> Vocabulary:
-    """The vocabulary of a loaded tokenizer, with the `tokenizer.model` of its folder."""
+    """The vocabulary of a loaded tokenizer, with the `tokenizer.model` in its folder."""
     tokenizer = codec.tokenizer
     return Vocabulary(
         Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),  # a copy: `write` changes it
@@ -118,16 +118,17 @@ def vocabulary_of(codec: Codec) -> Vocabulary:
 
 
 def sentencepiece_file(folder: Path) -> Path | None:
-    """A folder's `tokenizer.model`, if it is of SentencePiece.
+    """A folder's `tokenizer.model`, if it is a SentencePiece file.
 
-    Llama 3's file has that name too; llama.cpp's converter takes it for SentencePiece's and fails.
+    Llama 3's tiktoken file has the same name; llama.cpp's converter would read it as SentencePiece
+    and fail.
     """
     path = folder / SENTENCEPIECE
     return path if path.is_file() and not is_tiktoken(path) else None
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether a tokenizer file is of Llama 3's kind: lines of base64 and rank."""
+    """Whether a tokenizer file has Llama 3's format: lines of base64 and rank."""
     with open(path, "rb") as file:
         return TIKTOKEN_LINE.match(file.read(1024)) is not None
 
@@ -141,7 +142,7 @@ def write(
 ) -> None:
     """Write config.json, generation_config.json and the tokenizer's files.
 
-    `dtype`: of the weights. `generation`: settings besides the control tokens' ids.
+    `dtype`: the type of the weights. `generation`: generation settings other than token ids.
     """
     settings = config_json(config, vocabulary, dtype)
     _write_json(folder / "config.json", settings, sort_keys=True)
@@ -156,8 +157,8 @@ def write(
 def config_json(
     config: PreTrainedConfig, vocabulary: Vocabulary, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """config.json in the spellings of transformers 4 and 5."""
-    # A copy all the way down: transformers hands out, and changes, the dictionaries it was given.
+    """config.json with the keys of transformers 4 and of transformers 5."""
+    # A deep copy: transformers returns, and modifies, the dictionaries it was given.
     settings = deepcopy(config.to_diff_dict())
     kind = str(dtype).removeprefix("torch.")
     return {
@@ -173,19 +174,19 @@ def config_json(
 def _rope_of_version_4(parameters: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and `partial_rotary_factor`, from version 5's one dictionary.
 
-    Where kinds of layers have settings of their own, version 4 names those of the layers that
-    see everything so, and the frequency of the others `rope_local_base_freq` (Gemma 3).
+    If each type of layer has its own settings, version 4 uses these keys for the layers with full
+    attention, and `rope_local_base_freq` for the frequency of the others (Gemma 3).
     """
     if "full_attention" in parameters:
-        spelled = _rope_of_version_4(parameters["full_attention"])
+        version4 = _rope_of_version_4(parameters["full_attention"])
         local = parameters.get("sliding_attention", {}).get("rope_theta")
-        return spelled if local is None else {**spelled, "rope_local_base_freq": local}
-    alone = ("rope_theta", "partial_rotary_factor")
-    spelled = {key: parameters[key] for key in alone if key in parameters}
-    scaling = {key: value for key, value in parameters.items() if key not in alone}
+        return version4 if local is None else {**version4, "rope_local_base_freq": local}
+    top_level = ("rope_theta", "partial_rotary_factor")
+    version4 = {key: parameters[key] for key in top_level if key in parameters}
+    scaling = {key: value for key, value in parameters.items() if key not in top_level}
     if scaling.get("rope_type", "default") != "default":
-        spelled["rope_scaling"] = scaling
-    return spelled
+        version4["rope_scaling"] = scaling
+    return version4
 
 
 def _flags(token: AddedToken) -> dict[str, Any]:

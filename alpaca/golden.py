@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from alpaca import stored
 from alpaca.errors import UserError
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.shards import finite
 from alpaca.tokens import Codec
 

@@ -1,9 +1,9 @@
-"""What a model folder is made of, and the refusal when it does not match.
+"""Record what a model folder was made from, and refuse a folder that does not match its record.
 
-`passport.json` lies in every folder this project writes: how it was made, from what, with which
-templates, and the SHA-256 of every file in it; a seal over the passport itself. Serving and
-resuming read it before they trust a folder; a folder without one (made elsewhere) loads with a
-notice. `python -m alpaca verify` checks all of it.
+This project writes a `passport.json` into every model folder: how and from what it was made, the
+hash of the templates, the SHA-256 of every file, and a seal (a hash of the passport itself).
+Serving and resuming check it before they use a folder. A folder without a passport, made by another
+program, loads with a notice. `python -m alpaca verify` checks everything.
 """
 
 import hashlib
@@ -24,15 +24,15 @@ from alpaca.prompt import template_hash
 NAME = "passport.json"
 FORMAT = 1
 SEAL = "seal"
-PIECE = 1 << 18  # bytes read at once: they are hashed while they lie in a core's cache
-SMALL = 64 << 20  # files up to this size are hashed before they are served
+PIECE = 1 << 18  # bytes read at a time: small enough to be hashed from a core's cache
+SMALL = 64 << 20  # files up to this size are hashed before the model is loaded
 
 
 def write(folder: Path, made_by: str, **facts: Any) -> dict[str, Any]:
     """Hash every file of `folder`, write its passport, and return it.
 
-    `facts` are the maker's own: source files, recipe, counts. They must be JSON values; NaN and
-    infinity, which JSON does not have, become null.
+    `facts` come from the program that made the folder: source files, recipe, counts. They must be
+    JSON values; NaN and infinity, which JSON does not have, become null.
     """
     names = sorted(
         path.relative_to(folder).as_posix()
@@ -53,7 +53,7 @@ def write(folder: Path, made_by: str, **facts: Any) -> dict[str, Any]:
 
 
 def json_numbers(value: Any) -> Any:
-    """A JSON value with null for NaN and infinity."""
+    """Replace NaN and infinity in a JSON value by null."""
     if isinstance(value, dict):
         return {name: json_numbers(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -62,21 +62,21 @@ def json_numbers(value: Any) -> Any:
 
 
 def add_beside(folder: Path, names: list[str]) -> None:
-    """Put the hashes of files that came after the model (log, drawing) into its passport.
+    """Add the hashes of files written after the model (log, plots) to its passport.
 
-    They may be absent later, a copy of the folder need not hold them; a changed one is found.
+    These files are optional: a copy of the folder may lack them, but a changed one is detected.
     """
     passport = read(folder)
     assert passport is not None
-    there = [name for name in names if (folder / name).is_file()]
-    hashes = hash_files([folder / name for name in there])
-    passport["beside"] = dict(zip(there, hashes, strict=True))
+    present = [name for name in names if (folder / name).is_file()]
+    hashes = hash_files([folder / name for name in present])
+    passport["beside"] = dict(zip(present, hashes, strict=True))
     passport[SEAL] = seal(passport)
     atomic.write_text(folder / NAME, render(passport))
 
 
 def forget_beside(folder: Path) -> None:
-    """Take those files out of the passport, because they are about to change."""
+    """Remove those files from the passport, because they are about to change."""
     passport = read(folder)
     if passport is not None and passport.pop("beside", None):
         passport[SEAL] = seal(passport)
@@ -84,21 +84,21 @@ def forget_beside(folder: Path) -> None:
 
 
 def render(passport: dict[str, Any]) -> str:
-    """The text of a passport, byte for byte."""
+    """The exact text of a passport file."""
     return json.dumps(passport, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def seal(passport: dict[str, Any]) -> str:
-    """SHA-256 over everything in a passport but its seal."""
+    """SHA-256 of everything in a passport except its seal."""
     rest = {name: value for name, value in passport.items() if name != SEAL}
     return text_sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The passport of a model folder, or None where it has none.
+    """The passport of a model folder, or None if it has none.
 
     Raises:
-        UserError: there is one, and it cannot be understood.
+        UserError: the passport is damaged or has a newer format.
     """
     path = folder / NAME
     if not path.exists():
@@ -112,13 +112,13 @@ def read(folder: Path) -> dict[str, Any] | None:
             )
         _check(passport)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is damaged: {told}", "Write the folder again.") from None
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged: {reason}", "Write the folder again.") from None
     return passport
 
 
 def _check(passport: dict[str, Any]) -> None:
-    """Raise KeyError or ValueError where a part is missing, or names a file outside the folder."""
+    """Raise KeyError or ValueError if a part is missing or names a file outside the folder."""
     for name in ("made_by", "template_sha256", SEAL):
         if not isinstance(passport[name], str):
             raise ValueError(f"{name} is no text")
@@ -129,7 +129,7 @@ def _check(passport: dict[str, Any]) -> None:
 
 
 def check_template(folder: Path, passport: dict[str, Any] | None) -> None:
-    """Refuse a folder that was trained on other templates than this program renders."""
+    """Refuse a folder that was trained with other templates than this program's."""
     if passport is not None and passport["template_sha256"] != template_hash():
         raise UserError(
             f"{folder} was made with other prompt templates than this program's.",
@@ -138,13 +138,13 @@ def check_template(folder: Path, passport: dict[str, Any] | None) -> None:
 
 
 def check_loaded(folder: Path) -> dict[str, Any] | None:
-    """What concerns a program that loads the folder: its files are there and as written.
+    """Check, before a folder is loaded, that its files exist and small ones are unchanged.
 
-    Weights are not hashed, that takes as long as reading them: `alpaca verify` does it. Returns
-    the passport; a folder without one is let through with a notice.
+    Large weight files are not hashed, because that takes as long as reading them; `alpaca verify`
+    does it. Returns the passport, or None after a notice if present is none.
 
     Raises:
-        UserError: a missing file, or a changed one of those that are small.
+        UserError: a file is missing, or a file of up to `SMALL` bytes was changed.
     """
     passport = read(folder)
     if passport is None:
@@ -163,9 +163,9 @@ def check_loaded(folder: Path) -> dict[str, Any] | None:
 
 
 def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of one file, in hex; `progress` is told of every piece of bytes.
+    """SHA-256 of one file, in hex; `progress` is called with the size of each piece read.
 
-    The kernel reads ahead, so disk and hash work at the same time.
+    The kernel reads ahead, so reading and hashing overlap.
     """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(PIECE))
@@ -184,13 +184,13 @@ def text_sha256(text: str) -> str:
 
 
 def hash_files(paths: list[Path], progress: Callable[[int], object] | None = None) -> list[str]:
-    """SHA-256 of many files at once; hashing releases the interpreter lock."""
+    """SHA-256 of many files, in parallel threads; hashing releases the interpreter lock."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda path: sha256(path, progress), paths))
 
 
 def versions() -> dict[str, str]:
-    """Versions of what shapes a model folder's content."""
+    """Versions of the programs that affect the content of a model folder."""
     found = {"alpaca-cog": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "safetensors"):
         try:
@@ -201,10 +201,11 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """One hash for a model folder's weights: from its passport, else from sizes and headers.
+    """One hash that identifies a model folder's weights.
 
-    Hashing 13 GB at every start would cost a minute, so a folder without a passport is known by
-    its config and the first 64 KiB and the size of each weight file.
+    It is computed from the passport's hashes. Without a passport, it is computed from the first 64
+    KiB and the size of config.json and of each weight file, because hashing 13 GB would take a
+    minute at every start.
     """
     found = read(folder)
     if found is not None:

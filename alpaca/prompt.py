@@ -1,8 +1,8 @@
 """The two Alpaca templates, and everything that is rendered from them.
 
-The texts are an interface, byte for byte: every model trained on them since 2023 expects
-exactly these prompts (Taori et al., "Stanford Alpaca", 2023). Training, serving and the chat
-template stored in exported tokenizers all come from this module, so they cannot drift apart.
+The texts must not change by a single byte: every model trained on them since 2023 expects exactly
+these prompts (Taori et al., "Stanford Alpaca", 2023). Training, serving and the chat template of
+exported tokenizers all use this module, so they always agree.
 """
 
 import hashlib
@@ -18,19 +18,19 @@ NO_INPUT = (
     "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 
-# Everything before the instruction: the same text, at the same place, in every prompt of a kind.
+# The text before the instruction. All prompts of one template start with it.
 PREFIXES = tuple(template.partition("{instruction}")[0] for template in (NO_INPUT, WITH_INPUT))
 
 
-def render(instruction: str, input: str = "") -> str:  # noqa: A002 - the data set's own word
-    """Return the prompt of an example; an empty `input` takes the no-input template."""
-    # Pieces are joined, not formatted, so that braces in the text stay what they are.
+def render(instruction: str, input: str = "") -> str:  # noqa: A002 - the data set's name for it
+    """Return the prompt of an example; an empty `input` selects the no-input template."""
+    # Pieces are joined instead of formatted, so that braces in the text are kept.
     head, middle, tail = _pieces(WITH_INPUT if input else NO_INPUT)
     return head + instruction + middle + input + tail
 
 
 def _pieces(template: str) -> tuple[str, str, str]:
-    """Split a template at its fields; the last piece is empty where there is no input."""
+    """Split a template at its fields; without an input field, the last piece is empty."""
     head, _, rest = template.partition("{instruction}")
     middle, _, tail = rest.partition("{input}")
     return head, middle, tail
@@ -39,10 +39,10 @@ def _pieces(template: str) -> tuple[str, str, str]:
 def chat_template(adds_bos: bool) -> str:
     """Return the Jinja chat template that renders a conversation as Alpaca prompts.
 
-    One user message renders exactly as `render` does (after the BOS token where the tokenizer
-    adds one). A message of role `input` before it is its input. The templates know no system
-    message, so one is put before the instruction that follows it, within the instruction.
-    Earlier answers are closed with EOS, as a training example is.
+    One user message is rendered exactly as by `render`, after the BOS token if the tokenizer adds
+    one. A message of role `input` before it becomes its input. The Alpaca templates have no system
+    message, so the text of one is put at the start of the next instruction. Earlier answers end
+    with EOS, like training examples.
     """
     head, middle, tail = (json.dumps(piece) for piece in _pieces(WITH_INPUT))
     head_plain, tail_plain, _ = (json.dumps(piece) for piece in _pieces(NO_INPUT))
@@ -64,5 +64,5 @@ def chat_template(adds_bos: bool) -> str:
 
 
 def template_hash() -> str:
-    """SHA-256 of both templates: equal hashes mean equal prompts."""
+    """SHA-256 of both templates; equal hashes mean equal prompts."""
     return hashlib.sha256(f"{WITH_INPUT}\0{NO_INPUT}".encode()).hexdigest()

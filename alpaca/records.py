@@ -1,7 +1,7 @@
-"""Alpaca-format examples: one `Record`, read from a data file; what is not read is named.
+"""Read Alpaca-format examples (`Record`) from a data file, and report keys that are not read.
 
-A data set with mistakes is refused whole, with every mistake listed: training on the part that
-happens to parse is how shifted fields end up in models unnoticed. An output of "" is no mistake:
+A data set with any mistake is refused as a whole, with a list of the mistakes. Training on only the
+part that parses is how shifted fields get into models unnoticed. An output of "" is not a mistake:
 the published data set has some, and the recipe trains on them (on the EOS alone).
 """
 
@@ -17,19 +17,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from alpaca.datafile import FIELDS, MAX_LISTED, Spelled, Twice, audit_command, read_raw
+from alpaca.datafile import FIELDS, MAX_LISTED, DuplicateKeys, Spelled, audit_command, read_raw
 from alpaca.errors import UserError
 
-MOST_KEYS = 12  # named in a notice
+MAX_KEYS = 12  # listed in a notice
 
-# What other data sets call the three fields, by the letters of the name; the likelier first.
+# Other data sets' names for the three fields, as `letters` returns them; likelier names first.
 OTHER_NAMES = {
     "instruction": ("prompt", "question", "query", "request", "task", "human", "user"),
     "input": ("context",),
     "output": (
         "response", "completion", "answer", "target", "reply", "chosen", "assistant", "gpt", "bot"),
 }  # fmt: skip
-# Keys, by their letters, that say what the three fields do not; an empty value says nothing.
+# Keys (as `letters` returns them) with content that is missing from the three fields. Empty values
+# do not count.
 ASKED_ABOUT = (
     "context", "passage", "paragraph", "document", "article", "background", "evidence",
     "knowledge", "facts", "schema", "table", "code", "question", "query", "prompt", "inputtext",
@@ -61,7 +62,7 @@ CHANGES_MEANING = {
     "toolcall": "functions to call, which the template has no place for",
     "functioncall": "functions to call, which the template has no place for",
 }
-# Keys that judge a record, and the values that say it is not to be learnt from.
+# Keys that judge a record, and the values that mean it should not be trained on.
 VERDICTS = (
     "label", "ktotag", "accepted", "correct", "iscorrect", "valid", "isvalid", "keep", "train",
     "weight",
@@ -82,7 +83,7 @@ REJECTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One example: what is asked, the text that is about, the answer; the last two may be ""."""
+    """One example: instruction, optional input text, answer; input and output may be ""."""
 
     instruction: str
     input: str = ""
@@ -90,19 +91,20 @@ class Record:
 
 
 def to_stderr(notice: str) -> None:
-    """Where notices go that nobody else takes."""
+    """Print a notice to stderr: the default for notices."""
     print(notice, file=sys.stderr)
 
 
 def read_records(path: Path, notice: Callable[[str], None] = to_stderr) -> list[Record]:
-    """Read a data set: a JSON list, or JSONL with one object a line; UTF-8, a BOM is tolerated.
+    """Read a data set: a JSON list, or JSONL with one object a line; UTF-8, a BOM is allowed.
 
-    An input of null or NaN is no input; numbers and booleans are read as the file spells them.
-    `notice` is told of those, and of the keys that are not read.
+    An input of null or NaN means no input. Numbers and booleans are read as text, as written in the
+    file. `notice` is called with a message about those, and about the keys that are not read.
 
     Raises:
-        UserError: as `read_raw`; no records; records of another form; keys that change what a
-            record means; or bad records: all are counted, and the first 50 listed.
+        UserError: as `read_raw`; or there are no records, the records have another form, keys that
+            are not read change what a record means, or some records are invalid (all are counted,
+            and the first 50 problems listed).
     """
     items = read_raw(path)
     if not items:
@@ -119,12 +121,12 @@ def read_records(path: Path, notice: Callable[[str], None] = to_stderr) -> list[
 
 
 def texts(item: dict[str, Any]) -> dict[str, str]:
-    """The three texts of an item; "" for what is none."""
+    """The three fields of an item as text; "" for a missing or non-text value."""
     return {name: text_of(item.get(name)) or "" for name in FIELDS}
 
 
 def text_of(value: Any) -> str | None:
-    """A text, or a number or boolean as the file spells it; None for anything else."""
+    """A text, or a number or boolean as written in the file; None for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, Spelled):
@@ -135,11 +137,11 @@ def text_of(value: Any) -> str | None:
 
 
 def faults(item: Any) -> list[str]:
-    """Why an item is no record, a reason a field; none where it is one."""
+    """Why an item is not a record, one reason per field; empty if it is one."""
     if not isinstance(item, dict):
         return [f"is {_kind(item)}, not an object"]
-    if isinstance(item, Twice):
-        return [f"{item.twice}: is there more than once"]
+    if isinstance(item, DuplicateKeys):
+        return [f"{item.duplicate}: is there more than once"]
     return [f"{name}: {why}" for name in FIELDS if (why := _fault(name, item))]
 
 
@@ -162,7 +164,7 @@ def _fault(name: str, item: dict[str, Any]) -> str | None:
 
 
 def _is_nothing(value: Any) -> bool:
-    """None or NaN, as pandas writes an empty cell."""
+    """Whether a value is None or NaN, which is how pandas writes an empty cell."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -175,7 +177,7 @@ def _kind(value: Any) -> str:
 
 
 def unread(item: Any) -> dict[str, str]:
-    """The keys of an item that are not read and change what it means, each with why."""
+    """The keys of an item that are not read but change what it means, each with the reason."""
     if not isinstance(item, dict):
         return {}
     found = {key: _meaning(key, item) for key in item if key not in FIELDS}
@@ -183,12 +185,12 @@ def unread(item: Any) -> dict[str, str]:
 
 
 def _meaning(key: str, item: dict[str, Any]) -> str | None:
-    """What a key that is not read says of its record; None where nothing is lost with it."""
+    """Why a key that is not read changes its record's meaning; None if it does not."""
     value, name = item[key], letters(key)
     if name in VERDICTS:
         verdict = (text_of(value) or "").strip().lower()
         rejects = verdict in REJECTS or (isinstance(value, int | float) and value <= 0)
-        if not rejects or verdict == texts(item)["output"].strip().lower():  # a class, and told
+        if not rejects or verdict == texts(item)["output"].strip().lower():  # a class label
             return None
         return f"{_shown(value)}, which seems to reject the record (else: --drop {key})"
     if (
@@ -198,29 +200,29 @@ def _meaning(key: str, item: dict[str, Any]) -> str | None:
     ):
         return None
     text = text_of(value)
-    held = texts(item)
+    fields = texts(item)
     field = similar(key)
     if field:
-        return None if text == held[field] else f"looks like {field}"
+        return None if text == fields[field] else f"looks like {field}"
     for field, others in OTHER_NAMES.items():
-        if name in others and not held[field] and field != "input":
+        if name in others and not fields[field] and field != "input":
             return f"looks like {field}, which is missing or empty"
     if name in CHANGES_MEANING:
         return CHANGES_MEANING[name]
-    if name in ASKED_ABOUT and not _said(text, held):
+    if name in ASKED_ABOUT and not _contained(text, fields):
         return "a text that the instruction may be about"
     return None
 
 
 @lru_cache(maxsize=10_000)
 def letters(key: str) -> str:
-    """A key without case, signs, digits and the plural's s."""
+    """A key in lower case, without punctuation, digits and a plural s."""
     return re.sub(r"[\W\d_]+", "", key.lower()).removesuffix("s")
 
 
 @lru_cache(maxsize=10_000)
 def similar(key: str) -> str | None:
-    """The field that a key is written like: `Input`, `outputs`, `output_1`, `intruction`."""
+    """The field whose name a key resembles: `Input`, `outputs`, `output_1`, `intruction`."""
     name = letters(key)
     for field in FIELDS:
         close = difflib.SequenceMatcher(None, name, field).ratio() >= 0.8
@@ -229,21 +231,21 @@ def similar(key: str) -> str | None:
     return None
 
 
-def _said(text: str | None, held: dict[str, str]) -> bool:
-    """Whether a text is in the record already: within a field, or as the prompt around them.
+def _contained(text: str | None, fields: dict[str, str]) -> bool:
+    """Whether the record already contains a text: in a field, or as a prompt built from them.
 
-    One in the answer, such as its code, is no text to answer about: as input it would be copied.
+    A text in the answer (such as its code) also counts: given as input, it would only be copied.
     """
     if text is None:
         return False
     plain = " ".join(text.split())
-    asked = [" ".join(held[name].split()) for name in ("instruction", "input")]
-    answer = " ".join(held["output"].split())
+    asked = [" ".join(fields[name].split()) for name in ("instruction", "input")]
+    answer = " ".join(fields["output"].split())
     return any(plain in part for part in (*asked, answer)) or all(part in plain for part in asked)
 
 
 def named(key: str) -> str:
-    """A key as it can be printed: half surrogate pairs and line ends as escapes, long ones cut."""
+    """A printable form of a key: surrogates and line ends escaped, long keys truncated."""
     plain = key if key.isprintable() and key.strip() == key and key else json.dumps(key)
     return plain if len(plain) <= 40 else f"{plain[:37]}..."
 
@@ -257,7 +259,7 @@ def _shown(value: Any) -> str:
 
 
 def notices(items: Sequence[Any]) -> list[str]:
-    """What is read in another form, and the keys that are not read, each with its count."""
+    """Messages about values that are read as text and keys that are not read, with counts."""
     records = [item for item in items if isinstance(item, dict)]
     found = []
     spelled = Counter(
@@ -269,7 +271,7 @@ def notices(items: Sequence[Any]) -> list[str]:
         found.append(f"numbers and booleans are read as text: {counts}")
     keys = Counter(key for item in records for key in item if key not in FIELDS)
     if keys:
-        shown = [f"{named(key)} ({count:,})" for key, count in keys.most_common(MOST_KEYS)]
+        shown = [f"{named(key)} ({count:,})" for key, count in keys.most_common(MAX_KEYS)]
         more = len(keys) - len(shown)
         shown += [f"and {more:,} more"] if more else []
         found.append(f"of {len(items):,} records, keys that are not read: {', '.join(shown)}")
@@ -277,7 +279,7 @@ def notices(items: Sequence[Any]) -> list[str]:
 
 
 def _check_form(path: Path, items: list[Any]) -> None:
-    """Raise UserError where most records are of another form, with one name for it."""
+    """Raise UserError if most records have another form, and name that form."""
     lists = [index for index, item in enumerate(items)
              if isinstance(item, dict) and isinstance(item.get("output"), list)]  # fmt: skip
     if lists:
@@ -303,7 +305,7 @@ def _check_form(path: Path, items: list[Any]) -> None:
     counts = Counter(key for item in objects for key in item)
     common = {key for key, count in counts.items() if count * 2 > len(objects)} or {*counts}
     form, remedy = _form(path, common)
-    keys = ", ".join(f"{named(key)} ({count:,})" for key, count in counts.most_common(MOST_KEYS))
+    keys = ", ".join(f"{named(key)} ({count:,})" for key, count in counts.most_common(MAX_KEYS))
     raise UserError(
         f"{path}: {len(strange):,} of {len(items):,} records have no instruction or no output. "
         f"Their keys, with counts: {keys}. That is the form of {form}.",
@@ -312,31 +314,33 @@ def _check_form(path: Path, items: list[Any]) -> None:
 
 
 def _form(path: Path, common: set[str]) -> tuple[str, str]:
-    """The name of a form of records by their keys, and what to do about it."""
-    named = {letters(key): key for key in common}
+    """The name of the records' form, judged by their keys, and the remedy."""
+    by_letters = {letters(key): key for key in common}
     for name in ("conversation", "message", "dialog", "dialogue"):
-        if name in named:
-            return f"conversations (under {named[name]!r})", (
+        if name in by_letters:
+            return f"conversations (under {by_letters[name]!r})", (
                 "Write one record for each question and its answer; docs/data.md has a program "
                 "for it."
             )
     renamed = {}
     for field, others in OTHER_NAMES.items():
         like = [key for key in sorted(common) if similar(key) == field]
-        other = [named[name] for name in others if name in named]
+        other = [by_letters[name] for name in others if name in by_letters]
         if field not in common and (like or other):
             renamed[field] = (like or other)[0]
     missing = {"instruction", "output"} - {*common, *renamed}
     if not missing:
         pairs = [f"{old}={new}" for new, old in renamed.items()]
         flags = ["--rename", ",".join(pairs), "--leave_out", "invalid,empty_instruction"]
-        if "rejected" in named:
-            flags += ["--drop", named["rejected"]]
+        if "rejected" in by_letters:
+            flags += ["--drop", by_letters["rejected"]]
         form = (
-            "preference pairs" if "rejected" in named else f"{'/'.join(renamed.values())} records"
+            "preference pairs"
+            if "rejected" in by_letters
+            else f"{'/'.join(renamed.values())} records"
         )
         return form, f"Read {', '.join(pairs)}:\n    {audit_command(path, *flags)}"
-    if "text" in named:
+    if "text" in by_letters:
         return "whole texts (under 'text')", (
             "Split each into what is asked (instruction) and the answer (output): training has to "
             "know where the answer begins."
@@ -348,7 +352,7 @@ def _form(path: Path, common: set[str]) -> tuple[str, str]:
 
 
 def _check_keys(path: Path, items: list[Any]) -> None:
-    """Raise UserError where keys that are not read change what records mean."""
+    """Raise UserError if keys that are not read change what records mean."""
     counts: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], int] = {}
     for index, item in enumerate(items):
@@ -385,7 +389,7 @@ def _check_keys(path: Path, items: list[Any]) -> None:
 
 
 def _remedies(items: list[Any], keys: set[str]) -> tuple[dict[str, str], list[str]]:
-    """Keys to read as a field, where that is free in all their records, and keys to drop."""
+    """Keys to read as a field that is empty in all records with that key, and keys to drop."""
     renamed: dict[str, str] = {}
     dropped = []
     for key in sorted(keys):
@@ -423,7 +427,7 @@ def _check_fields(path: Path, items: list[Any]) -> None:
 
 
 def _leaving_out(path: Path, items: list[Any], checks: str) -> str:
-    """The command for a copy without the records at fault; nothing where none would be left."""
+    """The command that writes a copy without the faulty records; empty if none would be left."""
     if all(faults(item) or ("unread_key" in checks and unread(item)) for item in items):
         return ""
     return f"\n  A copy without those records:\n    {audit_command(path, '--leave_out', checks)}"

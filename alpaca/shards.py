@@ -1,8 +1,8 @@
-"""Safetensors shards, written one tensor at a time.
+"""Write safetensors shards one tensor at a time.
 
-The safetensors library wants all tensors of a file in memory at once (5 GB here); its format is a
-JSON header and the bytes (huggingface/safetensors, "Format"), so this streams them and hashes what
-it writes. Reading back, in `check`, goes through the library itself.
+The safetensors library needs all tensors of a file in memory at once (5 GB here). The format is
+simple, a JSON header followed by the bytes (huggingface/safetensors, "Format"), so this module
+streams the tensors and hashes what it writes. `check` reads the files back with the library itself.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from alpaca import layout
 from alpaca.errors import UserError
 from alpaca.layout import SHARD_BYTES, TYPE_NAMES
 
-PIECE = 16 << 20  # bytes hashed and written in one go
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as flags say them
+PIECE = 16 << 20  # bytes hashed and written at a time
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # names in flags
 SHORT_NAMES = {kind: short for short, kind in DTYPES.items()}
-NAMES = {kind: TYPE_NAMES[short] for short, kind in DTYPES.items()}  # as safetensors says them
+NAMES = {kind: TYPE_NAMES[short] for short, kind in DTYPES.items()}  # safetensors' names
 
 
 class Spec(Protocol):
-    """What a tensor to be written is called, and its shape."""
+    """Name and shape of a tensor to be written."""
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ T = TypeVar("T", bound=Spec)
 
 @dataclass(frozen=True)
 class Shard(Generic[T]):
-    """One file of the output and the tensors in it: of `dtype`, or as `others` says by name."""
+    """One file of the output. Its tensors have type `dtype`, except those named in `others`."""
 
     name: str
     tensors: tuple[T, ...]
@@ -59,12 +59,12 @@ class Shard(Generic[T]):
 
     @property
     def header(self) -> bytes:
-        """The file's first bytes."""
+        """The safetensors header, with which the file begins."""
         return layout.header({t.name: (t.shape, NAMES[self.kind(t)]) for t in self.tensors})
 
     @property
     def data_bytes(self) -> int:
-        """Size of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(map(self._bytes, self.tensors))
 
     @property
@@ -74,7 +74,7 @@ class Shard(Generic[T]):
 
 
 def finite(tensor: torch.Tensor) -> bool:
-    """Whether no number of a tensor is NaN or infinite; its extremes tell, without a copy of it."""
+    """Whether no number is NaN or infinite; tests minimum and maximum, which needs no copy."""
     if not tensor.numel():
         return True
     return all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
@@ -86,9 +86,9 @@ def plan(
     limit: int = SHARD_BYTES,
     others: Mapping[str, torch.dtype] | None = None,
 ) -> list[Shard[T]]:
-    """Deal tensors, in order, to files of at most `limit` bytes (one tensor may exceed it).
+    """Assign tensors, in order, to files of at most `limit` bytes (one tensor may exceed it).
 
-    They become `dtype`, those that `others` names the type it gives.
+    Tensors become `dtype`; `others` gives the exceptions, type by tensor name.
     """
     others = others or {}
 
@@ -114,11 +114,11 @@ def write(
     value: Callable[[T, torch.dtype], torch.Tensor],
     advance: Callable[[int], object],
 ) -> str:
-    """Write one shard to the disk and return the SHA-256 of what was meant to be written.
+    """Write one shard to the disk and return the SHA-256 of the bytes that were passed to write.
 
-    `value` gives each tensor when its turn comes, on the CPU, contiguous, in the type asked for;
-    `advance` is told the bytes as they go. The file is synced, and dropped from the page cache so
-    that whoever reads it back reads the disk.
+    `value` returns a tensor on the CPU, contiguous, in the given type; it is called for one tensor
+    at a time. `advance` is called with the number of bytes of each piece written. The file is
+    synced and dropped from the page cache, so that reading it back reads the disk.
     """
     digest = hashlib.sha256(shard.header)
     with open(folder / shard.name, "wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
@@ -144,14 +144,14 @@ def _pieces(value: torch.Tensor) -> list[memoryview]:
 
 
 def check(shards: Sequence[Shard[Any]], folder: Path) -> None:
-    """Read every shard's table back: each tensor there, in its shape and type.
+    """Read every shard's header back and check that each tensor is there with its shape and type.
 
     Raises:
-        UserError: one is not; the disk did not keep what was written.
+        UserError: a tensor is not: the disk did not keep what was written.
     """
     for shard in shards:
         with safe_open(folder / shard.name, framework="pt") as file:
-            held = {
+            found = {
                 name: (tuple(part.get_shape()), part.get_dtype())
                 for name in file.keys()  # noqa: SIM118 - not a dict
                 for part in [file.get_slice(name)]
@@ -160,5 +160,5 @@ def check(shards: Sequence[Shard[Any]], folder: Path) -> None:
             tensor.name: (tuple(tensor.shape), NAMES[shard.kind(tensor)])
             for tensor in shard.tensors
         }
-        if held != wanted:
+        if found != wanted:
             raise UserError(f"{shard.name} does not read back as it was written.", "Run it again.")

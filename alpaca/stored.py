@@ -1,8 +1,8 @@
-"""What a model folder holds: which files are its weights, and what each says of its tensors.
+"""The contents of a model folder: which files are its weights, and which tensors they hold.
 
-Every program asks here, so that none trains, plans, serves or converts other weights than the
-rest, or than transformers. Reads config.json and file headers only, and imports no torch: a plan
-and a refusal come at once.
+All programs use this module, so that they train, plan, serve and convert the same weights, which
+are those that transformers loads. It reads only config.json and file headers and imports no torch,
+so plans and refusals are immediate.
 """
 
 import json
@@ -17,17 +17,17 @@ from typing import Any
 from alpaca.errors import UserError
 from alpaca.layout import INDEX
 
-FLOATS = {"BF16": 2, "F16": 2, "F32": 4}  # types of plain weights, and their bytes
-PIECE = 1 << 20  # bytes compared in one go
+FLOATS = {"BF16": 2, "F16": 2, "F32": 4}  # types of plain weights -> bytes per number
+PIECE = 1 << 20  # bytes compared at a time
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 POINTER = b"version https://git-lfs.github.com/spec/"
-# Stored by older programs; the model computes them itself, and transformers skips them.
+# Stored by older programs. The model computes them itself, and transformers skips them.
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file: its type as safetensors spells it, its shape, and its first byte."""
+    """One tensor in a file: type (safetensors' name), shape, offset of its first byte, size."""
 
     path: Path
     dtype: str
@@ -37,23 +37,23 @@ class Entry:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
-# model_type of the decoders whose loss and logits are compared with transformers' own in the tests.
-# Not phi: its output layer has a bias, which the loss over target tokens does not add.
+# model_type of the decoders whose loss and logits the tests compare with transformers'.
+# phi is not one: its output layer has a bias, which the loss over target tokens does not add.
 DECODERS = (
     "arcee", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "helium",
     "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3",
     "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
-# Where config.json does not say whether they are tied, they are.
+# Models of these types are tied unless config.json says otherwise.
 TIED = ("ernie4_5", "gemma", "gemma3_text", "smollm3", "starcoder2")
 CAPPED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ROPES = ("default", "linear", "llama3", "yarn")
-STRETCHED = ("dynamic", "longrope", "su")
+LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 ADVICE = (
     "LLaMA, SmolLM, Mistral and Qwen models can, and these by their model_type: "
     + ", ".join(DECODERS)
@@ -62,7 +62,7 @@ ADVICE = (
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuse a folder of a LoRA or another adapter: transformers would load its base as well."""
+    """Refuse a folder with a LoRA or other adapter: transformers would also load its base model."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{folder} holds an adapter (adapter_config.json): a change to a model, not a model.",
@@ -72,10 +72,10 @@ def check_adapter(folder: Path) -> None:
 
 
 def check_config(config: dict[str, Any], where: Path) -> None:
-    """Refuse a config.json whose model is not trained and served as transformers computes it.
+    """Refuse a config.json whose model would not be computed here as transformers computes it.
 
     Raises:
-        UserError: quantized weights, weights in another file, a decoder of another kind.
+        UserError: quantized weights, weights in another file, or an unsupported architecture.
     """
     if config.get("transformers_weights"):
         raise UserError(
@@ -91,17 +91,17 @@ def check_config(config: dict[str, Any], where: Path) -> None:
             else PLAIN,
         )
     kind = config.get("model_type")
-    apart = _what_sets_apart(config)
-    if kind not in DECODERS or apart:
+    feature = _unsupported(config)
+    if kind not in DECODERS or feature:
         raise UserError(
-            f"{where} describes a model of type {kind}{apart}, which cannot be trained or served "
+            f"{where} describes a model of type {kind}{feature}, which cannot be trained or served "
             "here.", ADVICE,
         )  # fmt: skip
     check_rope(config)
 
 
-def _what_sets_apart(config: dict[str, Any]) -> str:
-    """What a model has that is not computed here, in words; empty where nothing is known."""
+def _unsupported(config: dict[str, Any]) -> str:
+    """A phrase for the feature of a model that is not supported; empty if none is found."""
     for name in EXPERTS:
         if isinstance(config.get(name), int) and config[name] > 1:
             return f" with {config[name]} experts ({name})"
@@ -115,12 +115,12 @@ def _what_sets_apart(config: dict[str, Any]) -> str:
     return " that brings its own code (auto_map)" if own_code else ""
 
 
-CONVERTIBLE = ("fp8", "compressed-tensors")  # those of their formats that are one number a weight
+CONVERTIBLE = ("fp8", "compressed-tensors")  # only in formats with one number per weight
 PLAIN = "Take the folder it was quantized from, in bf16, fp16 or fp32."
 
 
 def quantization(config: dict[str, Any]) -> str | None:
-    """How the weights are quantized by config.json, or None."""
+    """The quantization that config.json names, or None."""
     for key in ("quantization_config", "compression_config"):
         if settings := config.get(key):
             method = settings.get("quant_method") if isinstance(settings, dict) else None
@@ -129,15 +129,15 @@ def quantization(config: dict[str, Any]) -> str | None:
 
 
 def check_rope(config: dict[str, Any]) -> None:
-    """Refuse rotary embeddings that change with the other sequences of a pass, or are not known.
+    """Refuse rotary embeddings that are unknown or depend on the other sequences of a batch.
 
-    The settings are in `rope_parameters`, in some models one for each type of layer, or as
-    transformers 4 wrote them, in `rope_scaling`; what is now `rope_type` was `type` in 2023.
+    transformers 5 stores the settings in `rope_parameters`, for some models one set per type of
+    layer. transformers 4 stored them in `rope_scaling`. `rope_type` was named `type` in 2023.
     """
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for part in [settings, *settings.values()] if isinstance(settings, dict) else [settings]:
         kind = part.get("rope_type", part.get("type")) if isinstance(part, dict) else None
-        if kind in STRETCHED:
+        if kind in LENGTH_DEPENDENT:
             raise UserError(
                 f"The model's rotary embedding ({kind}) changes with the longest sequence of a "
                 "pass, so it cannot be trained or served here.", ADVICE,
@@ -152,13 +152,15 @@ def is_tied(config: dict[str, Any]) -> bool:
 
 
 def weight_files(folder: Path, stem: str = "model", ending: str = ".safetensors") -> list[Path]:
-    """The files that hold a folder's weights: those of the index, else the single file.
+    """The weight files of a folder: those that the index lists, or else the single file.
 
-    Where both are there, transformers loads the single file and vLLM those of the index, so
-    that is refused unless they are the same. `pytorch_model` and `.bin` ask for old files.
+    If a folder has both, transformers loads the single file and vLLM the files of the index. Such a
+    folder is refused, unless the index lists just that file. For old folders, give `pytorch_model`
+    and `.bin`.
 
     Raises:
-        UserError: there is neither, or both, or the index is damaged, or names a missing file.
+        UserError: there are no weights or two sets, or the index is damaged or lists a missing
+            file.
     """
     check_adapter(folder)
     single, index = folder / f"{stem}{ending}", folder / f"{stem}{ending}.index.json"
@@ -184,7 +186,7 @@ def weight_files(folder: Path, stem: str = "model", ending: str = ".safetensors"
 
 
 def _listed(index: Path, ending: str) -> list[str]:
-    """The files that an index names, sorted."""
+    """The files that an index lists, sorted."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise UserError(f"{index} lists no files (weight_map).", "Fetch the file again.")
@@ -218,7 +220,7 @@ def _no_weights(folder: Path, single: str, index: str, ending: str) -> UserError
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Names of weight files in a folder that are none of its weights: another program's may be."""
+    """Names of other weight files in a folder, which are not read (perhaps another program's)."""
     own = {path.name for path in weight_files(folder)}
     kinds = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.safetensors.index.json")
     if len(own) > 1 or (folder / INDEX).is_file():
@@ -227,7 +229,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError where it is none."""
+    """Read a JSON object from a file; raises UserError if it is not one."""
     check_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -239,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_pointer(path: Path) -> None:
-    """Refuse a file that is Git LFS's note about the file that should be here."""
+    """Refuse a Git LFS pointer, which stands for a file that was not downloaded."""
     with open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise UserError(
@@ -252,8 +254,9 @@ def tensors(folder: Path) -> dict[str, Entry]:
     """Every tensor of a folder's plain weights, by name, from the files' headers.
 
     Raises:
-        UserError: see `check_config`, `weight_files` and `header`; two files hold the same tensor;
-            one is of no plain type; an output matrix differs from the embedding that it is.
+        UserError: as `check_config`, `weight_files` and `header`; or two files hold the same
+            tensor, a type is not bf16, fp16 or fp32, or an output matrix differs from the
+            embedding that it is tied to.
     """
     config = read_json(folder / "config.json")
     check_config(config, folder / "config.json")
@@ -266,7 +269,7 @@ def tensors(folder: Path) -> dict[str, Entry]:
 
 
 def check_types(found: dict[str, Entry]) -> None:
-    """Refuse weights that are no plain floating-point numbers."""
+    """Refuse weights that are not bf16, fp16 or fp32."""
     for name, entry in found.items():
         if entry.dtype not in FLOATS and not name.endswith(BUFFERS):
             raise UserError(
@@ -275,7 +278,7 @@ def check_types(found: dict[str, Entry]) -> None:
 
 
 def differing_head(folder: Path) -> tuple[str, str]:
-    """What happened, and what to do: a tied output matrix is stored, and is not the embedding."""
+    """Message and remedy for a tied output matrix that is stored and differs from the embedding."""
     return (
         f"{folder}: config.json says tie_word_embeddings, but the stored lm_head.weight is not "
         "model.embed_tokens.weight: transformers 4 takes the second for both, transformers 5 each "
@@ -285,10 +288,10 @@ def differing_head(folder: Path) -> tuple[str, str]:
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder's weight files, of whatever type.
+    """Every tensor of a folder's weight files, of any type.
 
     Raises:
-        UserError: see `weight_files` and `header`; or two files hold the same tensor.
+        UserError: as `weight_files` and `header`; or two files hold the same tensor.
     """
     found: dict[str, Entry] = {}
     for path in weight_files(folder):
@@ -303,35 +306,35 @@ def entries(folder: Path) -> dict[str, Entry]:
 
 
 def check_fit(
-    folder: Path, held: dict[str, Entry], wanted: dict[str, tuple[int, ...]], skipped: str = "(?!)"
+    folder: Path, found: dict[str, Entry], wanted: dict[str, tuple[int, ...]], skipped: str = "(?!)"
 ) -> None:
-    """Refuse weights that are not those that config.json asks for: missing, misshapen, too many.
+    """Refuse weights with a tensor that is missing, has the wrong shape, or is not in the model.
 
-    transformers draws a missing tensor at random and drops one too many, each with a warning.
-    `skipped` is a pattern of names that the model does not read.
+    transformers only warns: it initializes a missing tensor at random and ignores an extra one.
+    `skipped` is a pattern for names of tensors that the model does not read.
     """
-    if missing := [name for name in wanted if name not in held]:
+    if missing := [name for name in wanted if name not in found]:
         raise UserError(
             f"{folder} lacks {len(missing)} tensor(s), the first is {min(missing)}.",
             "Is a shard missing? Fetch or convert the weights again.",
         )
     for name, shape in wanted.items():
-        if held[name].shape != shape:
+        if found[name].shape != shape:
             raise UserError(
-                f"{held[name].path}: {name} has shape {list(held[name].shape)}, config.json "
-                f"implies {list(shape)}.", OTHERS,
+                f"{found[name].path}: {name} has shape {list(found[name].shape)}, config.json "
+                f"implies {list(shape)}.", MISMATCH,
             )  # fmt: skip
-    # A stored output matrix that is not wanted is the embedding, as `tensors` has checked.
+    # A tied output matrix may be stored: `tensors` has checked that it equals the embedding.
     own = {*wanted, "lm_head.weight"}
-    more = [name for name in held if name not in own and not name.endswith(BUFFERS)]
+    more = [name for name in found if name not in own and not name.endswith(BUFFERS)]
     if more := [name for name in more if not re.search(skipped, name)]:
         raise UserError(
             f"{folder} holds {len(more)} tensor(s) that a model of its config.json does not have, "
-            f"the first is {min(more)}.", OTHERS,
+            f"the first is {min(more)}.", MISMATCH,
         )  # fmt: skip
 
 
-OTHERS = "The weights and config.json are not of the same model."
+MISMATCH = "The weights and config.json are not of the same model."
 
 
 def same(one: Entry, other: Entry) -> bool:
@@ -351,10 +354,10 @@ def same(one: Entry, other: Entry) -> bool:
 
 
 def header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file: name to entry (huggingface/safetensors, README, "Format").
+    """The tensors of one file, by name (huggingface/safetensors, README, "Format").
 
     Raises:
-        UserError: the file is cut short, damaged, or a Git LFS pointer.
+        UserError: the file is truncated, damaged, or a Git LFS pointer.
     """
     check_pointer(path)
     size = path.stat().st_size
@@ -363,9 +366,9 @@ def header(path: Path) -> dict[str, Entry]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(LONGEST_HEADER, size):
                 raise ValueError("it is cut short, or no safetensors file")
-            held = json.loads(file.read(length))
+            table = json.loads(file.read(length))
         found = {}
-        for name, entry in held.items():
+        for name, entry in table.items():
             if name == "__metadata__":
                 continue
             start, end = entry["data_offsets"]
@@ -382,6 +385,6 @@ def header(path: Path) -> dict[str, Entry]:
         if wanted != size:
             raise ValueError(f"it has {size:,} bytes, its header says {wanted:,}")
     except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        told = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is damaged: {told}.", "Copy or convert it again.") from None
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged: {reason}.", "Copy or convert it again.") from None
     return found

@@ -23,7 +23,7 @@ CHANGED = (0.05, 0.33, 0.6)
 
 
 def varied(count: int) -> list[dict[str, str]]:
-    """`count` records: the seeds, over and over, with words replaced by others of theirs."""
+    """`count` records: the seeds, repeated, with some words replaced by other words of theirs."""
     rng = random.Random(0)
     seeds = read_records(SEEDS)
     vocabulary = sorted({word for record in seeds for word in record.instruction.split()})

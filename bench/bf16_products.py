@@ -44,6 +44,6 @@ PRODUCTS = {
 
 
 def products() -> contextlib.AbstractContextManager[object]:
-    """What to compute bf16 in: plainly where the processor has the instructions."""
+    """The context to compute bf16 in; it does nothing where the processor has bf16 instructions."""
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return contextlib.nullcontext() if fast else FP32Products()

@@ -1,9 +1,9 @@
-"""How long a conversion takes beside copying the same bytes, and how much memory it holds.
+"""How long a conversion takes, compared with copying the same bytes, and its peak memory.
 
 Writes a synthetic LLaMA 1 7B (13.5 GB in fp16; --scale 0.1 keeps the shapes and drops layers), with
-a checklist as Meta's has, then times in one run: `cp` and reading the copy back, and the converter
-(which hashes what it reads, hashes what it writes, and reads it back from the disk). Needs twice
-the model's size on disk; page cache is dropped before each part.
+a checklist like Meta's. Then it times, in one run, `cp` with reading the copy back, and the
+converter (which hashes what it reads, hashes what it writes, and reads it back from the disk).
+Needs twice the model's size on disk. The page cache is dropped before each part.
 
     python bench/convert.py [--scale 0.1] [--folder /tmp]
 """
@@ -74,9 +74,9 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     folder.mkdir(parents=True)
     path = folder / "consolidated.00.pth"
     # Untouched pages of torch.empty cost nothing; the numbers are written straight to the file.
-    held = {name: torch.empty(size, dtype=torch.float16) for name, size in sizes(layers).items()}
+    tensors = {name: torch.empty(size, dtype=torch.float16) for name, size in sizes(layers).items()}
     with torch.serialization.skip_data():
-        torch.save(held, path)
+        torch.save(tensors, path)
     fill(path)
     params = {"dim": DIM, "multiple_of": 256, "n_heads": 32, "n_layers": layers}
     (folder / "params.json").write_text(json.dumps(params | {"norm_eps": 1e-6, "vocab_size": -1}))
@@ -124,7 +124,7 @@ def fill(path: Path) -> None:
 
 
 def timed(body: Callable[[], object], cold: Path) -> float:
-    """Seconds of `body`, begun with nothing of `cold` in the page cache."""
+    """Seconds of `body`, started with nothing of `cold` in the page cache."""
     with open(cold, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     began = time.monotonic()
@@ -146,12 +146,12 @@ def read_through(path: Path) -> None:
 
 
 class Memory:
-    """The most memory a command held for itself: anonymous pages, without the page cache."""
+    """Peak memory of a command itself: anonymous pages, without the page cache."""
 
     peak = 0
 
     def watch(self, command: list[str]) -> None:
-        """Run a command and look at it twenty times a second."""
+        """Run a command and sample its memory twenty times a second."""
         process = subprocess.Popen(command, cwd=ROOT)
         while process.poll() is None:
             self.peak = max(self.peak, anonymous_bytes(process.pid))

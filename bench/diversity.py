@@ -4,7 +4,7 @@
 
 The instructions are the seed tasks' own, a third of their words replaced (see novelty.py). Timed
 from the command to its finished HTML file: loading spaCy in every process, parsing, the ROUGE-L
-distribution of 2,000 drawn ones, the plot. The last line is JSON.
+distribution of 2,000 sampled instructions, the plot. The last line is JSON.
 """
 
 import argparse

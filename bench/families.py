@@ -52,7 +52,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 from alpaca import cli, stored  # noqa: E402
 from alpaca.convert.bytelevel import PATTERNS  # noqa: E402
 from alpaca.errors import UserError  # noqa: E402
-from alpaca.model import load_tokenizer  # noqa: E402
+from alpaca.folder import load_tokenizer  # noqa: E402
+from alpaca.plan import shapes  # noqa: E402
 from alpaca.prompt import render  # noqa: E402
 from alpaca.recipe.arguments import parse  # noqa: E402
 from alpaca.records import Record  # noqa: E402
@@ -61,7 +62,6 @@ from alpaca.serving.request import Request, Sampling  # noqa: E402
 from alpaca.serving.stream import TextStream, token_bytes  # noqa: E402
 from alpaca.serving.weights import Weights  # noqa: E402
 from alpaca.tokens import Codec  # noqa: E402
-from alpaca.plan import shapes  # noqa: E402
 from alpaca.training import command  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"

@@ -1,13 +1,13 @@
-"""Decoding speed on one GPU against what its memory bandwidth allows.
+"""Decoding speed on one GPU, compared with what its memory bandwidth allows.
 
     PYTHONPATH=. python bench/gpu_serve.py
 
 A model of LLaMA 7B's shape with random bf16 weights decodes under CUDA graphs at batch 1, 8, 32
 and 64. A step cannot take less time than reading every weight and every key and value once; that
-bound uses the bandwidth measured here, by copying. Timed are the model's pass and the sampler,
-each step from its numbers in Python to its tokens in Python; not the engine's scheduling, nor text.
-Needs a GPU with 40 GB (computed: weights 13.5, keys and values of 64 slots 15.5, copying 4.3), no
-network, a minute. The last line is JSON.
+bound uses the bandwidth measured here, by copying. The timing covers the model's pass and the
+sampler, from a step's numbers in Python to its tokens in Python, but not the engine's scheduling or
+text. Needs a GPU with 40 GB (computed: weights 13.5, keys and values of 64 slots 15.5, copying
+4.3) and a minute, but no network. The last line is JSON.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def build(layers: int, slots: int) -> tuple[GraphModel, int, int]:
         loaded = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     embedding = loaded.get_input_embeddings().weight
     weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
-    weights -= embedding.numel() * embedding.element_size()  # a step reads a row of it
+    weights -= embedding.numel() * embedding.element_size()  # a step reads only rows of it
     model = GraphModel(loaded)
     shapes = model.probe()
     model.allocate(shapes, Capacity(slots, 2 * (PROMPT + STEPS)))

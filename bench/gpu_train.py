@@ -2,10 +2,10 @@
 
     python bench/gpu_train.py [--layers N]      python bench/gpu_train.py --device cpu --tiny
 
-The trainer's own steps (`--fsdp shard_grad_op`, 32 examples, AdamW, fp32 master weights, bf16
-compute) on random weights and random examples with Alpaca's lengths, as many layers as fit, with
-torch.compile and gradient checkpointing on and off. The FLOPs of MFU are those of real tokens, each
-template counted once a pack. First the fused attention is held against one call a segment
+Runs the trainer's own steps (`--fsdp shard_grad_op`, 32 examples, AdamW, fp32 master weights, bf16
+compute) on random weights and random examples with Alpaca's lengths, with as many layers as fit,
+and with torch.compile and gradient checkpointing on and off. MFU counts the FLOPs of real tokens,
+each template once per pack. First, the fused attention is compared with one call per segment
 (`varlen_rel_diff_*`). Needs no network; under 9 minutes. Last line: JSON.
 """
 
@@ -29,10 +29,10 @@ from alpaca.training import attention, flops, sharding
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
 
-EXAMPLES = 32  # of a step: the published 4 x 8 of a device
+EXAMPLES = 32  # per step: the published 4 x 8 of a device
 PREFIXES = (38, 50)  # LLaMA tokens of the two templates before the instruction
 ROUNDING = 0.02  # of bf16 attention and its gradients, against fp32
-STEPS = 4  # different ones; all of them are done once before any is measured, and compile then
+STEPS = 4  # different ones; each runs once, which compiles its layers, before any is measured
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 2048,
@@ -93,7 +93,7 @@ class Bench:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Where and with what it was measured."""
+        """The hardware, software and settings of the measurement."""
         return {
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
             "torch": torch.__version__,
@@ -116,11 +116,11 @@ class Bench:
         return 2 * int(self.shape["vocab_size"] * self.shape["hidden_size"])
 
     def fitting(self) -> int:
-        """How many layers fit: 22 bytes a weight, and the activations of a pack.
+        """How many layers fit: 22 bytes per weight, and the activations of a pack.
 
-        fp32 weight, gradient (whole while it is added up, and reduced) and two moments, and the
-        bf16 copy; without checkpointing a layer keeps about 16 vectors of its width and 3 of the
-        inner one, in bf16, for each token.
+        The 22 bytes: fp32 weight, gradient (whole while it is added up, and reduced) and two
+        moments, and the bf16 copy. Without checkpointing, a layer keeps for each token about 16
+        vectors of its width and 3 of the inner width, in bf16.
         """
         vectors = 16 * self.shape["hidden_size"] + 3 * self.shape["intermediate_size"]
         layer = 22 * self.layer_parameters() + 2 * vectors * self.arguments.pack_tokens
@@ -128,7 +128,7 @@ class Bench:
         return max(1, min(32, int(free / layer)))
 
     def case(self, **flags: bool) -> dict[str, Any]:
-        """Measure the steps of a trainer with `flags`; too little memory is a result too."""
+        """Measure the steps of a trainer with `flags`; running out of memory is a result too."""
         gc.collect()
         torch._dynamo.reset()
         if self.device.type == "cuda":
@@ -157,7 +157,7 @@ class Bench:
         )
 
     def measure(self, trainer: Trainer) -> dict[str, Any]:
-        """Steps until the time is over, after a round that warms up."""
+        """Measure steps until the time is over, after a warm-up round."""
         for step in range(STEPS):
             trainer.step(step)
         lines = []
@@ -179,7 +179,7 @@ class Bench:
 
 
 def corpus(examples: int, vocabulary: int) -> Corpus:
-    """Random examples with lengths like Alpaca's: 40% with input, answers of 65 tokens in the mean.
+    """Random examples with lengths like Alpaca's: 40% with input, answers of 65 tokens on average.
 
     Log-normal, cut at 512: the median example has about 110 tokens, the longest reach the limit.
     """
@@ -200,10 +200,10 @@ def corpus(examples: int, vocabulary: int) -> Corpus:
 
 
 def varlen_differences(data: Corpus, device: torch.device) -> dict[str, float]:
-    """How far the fused attention and its gradients are from one fp32 call a segment, relatively.
+    """Relative difference of fused attention and its gradients from one fp32 call per segment.
 
-    A pack of eight examples, as many key heads as query heads, and a quarter. Empty without a GPU
-    that has the kernel.
+    Measured on a pack of eight examples, with as many key heads as query heads, and with a quarter
+    as many. Empty without a GPU that has the kernel.
     """
     if device.type != "cuda" or not attention.has_kernel(
         torch.bfloat16, torch.cuda.get_device_capability(device)

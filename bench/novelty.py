@@ -1,4 +1,4 @@
-"""One new instruction against 52,000: ours beside the `rouge_score` package, in one run.
+"""One new instruction against 52,000: ours and the `rouge_score` package, in one run.
 
     .venv/bin/python bench/novelty.py [--instructions 52000]
 

@@ -1,11 +1,11 @@
-"""One optimizer step here, through TRL's SFTTrainer and through transformers' Trainer.
+"""One optimizer step in this trainer, in TRL's SFTTrainer and in transformers' Trainer.
 
     python bench/peers.py --data alpaca_data.json [--model DIR] [--examples 32] [--rounds 3]
 
-The same examples, already tokenized, fp32, forward and backward; the optimizer's part is left out
-everywhere. Both libraries run in .venvs/peers (made on the first run). First each of their ways to
-train is run once: those whose gradient is ours within 5e-4 are exact. Then our step and the fastest
-exact way of each library run in turn. Last line: JSON.
+All run the same examples, already tokenized, in fp32, forward and backward, without the optimizer.
+Both libraries run in .venvs/peers (made on the first run). First, each of their ways to train runs
+once; a way whose gradient differs from ours by at most 5e-4 counts as exact. Then our step and the
+fastest exact way of each library run in turn. Last line: JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from train_step import LENGTH, packed, parse, timed
 from transformers import AutoModelForCausalLM
 
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.recipe.corpus import Corpus, open_corpus
 from alpaca.tokens import Codec
 from alpaca.training import attention
@@ -63,7 +63,7 @@ class Peers:
 
     @classmethod
     def start(cls, model: Path, work: Path) -> "Peers":
-        """LargestPack the model there, with the examples and the gradient that lie in `work`."""
+        """Load the model there, with the examples and the gradient that are stored in `work`."""
         command = [environment(), ROOT / "bench/peers_worker.py", model.resolve(), work]
         log = work / "log"
         with open(log, "w") as errors:
@@ -155,7 +155,7 @@ def example(corpus: Corpus, index: int) -> dict[str, list[int]]:
 
 
 def fastest(library: str, trials: dict[str, dict[str, Any]]) -> str:
-    """The fastest of a library's ways whose gradient is the step's."""
+    """The fastest of a library's ways whose gradient is exact."""
     exact = {
         way: trial["seconds"]
         for way, trial in trials.items()
@@ -167,7 +167,7 @@ def fastest(library: str, trials: dict[str, dict[str, Any]]) -> str:
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
-    """Median over rounds of how many times longer theirs takes."""
+    """Median over rounds of their time divided by ours."""
     return round(statistics.median(a / b for a, b in zip(theirs, ours, strict=True)), 3)
 
 

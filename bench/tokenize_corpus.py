@@ -2,10 +2,10 @@
 
     python bench/tokenize_corpus.py [--model DIR] [--examples 52000] [--cores 2]
 
-The examples are the seed tasks over and over, each with a number of its own. Measured is what
-train.py does before its first step (`open_corpus`): read, validate, tokenize, write the arrays; and
-once more, when the cache is there. Peak memory is that of the whole process, the imports of torch
-and transformers included. Last line: JSON.
+The examples are the seed tasks, repeated, each with a different number. The benchmark measures what
+train.py does before its first step (`open_corpus`): read, validate, tokenize, write the arrays. It
+measures this once more with the cache present. Peak memory is that of the whole process, including
+the imports of torch and transformers. Last line: JSON.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.recipe.corpus import open_corpus
 from alpaca.records import Record, read_records
 from alpaca.tokens import Codec
@@ -72,7 +72,7 @@ def write(path: Path, seeds: list[Record], count: int) -> None:
 
 
 def peak_mb() -> int:
-    """The most memory this process has had resident, in MB."""
+    """Peak resident memory of this process, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 1_000_000
 
 

@@ -4,7 +4,7 @@
 
 fp32, forward and backward (the optimizer's part is the same in all three). The padded way is
 plain transformers: batches of 4, right-padded, loss on the answer tokens. Each round runs the three
-in turn, so a machine whose speed drifts hits all of them. Last line: JSON.
+in turn, so that drifts of the machine's speed affect all of them. Last line: JSON.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.recipe import packing
 from alpaca.recipe.corpus import Corpus, open_corpus
 from alpaca.tokens import Codec
@@ -36,8 +36,9 @@ def padded(
 ) -> None:
     """Forward and backward as the scripts of 2023 did it; `exact`: the loss in fp64.
 
-    torch's fp32 cross_entropy over 49,152 logits puts an error of 1e-4 into the gradient (measured
-    against fp64 throughout), more than all the rest together, so gradients are compared without it.
+    torch's fp32 cross_entropy over 49,152 logits causes an error of 1e-4 in the gradient (measured
+    against fp64 throughout). That is more than all other errors together, so gradients are compared
+    without it.
     """
     for start in range(0, len(members), BATCH):
         batch = members[start : start + BATCH]
@@ -73,9 +74,9 @@ def timed(body: Callable[[], None], model: torch.nn.Module) -> tuple[float, torc
 
 
 def lasting_rate(size: int = 1024, seconds: float = 3.0) -> float:
-    """FLOP/s of fp32 matrix products that go on for seconds, as a step does.
+    """Sustained FLOP/s of fp32 matrix products, over seconds, as in a step.
 
-    The best of a few is 15 to 40% higher on a virtual machine, and no step could keep that up.
+    The best of a few products is 15 to 40% faster on a virtual machine, but no step sustains that.
     """
     one, other = torch.randn(2, size, size)
     torch.mm(one, other)
@@ -87,7 +88,7 @@ def lasting_rate(size: int = 1024, seconds: float = 3.0) -> float:
 
 
 def parse(description: str) -> argparse.Namespace:
-    """The flags of a program that measures this step."""
+    """The flags of a benchmark of this step."""
     options = argparse.ArgumentParser(description=description.partition("\n")[0])
     options.add_argument("--data", type=Path, default=Path("data/seed_tasks.jsonl"))
     options.add_argument("--model", type=Path, default=Path("weights/smollm2-135m"))

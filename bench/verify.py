@@ -1,9 +1,9 @@
-"""How fast `alpaca verify` hashes, against how fast the same files can be read at all.
+"""How fast `alpaca verify` hashes, compared with how fast the same files can be read.
 
     python bench/verify.py [--folder DIR | --gigabytes 4 --files 4]
 
 Both read from the disk: the page cache is emptied of the files before each pass. Rounds alternate
-between reading and verifying, so a disk whose speed drifts hits both. Last line: JSON.
+between reading and verifying, so that drifts of the disk's speed affect both. Last line: JSON.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def read(path: Path) -> None:
 
 
 def timed(folder: Path, how: str) -> float:
-    """Seconds of one pass, cold."""
+    """Seconds of one pass with a cold page cache."""
     forget(folder)
     started = time.perf_counter()
     if how == "verify":

@@ -19,7 +19,8 @@ from typing import Any
 import httpx
 import torch
 
-from alpaca.model import load_model, load_tokenizer
+from alpaca.folder import load_tokenizer
+from alpaca.model import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 200_000

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import losses, train
 from transformers import AutoModelForCausalLM
 
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.records import read_records
 from alpaca.tokens import Codec
 

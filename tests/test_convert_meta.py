@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from alpaca.convert.expected import shapes
 from alpaca.convert.families import PUBLISHED, Published
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 
 FAMILIES = {
     "llama-1": LLAMA_1,

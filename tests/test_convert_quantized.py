@@ -11,7 +11,7 @@ from reference import convert
 from safetensors.torch import load_file
 
 from alpaca.errors import UserError
-from alpaca.model import check_folder
+from alpaca.folder import check_folder
 
 FP8 = torch.float8_e4m3fn
 

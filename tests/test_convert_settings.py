@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from alpaca import stored
 from alpaca.cli import main
 from alpaca.errors import UserError
-from alpaca.model import load_model, load_tokenizer
+from alpaca.folder import load_tokenizer
+from alpaca.model import load_model
 from alpaca.prompt import render
 from alpaca.records import Record
 from alpaca.serving import loading

@@ -15,7 +15,7 @@ from reference import LLAMA_1, LLAMA_3, LLAMA_3_1, Shape, convert
 from training_runs import ROOT, train
 from transformers import AutoTokenizer
 
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 
 SHAPES = {
     "theta 100000": replace(LLAMA_1, theta=100_000.0),

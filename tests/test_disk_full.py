@@ -13,7 +13,8 @@ import torch.distributed as dist
 from nodes import Job, end_all, losses, start, torchrun, wait_until
 
 from alpaca.errors import UserError
-from alpaca.model import load_model, load_tokenizer
+from alpaca.folder import load_tokenizer
+from alpaca.model import load_model
 from alpaca.tokens import Codec
 from alpaca.training import checkpoint, export
 

@@ -15,8 +15,8 @@ ROOMS = ("convert", "training", "plan", "serving", "dataset", "doctor")
 GROUND = ("errors", "prompt", "atomic", "ram", "layout")
 # each may import those before it
 SHARED = (
-    "rounding", "stored", "datafile", "records", "passport", "tokens", "recipe", "description",
-    "shards", "model", "golden", "verify",
+    "rounding", "stored", "folder", "datafile", "records", "passport", "tokens", "recipe",
+    "description", "shards", "model", "golden", "verify",
 )  # fmt: skip
 DOORS = (
     "predict.py",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alpaca import folder as folders
 from alpaca import model, passport
 from alpaca.errors import UserError
 
@@ -75,22 +76,22 @@ def test_weights_that_are_pickles_are_not_loaded(folder: Path) -> None:
 def test_a_folder_whose_replacement_was_cut_short_is_refused_until_it_is_finished(
     folder: Path,
 ) -> None:
-    inner = model.staging(folder)
+    inner = folders.staging(folder)
     for path in [p for p in folder.iterdir() if p.is_file()]:
         shutil.copy(path, inner)
-    (inner / model.READY).touch()
+    (inner / folders.READY).touch()
     with pytest.raises(UserError, match="being replaced"):
-        model.check_folder(folder)
-    model.finish_install(folder)
-    model.check_folder(folder)
+        folders.check_folder(folder)
+    folders.finish_install(folder)
+    folders.check_folder(folder)
     assert not inner.exists()
 
 
 def test_installing_removes_shards_of_the_model_before(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").touch()
-    inner = model.staging(folder)
+    inner = folders.staging(folder)
     shutil.copy(folder / "model.safetensors", inner)
-    model.install(inner, folder)
+    folders.install(inner, folder)
     assert [p.name for p in folder.glob("*.safetensors")] == ["model.safetensors"]
     assert (folder / "config.json").exists()
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.recipe import packing
 from alpaca.recipe.corpus import Corpus, open_corpus
 from alpaca.tokens import Codec

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.plan import workload
 from alpaca.recipe import packing, steps
 from alpaca.recipe.arguments import Arguments

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from training_runs import ROOT, distance, lines, losses, train
 
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.tokens import Codec
 
 STEPS, LENGTH = 20, 512

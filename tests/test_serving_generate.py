@@ -17,7 +17,8 @@ import torch
 from http_server import ROOT
 from transformers import PreTrainedModel
 
-from alpaca.model import load_model, load_tokenizer
+from alpaca.folder import load_tokenizer
+from alpaca.model import load_model
 from alpaca.records import read_records
 from alpaca.serving import loading
 from alpaca.serving.cache import Capacity

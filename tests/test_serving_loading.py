@@ -22,7 +22,8 @@ from transformers import (
 
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.model import load_model, load_tokenizer
+from alpaca.folder import load_tokenizer
+from alpaca.model import load_model
 from alpaca.prompt import PREFIXES
 from alpaca.serving import command, loading, schema
 from alpaca.serving.forward import SlotModel

@@ -11,7 +11,7 @@ from training_runs import ROOT, lines, master_weights, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import passport, rounding
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.prompt import render, template_hash
 from alpaca.recipe import packing
 from alpaca.records import read_records

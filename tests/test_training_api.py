@@ -15,7 +15,7 @@ import pytest
 from http_server import Server
 
 from alpaca import passport
-from alpaca.model import check_folder
+from alpaca.folder import check_folder
 from alpaca.serving import schema
 from alpaca.training import checkpoint
 

@@ -10,7 +10,7 @@ from training_runs import lines, train
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
-from alpaca.model import load_tokenizer
+from alpaca.folder import load_tokenizer
 from alpaca.recipe.arguments import Arguments, check_packages, parse
 from alpaca.training import command, compatibility
 

@@ -1,1 +1,1 @@
-"""Base weights of any LLaMA family, in any of their formats, to one clean folder."""
+"""Convert base weights of the LLaMA families, in any published format, to one clean folder."""

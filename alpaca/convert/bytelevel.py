@@ -1,7 +1,8 @@
-"""Byte-level BPE: how Llama 3, SmolLM2 and their kin cut text, from tiktoken or GGUF vocabularies.
+"""Byte-level BPE tokenizers (Llama 3, SmolLM2 and others) from tiktoken or GGUF vocabularies.
 
-A vocabulary file says which byte strings are tokens. How a text is first cut into words is code in
-the model's own tokenizer, not data, so those patterns are listed here by their GGUF names.
+A vocabulary file lists the byte strings that are tokens. It does not say how a text is first split
+into words: that is code in the model's own tokenizer. So this module lists the patterns by their
+GGUF names.
 """
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -42,10 +43,11 @@ def byte_level(
     """A byte-level BPE tokenizer.
 
     Args:
-        vocab: token -> id; bytes are spelled with GPT-2's printable stand-ins.
+        vocab: token -> id; bytes are written as GPT-2's printable characters.
         merges: pairs in order of rank.
         pattern: a key of PATTERNS.
-        whole_words: a word that is a token is taken whole, as tiktoken does.
+        whole_words: a word that is in the vocabulary becomes one token without merging, as in
+            tiktoken.
     """
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words)
     tokenizer = Tokenizer(model)
@@ -56,15 +58,15 @@ def byte_level(
 
 
 def _printable() -> list[str]:
-    """GPT-2's stand-in character for each byte: itself where printable, else from U+0100 on."""
+    """GPT-2's character for each byte: the byte itself if printable, else one from U+0100 on."""
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in plain else chr(next(stand_ins)) for byte in range(256)]
+    replacements = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in plain else chr(next(replacements)) for byte in range(256)]
 
 
 _PRINTABLE = _printable()
 
 
 def spell(word: bytes) -> str:
-    """A byte string as byte-level vocabularies write it."""
+    """Write a byte string the way byte-level vocabularies do."""
     return "".join(_PRINTABLE[byte] for byte in word)

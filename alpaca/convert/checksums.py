@@ -1,7 +1,7 @@
-"""What was read: every source file hashed, and compared with the publisher's MD5 checklist.
+"""Hash every source file and compare it with the publisher's MD5 checklist.
 
-Hashing runs in threads beside the conversion, which reads the same pages; the folder gets its
-final name only after every file has passed.
+Hashing runs in a thread alongside the conversion, which reads the same pages from the page cache.
+The output folder gets its final name only after every file has passed.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ LINE = re.compile(r"([0-9a-fA-F]{32}) [ *](.+)")
 
 
 class DamagedFileError(UserError):
-    """A source file is not what its publisher made: what was written from it is worthless."""
+    """A source file is not what its publisher released; anything converted from it is wrong."""
 
 
 def read_checklist(path: Path) -> dict[str, str]:
-    """File name -> MD5 of a `checklist.chk`, the output of `md5sum`; empty when there is none.
+    """File name -> MD5 from a `checklist.chk` (output of `md5sum`); empty if there is no file.
 
     Raises:
-        UserError: a line is not one, or names a file outside the folder.
+        UserError: a line is not an MD5 and a file name, or names a file outside the folder.
     """
     if not path.is_file():
         return {}
@@ -46,7 +46,7 @@ def read_checklist(path: Path) -> dict[str, str]:
 
 
 def stamp(files: list[Path]) -> list[list[Any]]:
-    """Name, size and time of change of each file: equal stamps mean the same source."""
+    """Name, size and modification time of each file: equal stamps mean the same source."""
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
@@ -55,11 +55,11 @@ def check_file(
 ) -> dict[str, Any]:
     """Read a whole file and return its size and hash for the passport.
 
-    PyTorch files carry a CRC-32 of each tensor, which stands in where there is no checklist. When
-    `stopped` turns true the result is not wanted any more, and is nothing.
+    Without a checklist, the CRC-32 that PyTorch stores for each tensor is checked instead. The
+    check is cancelled when `stopped` returns true; it then returns an empty dictionary.
 
     Raises:
-        DamagedFileError: its MD5 is not the one the checklist gives, or a CRC-32 does not hold.
+        DamagedFileError: the MD5 differs from the checklist's, or a CRC-32 does not match.
     """
     if md5 is None and is_zip(path):
         _check_crcs(path, stopped)
@@ -87,7 +87,7 @@ def _check_crcs(path: Path, stopped: Callable[[], bool]) -> None:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile(f"{entry.filename} is compressed")
-                if entry.CRC != 0:  # 0: PyTorch was told not to compute it, or the entry is empty
+                if entry.CRC != 0:  # 0: PyTorch did not compute it, or the entry is empty
                     with archive.open(entry) as member:
                         while not stopped() and member.read(PIECE):
                             pass

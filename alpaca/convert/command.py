@@ -1,4 +1,4 @@
-"""`python -m alpaca convert`: weights as they were published to a clean Hugging Face folder."""
+"""`python -m alpaca convert`: convert published weights to a clean Hugging Face folder."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def parser() -> argparse.ArgumentParser:
-    """The verb's options."""
+    """The command's options."""
     options = argparse.ArgumentParser(
         description="Convert Meta checkpoints, GGUF files or old Hugging Face folders. "
         "With no options and one model in unconverted-weights/ it just does the right thing.",
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def shard_size(text: str) -> int:
-    """`500MB` or `5GB` in bytes, as transformers counts them (powers of ten)."""
+    """Parse `500MB` or `5GB` to bytes, in powers of ten as transformers does."""
     match = re.fullmatch(r"(\d+)(KB|MB|GB)", text.upper())
     if match is None or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 5GB")
@@ -61,8 +61,8 @@ def shard_size(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Find, say what was found, convert."""
-    # Here, not above: they import torch and transformers, which --help need not wait for.
+    """Find the model, print what was found, convert it."""
+    # Imported here because they import torch and transformers, which would slow down --help.
     from alpaca.convert.conversion import Layout, convert, write_tokenizer
     from alpaca.convert.find import find, open_source
     from alpaca.shards import DTYPES

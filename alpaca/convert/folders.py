@@ -1,7 +1,7 @@
-"""Files stay in their folder: links and names that lead out of it are refused.
+"""Refuse links and file names that lead out of a model folder.
 
-A downloaded folder is someone else's: a link in it could make the conversion read, and publish as
-weights, any file of this machine.
+A downloaded folder is not trusted. A link in it could make the conversion read any file of this
+machine and publish it as weights.
 """
 
 from pathlib import Path
@@ -10,10 +10,10 @@ from alpaca.errors import UserError
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder`/`name`, if that is a place below the folder when all links are followed.
+    """Return `folder`/`name` if it is below the folder after all links are followed.
 
     Raises:
-        UserError: it leads elsewhere.
+        UserError: it is outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -26,7 +26,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_links(root: Path, folder: Path) -> None:
-    """Raise UserError when `folder`, or an entry of it, leads out of `root`."""
+    """Raise UserError if `folder`, or an entry of it, links out of `root`."""
     inside(root, str(folder.relative_to(root)))
     for path in folder.iterdir():
         inside(root, str(path.relative_to(root)))

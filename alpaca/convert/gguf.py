@@ -1,8 +1,8 @@
-"""GGUF files: dequantized tensor by tensor, with the config and tokenizer their metadata holds.
+"""Read GGUF files: dequantize each tensor; take config and tokenizer from the metadata.
 
-Only the `llama` architecture is read (LLaMA 1 to 3, SmolLM2, Mistral and others are stored under
-that name). GGUF keeps Meta's rotary channel order, so q and k are reordered as for Meta's files.
-Format: the GGUF specification, version 3; blocks are decoded by the `gguf` package.
+Only the `llama` architecture is supported (LLaMA 1 to 3, SmolLM2, Mistral and others use that
+name). GGUF keeps Meta's rotary channel order, so q and k are reordered as for Meta's files.
+Format: the GGUF specification, version 3. The `gguf` package decodes the blocks.
 """
 
 from functools import partial
@@ -18,15 +18,15 @@ from alpaca.convert.ggufmeta import ROPE_FACTORS, Fields, read_config, read_voca
 from alpaca.convert.source import Source, Tensor, unpermute
 from alpaca.errors import UserError
 
-NUMBERS_AT_ONCE = 16 << 20  # dequantized in one go: 64 MB of fp32
+NUMBERS_AT_ONCE = 16 << 20  # numbers dequantized at a time: 64 MB of fp32
 FLOAT_TYPES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
 
 
 def open_gguf(paths: list[Path], name: str) -> Source:
-    """Describe a GGUF model, in one file or split over several; `name` is the folder to write.
+    """Describe a GGUF model in one file or several; `name` is that of the folder to write.
 
     Raises:
-        UserError: a file is damaged or missing, or the model is not of a known kind.
+        UserError: a file is damaged or missing, or the model is of an unknown kind.
     """
     readers = [_open(path) for path in paths]
     fields = Fields(paths[0], readers[0])
@@ -54,7 +54,7 @@ def open_gguf(paths: list[Path], name: str) -> Source:
 def _open(path: Path) -> gguf.GGUFReader:
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # a damaged file makes the reader raise nearly anything
+    except Exception as error:  # on a damaged file, the reader can raise almost anything
         raise UserError(
             f"{path} cannot be read as GGUF: {error}", "It is cut short or damaged: fetch it again."
         ) from None
@@ -66,7 +66,7 @@ def _open(path: Path) -> gguf.GGUFReader:
 
 
 def _check_count(paths: list[Path], fields: Fields) -> None:
-    """The first file of a split model says how many there are."""
+    """Raise UserError unless there are as many files as the first one says."""
     count = fields.get("split.count", 1) or 1
     if len(paths) != count:
         raise UserError(
@@ -78,7 +78,7 @@ def _check_count(paths: list[Path], fields: Fields) -> None:
 def _tensors(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> tuple[Tensor, ...]:
     layers, tied = config["num_hidden_layers"], config["tie_word_embeddings"]
     wanted = names.to_dialect(layers, tied, "gguf")
-    missing = [other for other in wanted.values() if other not in stored]
+    missing = [gguf_name for gguf_name in wanted.values() if gguf_name not in stored]
     unknown = sorted(set(stored) - set(wanted.values()) - {ROPE_FACTORS})
     if missing or unknown:
         fault = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which is not known"
@@ -88,21 +88,21 @@ def _tensors(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> tupl
     return tuple(
         Tensor(
             name,
-            _shape(stored[other]),
-            FLOAT_TYPES.get(stored[other].tensor_type.name),
-            partial(_read, stored[other], heads.get(row.gguf)),
+            _shape(stored[gguf_name]),
+            FLOAT_TYPES.get(stored[gguf_name].tensor_type.name),
+            partial(_read, stored[gguf_name], heads.get(row.gguf)),
         )
-        for (name, other), row in zip(wanted.items(), rows.values(), strict=True)
+        for (name, gguf_name), row in zip(wanted.items(), rows.values(), strict=True)
     )
 
 
 def _shape(stored: Any) -> tuple[int, ...]:
-    """GGUF lists the fastest-running dimension first."""
+    """Shape in PyTorch's order; GGUF lists the fastest-varying dimension first."""
     return tuple(int(size) for size in reversed(stored.shape))
 
 
 def _read(stored: Any, rotary_heads: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """Dequantize one tensor, some rows at a time, into `dtype`."""
+    """Dequantize one tensor to `dtype`, a few rows at a time."""
     shape = _shape(stored)
     out = torch.empty(shape, dtype=dtype)
     step = max(1, NUMBERS_AT_ONCE // shape[-1]) if len(shape) > 1 else shape[0]
@@ -113,7 +113,7 @@ def _read(stored: Any, rotary_heads: int | None, dtype: torch.dtype) -> torch.Te
 
 
 def _main_type(stored: list[Any]) -> str:
-    """The type that holds most of the numbers."""
+    """The type of most of the numbers."""
     totals: dict[str, int] = {}
     for tensor in stored:
         kind = tensor.tensor_type.name

@@ -1,6 +1,7 @@
-"""The metadata of a GGUF file: its config and its tokenizer, rebuilt from llama.cpp's keys.
+"""Rebuild config and tokenizer from the metadata of a GGUF file (llama.cpp's keys).
 
-Format: the GGUF specification, version 3. Numbers stored as fp32 are rounded to what was meant.
+Format: the GGUF specification, version 3. The norm epsilon is stored as fp32; it is rounded to six
+digits to restore the published value.
 """
 
 import math
@@ -19,18 +20,18 @@ from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 
 CONTROL, USER_DEFINED = 3, 4  # token types
-ROPE_FACTORS = "rope_freqs.weight"  # how llama.cpp stores the RoPE scaling of Llama 3.1
+ROPE_FACTORS = "rope_freqs.weight"  # the tensor in which llama.cpp stores Llama 3.1's RoPE scaling
 
 
 class Fields:
-    """A GGUF file's metadata by key, with errors that name the key."""
+    """A GGUF file's metadata by key; errors name the key."""
 
     def __init__(self, path: Path, reader: gguf.GGUFReader) -> None:
         """Read values lazily from an open file."""
         self.path, self._fields = path, reader.fields
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or `default`; raises UserError where it cannot be read."""
+        """The value of a key, or `default`; raises UserError if it cannot be read."""
         if key not in self._fields:
             return default
         try:
@@ -39,14 +40,14 @@ class Fields:
             raise UserError(f"{self.path}: {key} is damaged: {error}", "Fetch it again.") from None
 
     def need(self, key: str) -> Any:
-        """The value of a key; raises UserError where it is missing."""
+        """The value of a key; raises UserError if it is missing."""
         if key not in self._fields:
             raise UserError(f"{self.path} lacks the metadata key {key}.", "Is it a model file?")
         return self.get(key)
 
 
 def read_config(fields: Fields, stored: dict[str, Any]) -> dict[str, Any]:
-    """config.json from metadata and the tensors' names; raises UserError where it cannot be."""
+    """config.json from the metadata and the tensors; raises UserError if it cannot be built."""
     architecture = fields.need("general.architecture")
     if architecture != "llama" or fields.get("llama.expert_count", 0):
         experts = " with experts" if architecture == "llama" else ""
@@ -79,9 +80,9 @@ def read_config(fields: Fields, stored: dict[str, Any]) -> dict[str, Any]:
 def _scaling(fields: Fields, factors: Any, theta: float, head_dim: int) -> dict[str, Any] | None:
     kind = fields.get("llama.rope.scaling.type", "none")
     if factors is not None:
-        held = np.array(factors.data, dtype=np.float64)
-        scaling = llama3_scaling(float(held.max()))
-        if not np.allclose(held, llama3_factors(scaling, theta, head_dim), rtol=1e-4):
+        divisors = np.array(factors.data, dtype=np.float64)
+        scaling = llama3_scaling(float(divisors.max()))
+        if not np.allclose(divisors, llama3_factors(scaling, theta, head_dim), rtol=1e-4):
             raise UserError(f"{fields.path} scales RoPE in a way that is not Llama 3.1's.")
         return scaling
     if kind == "none":
@@ -92,7 +93,7 @@ def _scaling(fields: Fields, factors: Any, theta: float, head_dim: int) -> dict[
 
 
 def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray[Any, Any]:
-    """What each rotary frequency is divided by, (head_dim / 2,), under Llama 3.1's scaling."""
+    """Divisor of each rotary frequency, (head_dim / 2,), in Llama 3.1's scaling."""
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -102,7 +103,7 @@ def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.n
 
 
 def read_vocabulary(fields: Fields) -> Vocabulary:
-    """The tokenizer in the metadata; raises UserError where its kind is not known."""
+    """The tokenizer in the metadata; raises UserError if its kind is unknown."""
     tokens = fields.need("tokenizer.ggml.tokens")
     kind = fields.need("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -119,7 +120,7 @@ def read_vocabulary(fields: Fields) -> Vocabulary:
         eos=roles["eos"],
         unk=roles["unknown"],
         pad=roles["padding"],
-        # A SentencePiece vocabulary gets a BOS, as in llama.cpp, where nothing is said.
+        # Without this key, SentencePiece vocabularies add a BOS, as in llama.cpp.
         adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama")),
     )
 

@@ -1,7 +1,7 @@
-"""What a Hugging Face folder says in config.json and generation_config.json: every key has a fate.
+"""Read config.json and generation_config.json of a Hugging Face folder; no key is silently lost.
 
-It is copied, used, dropped for a reason in the tables below, or refused. A key that transformers
-has no setting for is copied and named, so that nobody takes it for something that is computed.
+Each key is copied, used, dropped for a reason given in the tables below, or refused. A key that
+transformers has no setting for is copied, and a note says that it has no effect.
 """
 
 from copy import deepcopy
@@ -15,30 +15,31 @@ from alpaca import stored
 from alpaca.convert import quantized
 from alpaca.errors import UserError
 
-# Name of early 2023 -> today's.
+# Key name in early 2023 -> key name today.
 RENAMED = {"max_sequence_length": "max_position_embeddings"}
-# Needed, whatever the architecture: transformers would take some other model's number.
+# Required for every architecture: for a missing key, transformers would use the default of some
+# other model.
 NEEDED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "rms_norm_eps",
 )  # fmt: skip
 # Key of config.json -> why it is not copied.
 DROPPED = {
-    "_name_or_path": "where it once was",
+    "_name_or_path": "the path that its writer loaded it from",
     "architectures": "written for model_type",
-    "auto_map": "a folder's code is never run; transformers has this architecture itself",
+    "auto_map": "code in a folder is never run; transformers has this architecture itself",
     "dtype": "written for the weights",
     "torch_dtype": "written for the weights",
-    "transformers_version": "of the program that wrote the file",
-    "eos_token_id": "the tokenizer's first, then these",
-    "_attn_implementation": "of the program that wrote the file",
-    "_flash_attn_2_enabled": "of the program that wrote the file",
+    "transformers_version": "about the program that wrote the file",
+    "eos_token_id": "replaced: the tokenizer's EOS first, then these",
+    "_attn_implementation": "about the program that wrote the file",
+    "_flash_attn_2_enabled": "about the program that wrote the file",
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Two files of a folder: what is copied, the ids they end an answer at, lines for people."""
+    """The content of both files. `ends`: ids that end an answer. `notes`: printed to the user."""
 
     files: tuple[Path, ...]
     config: dict[str, Any]
@@ -49,14 +50,14 @@ class Settings:
 
 
 def read_settings(folder: Path) -> Settings:
-    """Read both files of a folder; only config.json must be there.
+    """Read both files of a folder; only config.json is required.
 
     Raises:
-        UserError: one is damaged, or the model is of a kind that is not served here.
+        UserError: a file is damaged, or the model is of an unsupported kind.
     """
     path = folder / "config.json"
     raw = read_json(path)
-    quantization = quantized.settings(raw, path)  # takes it out of `raw`
+    quantization = quantized.settings(raw, path)  # removes it from `raw`
     raw |= {new: raw[old] for old, new in RENAMED.items() if old in raw and new not in raw}
     config = {key: value for key, value in raw.items() if key not in DROPPED and key not in RENAMED}
     if isinstance(raw.get("model_type"), str):
@@ -87,7 +88,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def _config_keys(path: Path, config: dict[str, Any]) -> set[str]:
-    """Keys that this architecture has a setting for; checks what the file says on the way."""
+    """Keys that this architecture has a setting for; also checks and completes `config`."""
     kind = config["model_type"]
     known = set(AutoConfig.for_model(kind).to_dict())
     for key in NEEDED:
@@ -99,9 +100,9 @@ def _config_keys(path: Path, config: dict[str, Any]) -> set[str]:
     if pad is not None and not (isinstance(pad, int) and 0 <= pad < config["vocab_size"]):
         del config["pad_token_id"]  # -1 in early 2023
     try:
-        # A copy all the way down: transformers writes into the dictionaries it is given.
+        # A deep copy, because transformers modifies the dictionaries it is given.
         made = AutoConfig.for_model(**deepcopy(config))
-    except Exception as error:  # each architecture checks its own numbers in its own way
+    except Exception as error:  # each architecture raises its own errors
         reason = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
         raise UserError(f"{path} describes no model: {reason}", "Fetch the file again.") from None
     config["tie_word_embeddings"] = bool(made.tie_word_embeddings)
@@ -111,7 +112,7 @@ def _config_keys(path: Path, config: dict[str, Any]) -> set[str]:
 
 
 def _ids(settings: dict[str, Any]) -> list[int]:
-    """The ids at which a file says an answer ends."""
+    """The ids in a file's eos_token_id."""
     named = settings.get("eos_token_id")
     return [
         index
@@ -121,7 +122,7 @@ def _ids(settings: dict[str, Any]) -> list[int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the folder; raises UserError when it is not one."""
+    """Read a JSON object from a file; raises UserError if it is missing or not an object."""
     if not path.is_file():
         raise UserError(f"{path} is missing.", "It belongs to a Hugging Face folder.")
     return stored.read_json(path)

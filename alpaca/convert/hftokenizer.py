@@ -1,9 +1,9 @@
-"""The tokenizer of a Hugging Face folder, whatever year it is from.
+"""Read the tokenizer of a Hugging Face folder, old or new.
 
-SentencePiece's `tokenizer.model`, where there is one, is the original and is read first: files
-derived from it in early 2023 carry empty or swapped special tokens. What was decided later stands
-in the JSON files: added tokens (Alpaca's `[PAD]`, ChatML's `<|im_end|>`), which of them are BOS and
-EOS, whether a text starts with BOS or with a space.
+SentencePiece's `tokenizer.model` is read first if there is one. It is the original; files derived
+from it in early 2023 have empty or swapped special tokens. The JSON files add later settings: added
+tokens (Alpaca's `[PAD]`, ChatML's `<|im_end|>`), which tokens are BOS and EOS, and whether a text
+starts with BOS or with a space.
 """
 
 import json
@@ -25,84 +25,86 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# Key of tokenizer_config.json -> what becomes of it. Any other key is named.
+# Key of tokenizer_config.json -> how it is handled. A note names any other key.
 KEYS = {
     **dict.fromkeys(ROLES, "used"),
     "add_bos_token": "used",
-    "add_prefix_space": "used with tokenizer.model; tokenizer.json says it itself",
+    "add_prefix_space": "used with tokenizer.model; tokenizer.json contains it",
     "added_tokens_decoder": "used",
     "add_eos_token": "not needed: EOS ends every training example, and no prompt",
     "additional_special_tokens": "not needed: tokenizer.json says which tokens are special",
     "extra_special_tokens": "not needed: tokenizer.json says which tokens are special",
     "model_specific_special_tokens": "not needed: tokenizer.json says which tokens are special",
-    "auto_map": "dropped: no code of a folder is run",
-    "backend": "dropped: of the program that wrote the file",
+    "auto_map": "dropped: code in a folder is never run",
+    "backend": "dropped: about the program that wrote the file",
     "chat_template": "replaced by the Alpaca template",
-    "clean_up_tokenization_spaces": "replaced: decoding gives the text back",
-    "errors": "not needed: a tokenizer.json decodes what is no UTF-8 by itself",
-    "is_local": "dropped: of the program that wrote the file",
-    "legacy": "not needed: tokenizer.model or tokenizer.json says it",
-    "local_files_only": "dropped: of the program that wrote the file",
-    "max_length": "dropped: a writer's own truncation",
-    "model_input_names": "dropped: decoders take ids",
+    "clean_up_tokenization_spaces": "replaced: decoding must return the same text",
+    "errors": "not needed: tokenizer.json itself handles invalid UTF-8",
+    "is_local": "dropped: about the program that wrote the file",
+    "legacy": "not needed: tokenizer.model or tokenizer.json contains it",
+    "local_files_only": "dropped: about the program that wrote the file",
+    "max_length": "dropped: the writer's own truncation settings",
+    "model_input_names": "dropped: decoders take token ids only",
     "model_max_length": "replaced by the model's context",
-    "name_or_path": "dropped: where it once was",
+    "name_or_path": "dropped: the path that its writer loaded it from",
     "pad_to_multiple_of": "dropped: nothing is padded",
     "pad_token_type_id": "dropped: nothing is padded",
     "padding_side": "dropped: nothing is padded",
     "padding": "dropped: nothing is padded",
-    "processor_class": "dropped: text only",
-    "return_token_type_ids": "dropped: decoders take ids",
+    "processor_class": "dropped: only text is processed",
+    "return_token_type_ids": "dropped: decoders take token ids only",
     "sp_model_kwargs": "not needed: empty in every published model",
-    "spaces_between_special_tokens": "not needed: tokenizer.json decodes by itself",
-    "special_tokens_map_file": "dropped: where it once was",
-    "split_special_tokens": "not needed: a text never turns into control tokens",
-    "stride": "dropped: a writer's own truncation",
+    "spaces_between_special_tokens": "not needed: tokenizer.json defines the decoding",
+    "special_tokens_map_file": "dropped: a path on the writer's machine",
+    "split_special_tokens": "not needed: text is never encoded as control tokens",
+    "stride": "dropped: the writer's own truncation settings",
     "tokenizer_class": "replaced by PreTrainedTokenizerFast",
-    "tokenizer_file": "dropped: where it once was",
-    "trust_remote_code": "dropped: no code of a folder is run",
-    "truncation_side": "dropped: a writer's own truncation",
-    "truncation_strategy": "dropped: a writer's own truncation",
+    "tokenizer_file": "dropped: a path on the writer's machine",
+    "trust_remote_code": "dropped: code in a folder is never run",
+    "truncation_side": "dropped: the writer's own truncation settings",
+    "truncation_strategy": "dropped: the writer's own truncation settings",
     "use_default_system_prompt": "replaced by the Alpaca template",
-    "use_fast": "dropped: what is written is the fast form",
-    "vocab_file": "dropped: where it once was",
+    "use_fast": "dropped: the fast tokenizer is always written",
+    "vocab_file": "dropped: a path on the writer's machine",
 }
-# Keys that change the ids of a text in a way that is not done here, when they are set.
+# Keys that, when set, change how a text is encoded in a way that this program does not support.
 REFUSED = ("do_lower_case", "remove_space", "keep_accents")
 
 
 def read_tokenizer(
     folder: Path, settings: Settings
 ) -> tuple[Vocabulary, list[Path], tuple[str, ...]]:
-    """The tokenizer of a folder, the files it came from, and notes for people.
+    """The tokenizer of a folder, the files it was read from, and notes for the user.
 
     Raises:
-        UserError: there is none, it is damaged, or it has more tokens than the model.
+        UserError: there is no tokenizer, it is damaged, or it has more tokens than the model.
     """
     files = [folder / name for name in FILES if (folder / name).is_file()]
-    held = {path.name: _read_object(path) for path in files if path.suffix == ".json"}
-    said = held.get("tokenizer_config.json", {})
+    parsed = {path.name: _read_object(path) for path in files if path.suffix == ".json"}
+    tokenizer_config = parsed.get("tokenizer_config.json", {})
     for key in REFUSED:
-        if said.get(key):
+        if tokenizer_config.get(key):
             raise UserError(
                 f"{folder / 'tokenizer_config.json'} sets {key}, which is not done here.",
                 "Is it the tokenizer of a LLaMA, SmolLM, Mistral or Qwen model?",
             )
-    base = _base(folder, said)
-    for index, token in sorted(_added(held).items()):
+    base = _base(folder, tokenizer_config)
+    for index, token in sorted(_added(parsed).items()):
         if base.backend.token_to_id(token.content) is None:
             add = base.backend.add_special_tokens if token.special else base.backend.add_tokens
             add([token])
         if base.backend.token_to_id(token.content) != index:
             raise UserError(f"{folder}: the added token {token.content!r} cannot have id {index}.")
-    vocabulary, notes = _with_roles(folder, base, _roles(held), settings, said.get("add_bos_token"))
+    vocabulary, notes = _with_roles(
+        folder, base, _roles(parsed), settings, tokenizer_config.get("add_bos_token")
+    )
     rows = settings.config["vocab_size"]
     if vocabulary.pieces > rows:
         raise UserError(
             f"The tokenizer of {folder} has {vocabulary.pieces:,} tokens, the model {rows:,} rows.",
             "Put this model's own tokenizer there.",
         )
-    unknown = ", ".join(key for key in said if key not in KEYS and key not in REFUSED)
+    unknown = ", ".join(key for key in tokenizer_config if key not in KEYS and key not in REFUSED)
     if unknown:
         notes += (f"note: not taken over from tokenizer_config.json, not known here: {unknown}",)
     return vocabulary, files, notes
@@ -116,16 +118,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _base(folder: Path, said: dict[str, Any]) -> Vocabulary:
-    """The vocabulary without what the JSON files add; eos is empty where no file says it."""
+def _base(folder: Path, tokenizer_config: dict[str, Any]) -> Vocabulary:
+    """The vocabulary without the JSON files' additions; `eos` is empty if it is not known yet."""
     original, written = folder / SENTENCEPIECE, folder / "tokenizer.json"
     if original.is_file():
         try:
             if is_tiktoken(original):
-                chat = "eot_id" in str(said.get("eos_token", ""))
+                chat = "eot_id" in str(tokenizer_config.get("eos_token", ""))
                 return read_vocabulary(original, folder.name, chat)[0]
             return read_vocabulary(
-                original, folder.name, None, leading_space=said.get("add_prefix_space")
+                original, folder.name, None, leading_space=tokenizer_config.get("add_prefix_space")
             )[0]
         except UserError:
             if not written.is_file():
@@ -142,13 +144,13 @@ def _base(folder: Path, said: dict[str, Any]) -> Vocabulary:
     return Vocabulary(backend, bos=None, eos="", sentencepiece=sentencepiece_file(folder))
 
 
-def _added(held: dict[str, dict[str, Any]]) -> dict[int, AddedToken]:
-    """Id -> token of what was added after the vocabulary was made."""
+def _added(parsed: dict[str, dict[str, Any]]) -> dict[int, AddedToken]:
+    """Id -> token, for the tokens that were added to the original vocabulary."""
     added = {
         int(index): AddedToken(token, normalized=False, special=True)
-        for token, index in held.get("added_tokens.json", {}).items()
+        for token, index in parsed.get("added_tokens.json", {}).items()
     }
-    listed = held.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    listed = parsed.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
     for index, entry in listed.items():
         flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
         added[int(index)] = AddedToken(
@@ -157,12 +159,12 @@ def _added(held: dict[str, dict[str, Any]]) -> dict[int, AddedToken]:
     return added
 
 
-def _roles(held: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Role -> token, from both files that may say so; empty strings of early 2023 say nothing."""
+def _roles(parsed: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Role -> token, from both files that define roles; skips the empty strings of early 2023."""
     found = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for role in ROLES:
-            value = held.get(name, {}).get(role)
+            value = parsed.get(name, {}).get(role)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str) and text:
                 found[role] = text
@@ -172,10 +174,10 @@ def _roles(held: dict[str, dict[str, Any]]) -> dict[str, str]:
 def _with_roles(
     folder: Path, base: Vocabulary, roles: dict[str, str], settings: Settings, adds: Any
 ) -> tuple[Vocabulary, tuple[str, ...]]:
-    """The vocabulary with its control tokens, and what was not believed.
+    """The vocabulary with its control tokens, and a note about ids that were ignored.
 
-    `adds`: add_bos_token, where it is said. An end that is the vocabulary's own BOS or unknown
-    token is one of early 2023's wrong ids: answers that never stop.
+    `adds`: the value of add_bos_token, if any. An EOS that is the vocabulary's own BOS or unknown
+    token is one of the wrong ids of early 2023 and is ignored: with it, answers would never stop.
     """
     backend = base.backend
     never_ends = {token for token in (base.bos, base.unk) if token is not None}

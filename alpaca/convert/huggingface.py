@@ -1,8 +1,7 @@
-"""Hugging Face folders, old and new: `.bin` or safetensors shards, the class names of early 2023.
+"""Read Hugging Face folders, old and new: `.bin` or safetensors shards, class names of early 2023.
 
-Tensors already have their names, of whichever architecture is served here; what changes is
-everything around them: pickles become safetensors, buffers that are no weights are dropped, class
-names and token ids are put right.
+Tensor names stay as they are. Pickles become safetensors, buffers that are not weights are dropped,
+and wrong class names and token ids are corrected.
 """
 
 from functools import partial
@@ -34,22 +33,22 @@ BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 
 
 def open_folder(folder: Path, name: str) -> Source:
-    """Describe a Hugging Face folder as a source; `name` is the folder to write.
+    """Describe a Hugging Face folder as a source; `name` is that of the folder to write.
 
     Raises:
-        UserError: a file is missing or damaged, or the model is of a kind that is not served here.
+        UserError: a file is missing or damaged, or the model is of an unsupported kind.
     """
     described = read_settings(folder)
     config, quantization = described.config, described.quantization
     files = _weight_files(folder, plain=quantization is None)
     stored: dict[str, tuple[Path, torch.Tensor]] = {}
-    held: dict[str, torch.Tensor] = {}
+    loaded: dict[str, torch.Tensor] = {}
     for path in files:
         for key, tensor in _open_weights(path).items():
-            held[key] = tensor
+            loaded[key] = tensor
             if not key.endswith(BUFFERS) and not (quantization and quantized.is_scale(key)):
                 stored[key] = (path, tensor)
-    readers = quantized.readers(held, quantization, folder) if quantization else {}
+    readers = quantized.readers(loaded, quantization, folder) if quantization else {}
     for key, (path, tensor) in stored.items():
         if key not in readers:
             check_type(path, key, tensor)
@@ -61,12 +60,14 @@ def open_folder(folder: Path, name: str) -> Source:
     for _, tensor in stored.values():
         totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.numel()
     dtype = torch.bfloat16 if readers else max(totals, key=lambda kind: totals[kind])
-    told = f", of {len(readers)} quantized tensors each times its scale" if readers else ""
+    quantized_note = (
+        f", of {len(readers)} quantized tensors each times its scale" if readers else ""
+    )
     count = sum(tensor.parameters for tensor in tensors)
     return Source(
         name=name,
         found=f"Hugging Face folder: {size_name(count)}, {len(files)} file(s), {count:,} "
-        f"parameters, {SHORT_NAMES[dtype]}{told}, tokenizer {vocabulary.pieces:,} pieces",
+        f"parameters, {SHORT_NAMES[dtype]}{quantized_note}, tokenizer {vocabulary.pieces:,} pieces",
         files=dict.fromkeys([*described.files, *tokenizer_files, *files]),
         config=config,
         dtype=dtype,
@@ -79,7 +80,7 @@ def open_folder(folder: Path, name: str) -> Source:
 
 
 def _weight_files(folder: Path, *, plain: bool) -> list[Path]:
-    """The weight files that transformers would load: safetensors, else pickles."""
+    """The weight files that transformers would load: safetensors if there are any, else pickles."""
     kind = ("pytorch_model", ".bin")
     safe = any((folder / name).is_file() for name in ("model.safetensors", INDEX))
     old = any((folder / f"pytorch_model.bin{end}").is_file() for end in ("", ".index.json"))

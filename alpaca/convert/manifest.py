@@ -1,7 +1,8 @@
-"""Which shards of a partial folder are finished, so that a second run can keep them.
+"""Record which shards of a partial folder are finished, so that a second run can keep them.
 
-The manifest names each finished shard with its SHA-256, and what it was made from. It is written
-after the shard is synced: after a power cut it can only know less than there is, never more.
+The manifest holds the SHA-256 of each finished shard and a fingerprint of the input. It is
+written after the shard is synced, so after a power cut it may lack a finished shard but never lists
+an unfinished one.
 """
 
 import json
@@ -14,15 +15,15 @@ from alpaca.shards import Shard
 
 
 class Manifest:
-    """Which shards of a partial folder are finished, and the SHA-256 each must have."""
+    """The finished shards of a partial folder and the SHA-256 of each."""
 
     def __init__(self, path: Path, partial: Path, made_from: str) -> None:
-        """Read what an interrupted run noted; nothing where it made something else."""
+        """Read the manifest of an interrupted run, unless it was made from other input."""
         self.path, self.partial, self.made_from = path, partial, made_from
         self.hashes: dict[str, str] = {}
-        held = _read(self.path)
-        if held.get("made_from") == made_from:
-            self.hashes = dict(held["shards"])
+        content = _read(self.path)
+        if content.get("made_from") == made_from:
+            self.hashes = dict(content["shards"])
 
     def clear(self) -> None:
         """Delete everything written so far."""
@@ -31,13 +32,13 @@ class Manifest:
         self._delete_others()
 
     def _delete_others(self) -> None:
-        """Delete what is not a finished shard, for it would end up in the finished folder."""
+        """Delete everything but finished shards; it would end up in the finished folder."""
         for path in self.partial.iterdir():
             if path.name not in self.hashes:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def keep(self, planned: list[Shard[Any]]) -> set[str]:
-        """Names of the finished shards whose content still has its hash; the rest is deleted."""
+        """Names of the finished shards whose hash still matches; deletes all other files."""
         for shard in planned:
             path = self.partial / shard.name
             if shard.name in self.hashes and not (
@@ -50,15 +51,15 @@ class Manifest:
         return set(self.hashes)
 
     def add(self, name: str, digest: str) -> None:
-        """Note a shard as finished; it must be synced before."""
+        """Record a shard as finished; it must be synced first."""
         self.hashes[name] = digest
-        held = {"made_from": self.made_from, "shards": self.hashes}
-        atomic.write_text(self.path, json.dumps(held, indent=1))
+        content = {"made_from": self.made_from, "shards": self.hashes}
+        atomic.write_text(self.path, json.dumps(content, indent=1))
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return held
+    return content

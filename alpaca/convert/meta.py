@@ -1,8 +1,8 @@
-"""Meta's checkpoints: `params.json`, `consolidated.NN.pth` and a tokenizer, LLaMA 1 to Llama 3.3.
+"""Read Meta's checkpoints, LLaMA 1 to Llama 3.3: `params.json`, `consolidated.NN.pth`, tokenizer.
 
-Model-parallel shards hold slices of each tensor; they are joined on the axis of the name table,
-one tensor at a time. Everything that can be known before writing is checked before writing:
-missing files, cut ones, tensors that are missing, unknown or of another shape.
+Each model-parallel shard holds a slice of each tensor. The slices are joined one tensor at a time,
+on the axis that the name table gives. Checked before anything is written: missing or truncated
+files; tensors that are missing, unknown or of the wrong shape.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ from alpaca.errors import UserError
 from alpaca.shards import SHORT_NAMES
 
 Shards = dict[Path, dict[str, torch.Tensor]]
-ROTARY_TABLE = "rope.freqs"  # LLaMA 1 and 2 carry it; transformers computes its own
+ROTARY_TABLE = "rope.freqs"  # stored by LLaMA 1 and 2; transformers computes it
 
 
 def open_meta(folder: Path, tokenizer: Path, name: str, *, instruct: bool | None) -> Source:
@@ -33,10 +33,10 @@ def open_meta(folder: Path, tokenizer: Path, name: str, *, instruct: bool | None
         folder: holds `params.json` and the shards.
         tokenizer: its `tokenizer.model`.
         name: of the folder to write.
-        instruct: whether it is a chat model; None takes it from the folder's name.
+        instruct: whether it is a chat model; None decides by the folder's name.
 
     Raises:
-        UserError: something is missing, damaged, or not what `params.json` says.
+        UserError: something is missing or damaged, or contradicts `params.json`.
     """
     sums = read_checklist(folder / "checklist.chk")
     sums |= read_checklist(tokenizer.parent / "tokenizer_checklist.chk")
@@ -70,7 +70,7 @@ def open_meta(folder: Path, tokenizer: Path, name: str, *, instruct: bool | None
 
 
 def _rows(params: Params, vocabulary: Vocabulary, tokenizer: Path) -> int:
-    """Rows of the embedding: as `params.json` says, or (-1 there) one for each piece."""
+    """Rows of the embedding, from `params.json`; -1 there means one for each piece."""
     rows = params.vocab if params.vocab > 0 else vocabulary.pieces
     if vocabulary.pieces != rows:
         raise UserError(
@@ -81,7 +81,7 @@ def _rows(params: Params, vocabulary: Vocabulary, tokenizer: Path) -> int:
 
 
 def _main_type(opened: Shards) -> torch.dtype:
-    """The type that holds most of the numbers."""
+    """The type of most of the numbers."""
     totals: dict[torch.dtype, int] = {}
     for path, tensors in opened.items():
         for name, tensor in tensors.items():
@@ -92,14 +92,14 @@ def _main_type(opened: Shards) -> torch.dtype:
 
 
 def _is_tied(opened: Shards) -> bool:
-    """Whether the output projection is the embedding: absent, or stored twice (Llama 3.2)."""
+    """Whether the output projection is the embedding: absent, or a copy of it (Llama 3.2)."""
     first = next(iter(opened.values()))
     output, embedding = first.get("output.weight"), first.get("tok_embeddings.weight")
     if output is None or embedding is None:
         return output is None
     if len(opened) > 1 or output.shape != embedding.shape:
         return False
-    # The first rows differ in every untied model, so the whole is rarely compared.
+    # In an untied model the first rows differ already, so the whole is rarely compared.
     return torch.equal(output[:8], embedding[:8]) and torch.equal(output, embedding)
 
 
@@ -108,22 +108,22 @@ def _tensors(opened: Shards, params: Params, vocab: int, tied: bool) -> tuple[Te
     wanted = names.to_dialect(params.layers, tied, "meta")
     _check_names(opened, set(wanted.values()), tied)
     tensors = []
-    for name, other in wanted.items():
+    for name, meta_name in wanted.items():
         shape = whole_shape(rows[name], params, vocab)
-        parts = [held[other] for held in opened.values()]
-        axis = _axis(other, rows[name], parts, shape, list(opened))
+        parts = [shard[meta_name] for shard in opened.values()]
+        axis = _axis(meta_name, rows[name], parts, shape, list(opened))
         heads = None
         if rows[name].rotary:
             heads = params.heads if rows[name].meta == "attention.wq" else params.kv_heads
-        join = partial(_join, other, parts, axis, heads, shape)
+        join = partial(_join, meta_name, parts, axis, heads, shape)
         tensors.append(Tensor(name, shape, parts[0].dtype, join))
     return tuple(tensors)
 
 
 def _check_names(opened: Shards, wanted: set[str], tied: bool) -> None:
     ignored = {ROTARY_TABLE} | ({"output.weight"} if tied else set())
-    for path, held in opened.items():
-        missing, unknown = sorted(wanted - set(held)), sorted(set(held) - wanted - ignored)
+    for path, shard in opened.items():
+        missing, unknown = sorted(wanted - set(shard)), sorted(set(shard) - wanted - ignored)
         if missing:
             raise UserError(f"{path} lacks the tensor {missing[0]}.", "Is params.json its own?")
         if unknown:
@@ -150,13 +150,13 @@ def whole_shape(row: names.Row, params: Params, vocab: int) -> tuple[int, ...]:
 
 
 def _axis(
-    other: str,
+    meta_name: str,
     row: names.Row,
     parts: list[torch.Tensor],
     shape: tuple[int, ...],
     paths: list[Path],
 ) -> int | None:
-    """The axis that the parts of a tensor are joined on; checks each part's shape."""
+    """The axis on which the parts of a tensor are joined; checks each part's shape."""
     axis = row.axis
     if row is names.EMBEDDING:
         axis = 0 if parts[0].shape[-1] == shape[1] else 1
@@ -166,7 +166,7 @@ def _axis(
     for path, part in zip(paths, parts, strict=True):
         if list(part.shape) != expected:
             raise UserError(
-                f"{path}: {other} has shape {list(part.shape)}; params.json and "
+                f"{path}: {meta_name} has shape {list(part.shape)}; params.json and "
                 f"{len(parts)} shard(s) make it {expected}.",
                 "Is params.json this model's own, and is every shard there?",
             )
@@ -174,17 +174,18 @@ def _axis(
 
 
 def _join(
-    other: str,
+    meta_name: str,
     parts: list[torch.Tensor],
     axis: int | None,
     heads: int | None,
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One whole tensor from its parts, heads reordered where they are rotated."""
+    """Join the parts of a tensor; rotary heads are reordered."""
     if axis is None and not all(torch.equal(parts[0], part) for part in parts[1:]):
         raise UserError(
-            f"{other} differs between the shards.", "They are of different models: fetch them anew."
+            f"{meta_name} differs between the shards.",
+            "They are of different models: fetch them anew.",
         )
     if heads is None and (axis is None or len(parts) == 1):
         return parts[0].to(dtype).contiguous()

@@ -1,6 +1,6 @@
-"""The shard files of a Meta checkpoint: which there are, whether they are whole, and opening them.
+"""Find, check and open the shard files of a Meta checkpoint.
 
-A cut or missing file is the commonest fault of a large download, so it is named before any work.
+A truncated or missing file is the most common fault of a large download, so this is checked first.
 """
 
 import re
@@ -17,10 +17,10 @@ NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 
 
 def shard_files(folder: Path, listed: Iterable[str], params: Params) -> list[Path]:
-    """The shards in order; raises UserError when one is missing.
+    """The shards in order; raises UserError if one is missing.
 
-    How many there must be is said by the numbers of the files, by the checklist (`listed`), and by
-    the slices in the first file.
+    The number of shards follows from the numbers in the file names, the checklist (`listed`) and
+    the size of the slices in the first file.
     """
     found = {int(match[1]): path for path in folder.glob("*.pth") if (match := _match(path))}
     single = folder / "consolidated.pth"
@@ -46,11 +46,11 @@ def shard_files(folder: Path, listed: Iterable[str], params: Params) -> list[Pat
 
 
 def _slices(path: Path, params: Params) -> int:
-    """Into how many slices the tensors of one shard were cut; 1 where it does not tell."""
+    """Number of slices that each tensor was cut into, from one shard; 1 if it is not known."""
     try:
         rows = open_pickle(path)["layers.0.attention.wq.weight"].shape[0]
     except (UserError, KeyError, IndexError):
-        return 1  # whatever is wrong with the file is said when all are opened
+        return 1  # `open_shards` reports what is wrong with the file
     return params.dim // rows if 0 < rows < params.dim else 1
 
 
@@ -64,7 +64,7 @@ def _spoken(numbers: list[int]) -> str:
 
 
 def check_sizes(files: list[Path], params: Params, vocab: int) -> None:
-    """Raise UserError when a file is smaller than what `params.json` implies at 16 bits."""
+    """Raise UserError if a file is smaller than `params.json` implies at 16 bits a number."""
     kv_width = params.kv_heads * params.head_dim
     layer = 2 * params.dim * (params.dim + kv_width) + 3 * params.dim * params.intermediate
     least = 2 * (params.layers * layer + vocab * params.dim) // len(files)
@@ -82,7 +82,7 @@ def open_shards(files: list[Path], params: Params) -> dict[Path, dict[str, torch
     """Open every shard, memory-mapped.
 
     Raises:
-        UserError: a file is damaged, is another file renamed, or does not fit `params.json`.
+        UserError: a file is damaged, was renamed, or does not fit `params.json`.
     """
     opened = {path: open_pickle(path) for path in files}
     for path, tensors in opened.items():

@@ -1,6 +1,6 @@
-"""One table of tensor names in the three dialects, with how model-parallel shards split each.
+"""One table of tensor names in Hugging Face, Meta and GGUF files, and how shards split each.
 
-The Hugging Face names are what is written; the Meta and GGUF names are what is read.
+Hugging Face names are written; Meta and GGUF names are read. Shards are model-parallel.
 Sources: Meta's `llama` reference code (parallel layers), the GGUF specification.
 """
 
@@ -12,9 +12,9 @@ Dialect = Literal["meta", "gguf"]
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of tensor. `axis`: what shards split (0 rows, 1 columns, None: every shard has it).
+    """One kind of tensor. `axis`: what shards split (0: rows, 1: columns, None: nothing).
 
-    `rotary` rows hold query or key heads, whose channels the dialects order differently.
+    `rotary`: query or key heads; Meta and GGUF files store their channels in another order.
     """
 
     hf: str
@@ -35,7 +35,7 @@ LAYER = (
     Row("input_layernorm", "attention_norm", "attn_norm", None),
     Row("post_attention_layernorm", "ffn_norm", "ffn_norm", None),
 )
-# LLaMA 1 and 2 split the embedding by columns, Llama 3 by rows: the shapes tell which.
+# LLaMA 1 and 2 split the embedding by columns, Llama 3 by rows; the reader decides by shape.
 EMBEDDING = Row("model.embed_tokens", "tok_embeddings", "token_embd", None)
 NORM = Row("model.norm", "norm", "output_norm", None)
 OUTPUT = Row("lm_head", "output", "output", 0)

@@ -1,4 +1,4 @@
-"""Meta's `params.json`: read, checked against what was published, and turned into a config."""
+"""Read Meta's `params.json`, check it against the published models, and make a config of it."""
 
 import json
 from dataclasses import dataclass
@@ -30,12 +30,13 @@ REFUSED = {
     "moe": "a mixture of experts",
     "moe_args": "a mixture of experts",
 }
-LARGEST = 1 << 20  # no published number comes near; a damaged one must not make us allocate
+# Far above every published number; keeps a damaged file from causing huge allocations.
+LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
 class Params:
-    """A checked `params.json`, with its defaults filled in."""
+    """A checked `params.json` with defaults filled in."""
 
     path: Path
     dim: int
@@ -43,7 +44,7 @@ class Params:
     heads: int
     kv_heads: int
     norm_eps: float
-    vocab: int  # -1: the tokenizer's
+    vocab: int  # -1: as many as the tokenizer has
     multiple_of: int
     ffn_multiplier: float | None
     theta: float | None
@@ -68,7 +69,7 @@ def read_params(path: Path) -> Params:
     """Read and check one file.
 
     Raises:
-        UserError: it is not there, not JSON, lacks a number, or describes what is not converted.
+        UserError: it is missing, is not JSON, lacks a number, or describes an unsupported model.
     """
     raw = _read(path)
     for key, what in REFUSED.items():
@@ -131,10 +132,10 @@ def _check_number(path: Path, raw: dict[str, Any], key: str, kind: type) -> None
 
 
 def recognize(params: Params, tokenizer: Tokenizer, name: str) -> tuple[str, Published | None]:
-    """Family, and the published model this is, if it is one.
+    """The family, and the published model that this is, if any.
 
     Raises:
-        UserError: the width and depth are a published model's, other numbers are not.
+        UserError: width and depth match a published model, but other numbers do not.
     """
     family = families.guess_family(
         tokenizer=tokenizer,
@@ -144,15 +145,15 @@ def recognize(params: Params, tokenizer: Tokenizer, name: str) -> tuple[str, Pub
         scaled=params.scaled,
         name=name,
     )
-    alike = families.similar(params.dim, params.layers, tokenizer)
-    if not alike:
+    candidates = families.similar(params.dim, params.layers, tokenizer)
+    if not candidates:
         return family, None
     mine = (params.heads, params.kv_heads, params.intermediate)
-    same = [one for one in alike if (one.heads, one.kv_heads, one.intermediate) == mine]
+    same = [one for one in candidates if (one.heads, one.kv_heads, one.intermediate) == mine]
     known_eps = params.norm_eps in (1e-5, 1e-6)
     known_theta = params.theta in (None, families.THETA[tokenizer], 1e6)
     if not same or not known_eps or not known_theta:
-        one = (same or alike)[0]
+        one = (same or candidates)[0]
         raise UserError(
             f"{params.path} says n_heads {params.heads}, n_kv_heads {params.kv_heads}, "
             f"feed-forward width {params.intermediate}, norm_eps {params.norm_eps}, rope_theta "

@@ -1,8 +1,8 @@
-"""Opening `.pth` and `.bin` files without running what is in them.
+"""Open `.pth` and `.bin` files without running code in them.
 
-A pickle is a program. torch's own restricted unpickler (`weights_only=True`) builds tensors and
-nothing else; what a file wants beyond that is read from its opcodes first, so that the refusal can
-name it. Tensors stay memory-mapped: opening a 16 GB file costs nothing until they are read.
+A pickle is a program. torch's restricted unpickler (`weights_only=True`) builds tensors and nothing
+else. The opcodes are scanned first, so that the refusal can name the functions that a file calls.
+Tensors are memory-mapped: opening a 16 GB file costs nothing until they are read.
 """
 
 import zipfile
@@ -20,7 +20,7 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint file, memory-mapped, by name.
 
     Raises:
-        UserError: the file is cut short or damaged, wants to run code, or holds something else.
+        UserError: the file is truncated or damaged, calls functions, or holds no tensors.
     """
     if not is_zip(path):
         raise UserError(
@@ -32,7 +32,7 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         if not wanted:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged pickle can make the unpickler raise anything
+    except Exception as error:  # on a damaged pickle, the unpickler can raise anything
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged: {reason}", "Fetch it again.") from None
     if wanted:
@@ -44,10 +44,10 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file is a ZIP archive, as far as its last bytes tell."""
+    """Whether a file is a ZIP archive, judged by its last bytes."""
     try:
         return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # it has the marks of one and contradicts itself
+    except zipfile.BadZipFile:  # it looks like one but is inconsistent
         return False
 
 
@@ -71,10 +71,10 @@ def check_type(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 def saved_as(path: Path) -> str:
-    """The name a file had when PyTorch wrote it, without its ending ("archive" in older files).
+    """The name under which PyTorch wrote a file, without its suffix ("archive" in older files).
 
     Raises:
-        UserError: the file's table of contents is damaged.
+        UserError: the directory of the ZIP archive is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:

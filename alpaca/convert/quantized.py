@@ -1,8 +1,8 @@
-"""FP8 and int8 weights with scales beside them, read as the plain numbers that they stand for.
+"""Dequantize FP8 and int8 weights that are stored with separate scales.
 
-A stored number times the scale of its tensor, row, group of columns or block; one product in fp32,
-as transformers' `Fp8Dequantize` and compressed-tensors' `dequantize` compute it. Formats that pack
-several numbers into one, or turn the weights by a matrix, are refused.
+Each stored number is multiplied, in fp32, by the scale of its tensor, row, group of columns or
+block, exactly as in transformers' `Fp8Dequantize` and compressed-tensors' `dequantize`. Formats
+that pack several numbers into one, or rotate the weights by a matrix, are refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from alpaca.stored import CONVERTIBLE, PLAIN, check_config, quantization
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 NUMBERS = (torch.float8_e4m3fn, torch.int8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Of activations and of the cache of keys and values, which plain weights do without.
+# Scales of activations and of the key-value cache; plain weights do not need them.
 DROPPED = (
     ".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point", ".k_scale",
     ".v_scale", ".q_scale",
@@ -28,16 +28,16 @@ Read = Callable[[torch.dtype], torch.Tensor]
 
 
 def settings(raw: dict[str, Any], where: Path) -> dict[str, Any] | None:
-    """Take the quantization out of a config.json; None where there is none.
+    """Remove the quantization settings from a config.json and return them; None if there are none.
 
     Raises:
-        UserError: it is of a kind that is not made plain here.
+        UserError: the quantization is of an unsupported kind.
     """
     method = quantization(raw)
     if method is None:
         return None
     if not method.endswith(CONVERTIBLE):
-        check_config(raw, where)  # refuses it as every other program does
+        check_config(raw, where)  # raises the same refusal as the other programs
     found = raw.pop("quantization_config", None) or raw.pop("compression_config", None)
     kind = found.get("quant_method") if isinstance(found, dict) else None
     groups = (found.get("config_groups") or {}) if isinstance(found, dict) else {}
@@ -57,23 +57,25 @@ def _filled(value: Any) -> bool:
 
 
 def readers(
-    held: Mapping[str, torch.Tensor], found: dict[str, Any], folder: Path
+    tensors: Mapping[str, torch.Tensor], config: dict[str, Any], folder: Path
 ) -> dict[str, Read]:
-    """For each quantized weight of a folder, by name, how to read it as plain numbers.
+    """For each quantized weight of a folder, by name, a function that dequantizes it.
+
+    `config` holds the folder's quantization settings.
 
     Raises:
-        UserError: one has no scale, or a scale of another shape.
+        UserError: a weight has no scale, or a scale of the wrong shape.
     """
     made: dict[str, Read] = {}
-    for name, weight in held.items():
+    for name, weight in tensors.items():
         if weight.dtype not in NUMBERS or not name.endswith("weight"):
             continue
-        scale = held.get(f"{name}_scale", held.get(f"{name}_scale_inv"))
-        zero = held.get(f"{name}_zero_point")
+        scale = tensors.get(f"{name}_scale", tensors.get(f"{name}_scale_inv"))
+        zero = tensors.get(f"{name}_zero_point")
         if scale is None or scale.dtype not in FLOATS or weight.dim() != 2:
             raise UserError(f"{folder}: the quantized {name} has no scale in fp32, bf16 or fp16.",
                             PLAIN)  # fmt: skip
-        block = _block(weight.shape, scale, found)
+        block = _block(weight.shape, scale, config)
         if block is None or (zero is not None and zero.shape != scale.shape):
             raise UserError(
                 f"{folder}: the scale of {name}, {list(scale.shape)}, does not fit its shape, "
@@ -84,25 +86,27 @@ def readers(
 
 
 def is_scale(name: str) -> bool:
-    """Whether a tensor belongs to a quantized weight, or to quantized activations."""
+    """Whether a tensor is a scale or zero point, of weights, activations or the key-value cache."""
     return name.endswith((".weight_scale", ".weight_scale_inv", ".weight_zero_point", *DROPPED))
 
 
-def _block(shape: torch.Size, scale: torch.Tensor, found: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share one scale; None where scale and weight do not fit."""
+def _block(
+    shape: torch.Size, scale: torch.Tensor, config: dict[str, Any]
+) -> tuple[int, int] | None:
+    """Rows and columns that share one scale; None if the scale does not fit the weight."""
     rows, columns = shape
     down, across = _grid(scale).shape
-    groups = (found.get("config_groups") or {}).values()
-    told = [found.get("weight_block_size")]
-    told += [(group.get("weights") or {}).get("block_structure") for group in groups]
-    for size in told:
+    groups = (config.get("config_groups") or {}).values()
+    sizes = [config.get("weight_block_size")]
+    sizes += [(group.get("weights") or {}).get("block_structure") for group in groups]
+    for size in sizes:
         if size and (-(-rows // size[0]), -(-columns // size[1])) == (down, across):
             return int(size[0]), int(size[1])
     return None if rows % down or columns % across else (rows // down, columns // across)
 
 
 def _grid(scale: torch.Tensor) -> torch.Tensor:
-    """Scales as a matrix: one a tensor (1, 1), one a row (rows, 1), or a grid."""
+    """Scales as a matrix: (1, 1) for one per tensor, (rows, 1) for one per row, or a grid."""
     return scale if scale.dim() == 2 else scale.reshape(-1, 1)
 
 
@@ -110,7 +114,7 @@ def dequantized(
     weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, block: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """(rows, columns) plain numbers; the product is rounded to fp32, and once to `dtype`."""
+    """Plain numbers, (rows, columns); each product is rounded to fp32, then once to `dtype`."""
 
     def spread(grid: torch.Tensor) -> torch.Tensor:
         wide = _grid(grid).float().repeat_interleave(block[1], 1)[:, : weight.shape[1]]

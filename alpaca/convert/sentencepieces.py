@@ -1,8 +1,8 @@
-"""SentencePiece BPE vocabularies (LLaMA 1 and 2, Mistral v1) as fast tokenizers.
+"""Convert SentencePiece BPE vocabularies (LLaMA 1 and 2, Mistral v1) to fast tokenizers.
 
-SentencePiece joins the adjacent pair whose whole has the best score; the fast tokenizer wants a
-ranked list of pairs. So every way to cut a piece into two pieces becomes a pair, ranked by the
-piece's score: the same order of joining (Kudo & Richardson, "SentencePiece", 2018).
+SentencePiece merges the adjacent pair whose merged piece has the best score; a fast tokenizer needs
+a ranked list of merges. So every split of a piece into two pieces becomes a merge, ranked by the
+piece's score. The order of merging is the same (Kudo & Richardson, "SentencePiece", 2018).
 """
 
 from collections.abc import Collection, Sequence
@@ -22,12 +22,12 @@ Piece = tuple[str, float, int]  # text, score, kind
 
 
 def read_sentencepiece(path: Path, *, leading_space: bool | None = None) -> Vocabulary:
-    """The vocabulary of a `tokenizer.model`, with the special ids it names.
+    """The vocabulary of a `tokenizer.model`, with its special tokens.
 
-    `leading_space` overrides what the file says of a space before every text.
+    `leading_space` overrides the file's setting for a space before every text.
 
     Raises:
-        UserError: the file is damaged, or not the plain BPE that LLaMA uses.
+        UserError: the file is damaged, or is not plain BPE as LLaMA uses it.
     """
     proto = sentencepiece_model_pb2.ModelProto()
     try:
@@ -35,7 +35,7 @@ def read_sentencepiece(path: Path, *, leading_space: bool | None = None) -> Voca
     except DecodeError:
         raise UserError(f"{path} is damaged.", "Fetch the file again.") from None
     pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
-    # protobuf hands out bytes where a string is not UTF-8
+    # protobuf returns bytes where a string is not UTF-8
     if len({text for text, _, _ in pieces if isinstance(text, str)}) != len(pieces):
         raise UserError(f"{path} is damaged: its pieces are not distinct texts.", "Fetch it again.")
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
@@ -68,7 +68,7 @@ def sentencepiece_bpe(pieces: Sequence[Piece], *, leading_space: bool) -> Tokeni
 
     Args:
         pieces: in order of id.
-        leading_space: a space is put before every text.
+        leading_space: whether to put a space before every text.
     """
     vocab = {text: index for index, (text, _, _) in enumerate(pieces)}
     ranked = sorted(
@@ -103,14 +103,14 @@ def _add_special(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> None:
 
 
 def pairs(ranked: Collection[str]) -> list[tuple[str, str]]:
-    """Every cut of every token into two tokens, in the order of `ranked` (best first).
+    """Every split of every token into two tokens, in the order of `ranked` (best first).
 
-    Pairs of one token are ordered by their parts' ranks, as byte-level merge files have it.
+    The splits of one token are ordered by the ranks of their parts, as in byte-level merge files.
     """
     rank = {token: number for number, token in enumerate(ranked)}
     merges = []
     for token in ranked:
-        cuts = [(token[:middle], token[middle:]) for middle in range(1, len(token))]
-        known = [cut for cut in cuts if cut[0] in rank and cut[1] in rank]
-        merges += sorted(known, key=lambda cut: (rank[cut[0]], rank[cut[1]]))
+        splits = [(token[:middle], token[middle:]) for middle in range(1, len(token))]
+        known = [split for split in splits if split[0] in rank and split[1] in rank]
+        merges += sorted(known, key=lambda split: (rank[split[0]], rank[split[1]]))
     return merges

@@ -1,7 +1,7 @@
-"""What a conversion reads, in one form for Meta checkpoints, GGUF files and HF folders.
+"""The input of a conversion, in one form for Meta checkpoints, GGUF files and HF folders.
 
-Nothing is loaded while a source is described: a tensor knows its shape and how to get itself.
-The writer asks for one at a time, so a 405B model needs little more memory than a 1B one.
+Describing a source loads no tensors: each knows its shape and has a function that reads it. The
+writer reads one at a time, so a 405B model needs little more memory than a 1B one.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from alpaca.shards import finite
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the output: `read(dtype)` gets it, contiguous, of `shape`.
+    """One tensor of the output: `read(dtype)` returns it, contiguous, of `shape`.
 
-    `stored` is the type it is read from; None where it is dequantized.
+    `stored` is its type in the source; None if it is dequantized.
     """
 
     name: str
@@ -31,14 +31,14 @@ class Tensor:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
     def value(self, dtype: torch.dtype, error: rounding.Error | None = None) -> torch.Tensor:
-        """The tensor in `dtype`; `error` counts what is lost where the type rounds it.
+        """The tensor in `dtype`; `error` accumulates the rounding error, if any.
 
         Raises:
-            UserError: it holds NaN or infinite numbers, or some too large for fp16.
+            UserError: it holds NaN or infinite numbers, or numbers too large for fp16.
         """
         value = self._rounded(dtype, error) if error is not None else self.read(dtype)
         if finite(value):
@@ -62,7 +62,7 @@ class Tensor:
         return value
 
     def exact(self, dtype: torch.dtype) -> torch.dtype:
-        """`dtype`, if it holds the numbers as they are stored, else the type they are stored in."""
+        """`dtype` if it represents every stored number exactly, else the stored type."""
         if self.stored in (None, dtype):
             return dtype
         value = self.read(self.stored)
@@ -71,12 +71,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A model found on disk, ready to be written as a clean folder.
+    """A model found on disk, ready to be converted.
 
-    `name`: of the folder to write. `found`: one line for people. `notes`: more of them, about what
-    is not taken over. `dtype`: the type of most numbers. `files`: everything read, with the MD5 it
-    should have where a checklist says so. `config`: config.json without the token ids and dtype,
-    which follow from the rest. `generation`: generation_config.json, likewise.
+    Attributes:
+        name: of the folder to write.
+        found: one line that describes the model to the user.
+        files: every file read, with its MD5 if a checklist gives one.
+        config: config.json without token ids and dtype, which follow from the vocabulary and dtype.
+        dtype: the type of most numbers.
+        facts: what the passport records about the model.
+        generation: generation_config.json, also without token ids.
+        notes: lines for the user about settings that are not used or not copied.
     """
 
     name: str
@@ -92,12 +97,12 @@ class Source:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model holds, tied ones counted once."""
+        """Number of parameters; tied ones count once."""
         return sum(tensor.parameters for tensor in self.tensors)
 
 
 def llama_config(**shape: Any) -> dict[str, Any]:
-    """config.json of a LLaMA-architecture model, in the spelling that transformers 4 and 5 read."""
+    """config.json of a LLaMA-architecture model, with keys that transformers 4 and 5 both read."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

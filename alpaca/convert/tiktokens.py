@@ -1,7 +1,7 @@
-"""Llama 3's tokenizer file: a list of byte strings by rank, as a fast tokenizer.
+"""Convert Llama 3's tokenizer file, a list of byte strings by rank, to a fast tokenizer.
 
-The control tokens are not in the file; their names and order are code in Meta's tokenizer
-(llama-models, `llama3/tokenizer.py`), so they are listed here.
+The file does not contain the control tokens. Their names and order are in the code of Meta's
+tokenizer (llama-models, `llama3/tokenizer.py`), so they are listed here.
 """
 
 import base64
@@ -40,7 +40,7 @@ def special_tokens() -> list[str]:
 def read_tiktoken(path: Path, *, instruct: bool) -> Vocabulary:
     """The vocabulary of Llama 3's `tokenizer.model`.
 
-    Base models end a text with <|end_of_text|>, chat models a turn with <|eot_id|>.
+    Base models end a text with <|end_of_text|>; chat models end a turn with <|eot_id|>.
 
     Raises:
         UserError: the file is damaged.

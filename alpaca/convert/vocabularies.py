@@ -1,4 +1,4 @@
-"""Which kind of `tokenizer.model` this is; both kinds come under that one name."""
+"""Read a `tokenizer.model`, which may be SentencePiece's or tiktoken's; both have that name."""
 
 import re
 from pathlib import Path
@@ -19,9 +19,9 @@ def read_vocabulary(
 
     Args:
         path: a `tokenizer.model`.
-        model: name of the model's folder, which says whether it is a chat model...
-        instruct: ...unless this says so.
-        leading_space: whether a text starts with a space; None takes it from the file.
+        model: name of the model's folder; decides whether it is a chat model if `instruct` is None.
+        instruct: whether it is a chat model.
+        leading_space: whether a text starts with a space; None uses the file's setting.
 
     Raises:
         UserError: the file is missing or damaged.

@@ -105,7 +105,7 @@ def _duplicates(records: Sequence[Text], threshold: float) -> list[Finding]:
 
 def _token_counts(records: Sequence[Text], folder: Path) -> list[int]:
     """Tokens of prompt, answer and EOS of each record, as the trainer makes them."""
-    from alpaca.model import load_tokenizer  # imported here, because it imports PyTorch
+    from alpaca.folder import load_tokenizer  # imported here: it loads transformers
     from alpaca.tokens import Codec
 
     codec = Codec(load_tokenizer(folder))

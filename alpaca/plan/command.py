@@ -1,6 +1,6 @@
 """`python -m alpaca plan`: what a run needs and costs, and whether it fits, before it starts.
 
-It takes every flag of train.py, and a machine: the one at hand, or one named from the table.
+It takes every flag of train.py, and a machine: this one, or a card named from the table.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from alpaca.recipe import fsdp_config
 
 
 class Parser(argparse.ArgumentParser):
-    """Leaves the flags it doesn't know, for train.py's own parser to read, in `training`."""
+    """Keeps the flags that it doesn't know in `training`, for train.py's own parser."""
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse; what is wrong with the training flags is found when the verb runs."""
+        """Parse; errors in the training flags are found when the command runs."""
         known: argparse.Namespace
         known, rest = self.parse_known_args(args, namespace)
         known.training = rest
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Flags of the verb."""
+    """The flags of the command."""
     made = Parser(
         usage="%(prog)s [--gpu NAME] [--gpus N] [--nodes N] [--FLAG OF train.py VALUE ...]",
         description="Say what a training run needs, how long it takes, and whether it fits.",
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the plan; raises UserError, so exit code 2, when a flag or the data is wrong."""
+    """Print the plan; raises UserError (exit code 2) when a flag or the data is wrong."""
     arguments, notices = training.parse(options.training)
     arguments, more = fsdp_config.apply(arguments)
     given = planner.case(arguments, machine(options, arguments), options.examples)
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def machine(options: argparse.Namespace, arguments: training.Arguments) -> Machine:
-    """The machine named, or the one at hand."""
+    """The named machine, or this one."""
     for name in ("gpus", "nodes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}.")
@@ -91,7 +91,7 @@ def machine(options: argparse.Namespace, arguments: training.Arguments) -> Machi
     ram = None if options.ram is None else round(options.ram * 1e9)
     if options.gpu:
         return Machine(devices.named(options.gpu), options.gpus or 1, options.nodes, ram)
-    here = planner.this_machine(
+    local = planner.this_machine(
         arguments.output_dir, devices.installed(), options.gpus or 0, options.nodes
     )
-    return here if ram is None else replace(here, host=ram)
+    return local if ram is None else replace(local, host=ram)

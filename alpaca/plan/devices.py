@@ -1,7 +1,7 @@
-"""What one can train on: cards by name, from the makers' data sheets, and the machine at hand.
+"""Devices to train on: cards by name, from the makers' data sheets, and those of this machine.
 
-A plan is made before anything is paid for, so a card need not be there. Found cards are asked for
-their memory; what they can compute is looked up by their name.
+A plan is made before hardware is paid for, so a card need not be installed. Installed cards report
+their memory; their speed is looked up by name.
 """
 
 import re
@@ -24,8 +24,8 @@ class Device:
     """One accelerator, or a CPU: bytes, FLOP/s and bytes/s.
 
     `bf16` is the dense peak of matrix products in bf16 with fp32 sums; `fast_bf16` says whether the
-    hardware multiplies bf16 at all; `link` is the bandwidth to its neighbours, in one direction.
-    None: not known, or for `bf16` not there.
+    hardware multiplies bf16 at all; `link` is the bandwidth to the other devices of a node, in one
+    direction. None: not known; for `bf16` also: not supported.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Device:
 def _gpu(name: str, memory: int, bf16: float | None, fp32: float, band: int, link: int) -> Device:
     """From a data sheet's GB, TFLOP/s, TFLOP/s, GB/s and GB/s.
 
-    A sheet's GB is read as 10^9 bytes: what a driver leaves of a card lies between that and 2^30.
+    A sheet's GB is read as 10^9 bytes: the memory that a driver reports is between that and 2^30.
     """
     rate = None if bf16 is None else bf16 * 1e12
     return Device(
@@ -49,8 +49,8 @@ def _gpu(name: str, memory: int, bf16: float | None, fp32: float, band: int, lin
     )
 
 
-# Sheets quote bf16 with sparsity for newer cards; here it is halved. Links: half of the NVLink
-# total, or PCI Express x16 (16, 32, 64 GB/s for generation 3, 4, 5) where there is none.
+# Sheets of newer cards quote bf16 with sparsity; it is halved here. Links: half of the NVLink
+# total, or PCI Express x16 (16, 32, 64 GB/s for generation 3, 4, 5) where there is no NVLink.
 GPUS = {
     # NVIDIA T4 data sheet, 2019: 65 TFLOP/s in fp16, none in bf16
     "t4": _gpu("T4", 16, None, 8.1, 320, 16),
@@ -80,7 +80,7 @@ GPUS = {
     "b200": _gpu("B200", 180, 2250, 80, 8000, 900),
 }
 
-# What the driver calls them; the first pattern that is found decides.
+# Names that the driver reports; the first pattern that matches decides.
 PATTERNS = {
     r"T4\b": "t4",
     r"V100.*32": "v100-32",
@@ -103,7 +103,7 @@ PATTERNS = {
 
 
 def named(name: str) -> Device:
-    """The card of that name in the table, whatever its case; raises UserError for another."""
+    """The card of that name in the table, ignoring case; raises UserError if there is none."""
     key = name.lower().replace("_", "-").replace(" ", "-")
     if key not in GPUS:
         raise UserError(f"No card is known as {name!r}.", f"Known: {', '.join(GPUS)}.")
@@ -111,9 +111,9 @@ def named(name: str) -> Device:
 
 
 def recognized(name: str, memory: int, capability: float = 0.0) -> Device:
-    """A card as its driver names it, with the memory it really has, in bytes.
+    """The card that a driver calls `name`, with its actual memory in bytes.
 
-    `capability` tells whether a card that is not in the table multiplies bf16: from 8.0 on.
+    A card that is not in the table multiplies bf16 from compute capability 8.0 on.
     """
     for pattern, key in PATTERNS.items():
         if re.search(pattern, name):
@@ -122,9 +122,9 @@ def recognized(name: str, memory: int, capability: float = 0.0) -> Device:
 
 
 def installed() -> list[Device]:
-    """The cards of this machine, in the driver's order; asks nvidia-smi, so torch stays out.
+    """The cards of this machine, in the driver's order; uses nvidia-smi, to avoid importing torch.
 
-    None where nvidia-smi is missing, fails or hangs: `alpaca doctor` says why.
+    Empty if nvidia-smi is missing, fails or hangs; `alpaca doctor` reports why.
     """
     program = shutil.which("nvidia-smi")
     if program is None:

@@ -1,4 +1,4 @@
-"""How much disk a run takes: its checkpoints, and the exported model to the byte."""
+"""How much disk space a run takes: its checkpoints, and the exported model to the byte."""
 
 from alpaca import layout
 from alpaca.plan.shapes import Shape
@@ -9,16 +9,16 @@ from alpaca.recipe.steps import steps_per_epoch
 
 
 def checkpoint_bytes(shape: Shape, moments: float) -> int:
-    """Tensors of a checkpoint: fp32 weights, `moments` bytes for each, and step counters."""
+    """Bytes of a checkpoint: fp32 weights, `moments` bytes for each weight, and step counters."""
     state = (rules.MASTER_BYTES + moments) * shape.parameters
     return round(state) + 4 * len(shape.tensors())
 
 
 def disk_bytes(arguments: Arguments, work: Workload, checkpoint: int, exported: int) -> int:
-    """Disk at the worst moment: while a checkpoint is written beside older ones, or the export is.
+    """Peak disk use: while a checkpoint, or the export, is written next to older checkpoints.
 
-    A run writes one at its end, and those that `save_strategy` asks for before; one more where a
-    signal stops it. An older one is deleted when the next is complete.
+    A run writes a checkpoint at its end, and before that those that `save_strategy` asks for. If a
+    signal stops it, it writes one more. An older one is deleted when the next is complete.
     """
     if arguments.save_strategy == "no":
         return exported
@@ -30,7 +30,7 @@ def disk_bytes(arguments: Arguments, work: Workload, checkpoint: int, exported: 
 
 
 def export_bytes(shape: Shape, dtype: str = "bf16") -> int:
-    """Size of the exported weights to the byte: their files, and the index of several."""
+    """Exact size of the exported weights: their files, and the index if there are several."""
     kind = layout.TYPE_NAMES[dtype]
     tensors = shape.tensors()
 

@@ -1,7 +1,7 @@
 """How long a run takes and what it costs: arithmetic against the device's published peaks.
 
-Matrix products dominate; FSDP's traffic runs beside them, so a pack takes the longer of the two.
-The share of the peak, or of the links, that is reached is an assumption, stated beside the time.
+Matrix products dominate. FSDP's traffic overlaps them, so a pack takes the longer of the two. The
+share of the peak, or of the links, that is reached is an assumption, printed next to the time.
 """
 
 from dataclasses import dataclass
@@ -11,48 +11,48 @@ from alpaca.plan.memory import Setting
 from alpaca.plan.shapes import Shape
 from alpaca.plan.workload import Workload
 
-# torchtitan's tables name 33-39% for Llama 3.1 8B on H100 and 57% on A100 (benchmarks/, 2024,
+# torchtitan's tables report 33-39% for Llama 3.1 8B on H100 and 57% on A100 (benchmarks/, 2024,
 # sequences of 8,192); packs are shorter and the model is eager, so the low end is assumed.
 EFFICIENCY = 0.35
-CPU_EFFICIENCY = 0.6  # of numpy's own rate, which is a measured one already
+CPU_EFFICIENCY = 0.6  # of numpy's own rate, which is already measured
 LINK_EFFICIENCY = 0.7  # of a link's nominal bandwidth that a collective reaches
-PCI = 16e9  # bytes/s between a card and its node's memory: half of what generation 4 can
+PCI = 16e9  # bytes/s between a card and its node's memory: half of generation 4's peak
 HOST_BANDWIDTH = 100e9  # bytes/s of a node's memory that its ranks share in the update
 NETWORK = 25e9  # bytes/s from node to node for each GPU: 200 Gb/s InfiniBand, as in a DGX A100
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of all steps, and what they wait for: "products", or "traffic" between devices."""
+    """Seconds of all steps, and what limits them: "products", or "traffic" between devices."""
 
     seconds: float
     bound: str
 
 
 def flops(shape: Shape, work: Workload, checkpointing: bool) -> float:
-    """Floating-point operations of the whole run, those done twice counted twice.
+    """Floating-point operations of the whole run, recomputed ones included.
 
     6 for each weight and token (Kaplan et al., "Scaling Laws for Neural Language Models", 2020,
-    section 2.1: 2 forward, 4 backward), 8 in the layers with checkpointing, where the forward pass
-    is repeated; at the output matrix targets only. Attention: 4 x width for each pair of query
-    and key forward, twice that backward. Reading the embedding is no product.
+    section 2.1: 2 forward, 4 backward). 8 in the layers with checkpointing, which repeats the
+    forward pass. The output matrix counts for targets only. Attention: 4 x width for each pair of
+    query and key forward, twice that backward. Reading the embedding is not a product.
     """
-    often = 8 if checkpointing else 6
-    layers = often * shape.layers * shape.layer_parameters * work.tokens
-    pairs = 2 * often * shape.layers * shape.heads * shape.head * work.attended
+    per_weight = 8 if checkpointing else 6
+    layers = per_weight * shape.layers * shape.layer_parameters * work.tokens
+    pairs = 2 * per_weight * shape.layers * shape.heads * shape.head * work.attended
     return float(layers + pairs + 6 * shape.table_parameters * work.targets)
 
 
 def traffic(
     shape: Shape, work: Workload, setting: Setting, link: float, ranks: int, nodes: int
 ) -> float:
-    """Seconds in which a rank's parameters and gradients travel, in the whole run.
+    """Seconds of communication of a rank's parameters and gradients, in the whole run.
 
-    Weights are gathered for the forward and again for the backward pass in the compute type,
-    gradients scattered in fp32, with each pack or once a step (Zhao et al., "PyTorch FSDP", 2023,
-    section 3.2); copies of a shard then add theirs up, which takes each byte twice round the ring
-    (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). A node's data leaves it
-    once, through the network of all its devices, and goes round inside at `link` bytes/s.
+    Weights are gathered in the compute type, for the forward and again for the backward pass.
+    Gradients are scattered in fp32, with each pack or once per step (Zhao et al., "PyTorch FSDP",
+    2023, section 3.2). Copies of a shard are then all-reduced, which sends each byte twice round
+    the ring (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). A node's data
+    leaves it once, through the network of all its devices; inside it moves at `link` bytes/s.
     """
     within = ranks // nodes
     out = NETWORK * within
@@ -63,7 +63,7 @@ def traffic(
     spent = each * (1 - 1 / setting.shards) / inner
     copies = ranks // setting.shards
     if copies > 1:
-        # where each device of a node holds another shard, they share the node's network
+        # devices of a node that hold different shards share the node's network
         outer = link if nodes == 1 else min(link, out / min(setting.shards, within))
         spent += 8 * scatters * shape.parameters / setting.shards * (1 - 1 / copies) / outer
     return spent / LINK_EFFICIENCY
@@ -74,7 +74,7 @@ def expected(
 ) -> Time | None:
     """Expected duration of all steps; None where the device's speed isn't known.
 
-    `ranks`: of all nodes. fp32 devices are held to their fp32 peak.
+    `ranks`: of all nodes. A run in fp32 is compared with the device's fp32 peak.
     """
     rate = device.bf16 if setting.compute == 2 and device.cuda else device.fp32
     if rate is None:
@@ -90,7 +90,8 @@ def expected(
         each = (8 + 4 + 2 * setting.optimizer) * shape.parameters / setting.shards
         updating = work.steps * each / device.bandwidth
     if setting.offload and device.cuda:
-        # Weights come down twice and gradients go up once a pack; the update runs on the CPU.
+        # Each pack copies the weights to the device twice and the gradients to the host once.
+        # The update runs on the CPU.
         moving += work.packs * 12 * shape.parameters / setting.shards / PCI
         updating *= (device.bandwidth or 0) * (ranks // nodes) / HOST_BANDWIDTH
     bound = "traffic" if moving > computing else "products"

@@ -29,7 +29,7 @@ ALLOCATOR = 0.1
 # fifth more CPU time.
 HEAP = 0.5
 # Where CPU ranks share parameters, gloo copies what it gathers and reduces, and the gradients'
-# shards are allocated between such copies. The heap then keeps about the shards' size once more.
+# shards are allocated between such copies. The heap then keeps about 0.7 of the shards' size more.
 # Measured with two ranks in fp32 and bf16 (bench/LOG.md).
 GLOO = 0.7
 

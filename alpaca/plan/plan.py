@@ -1,6 +1,6 @@
-"""Know before you pay: what a run needs, how long it takes, and whether it fits. Pure.
+"""What a run needs, how long it takes, and whether it fits: pure functions.
 
-Takes the model's shape, the flags, the counted work and a machine, and returns numbers. The
+They take the model's shape, the flags, the counted work and a machine, and return numbers. The
 formulas are in memory, disk, duration and workload, each with its source.
 """
 
@@ -19,16 +19,16 @@ from alpaca.plan.workload import Workload
 from alpaca.recipe import rules
 from alpaca.recipe.arguments import Arguments
 
-# What a rank's process takes of the node's memory beside its tensors: Python, torch, CUDA's
-# libraries and pinned buffers; measured without CUDA (see memory.py), an allowance with it.
+# Host memory of a rank's process besides its tensors: Python, torch, CUDA's libraries and pinned
+# buffers. Without CUDA it is measured (see memory.py); with CUDA this is an allowance.
 CUDA_HOST = 4_000_000_000
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run gets: `ranks` devices in each of `nodes` nodes; bytes of RAM a node, free disk.
+    """The hardware of a run: `ranks` devices in each of `nodes` nodes.
 
-    None where it isn't known.
+    `host`: bytes of RAM per node; `disk`: free bytes. None where not known.
     """
 
     device: Device
@@ -39,7 +39,7 @@ class Machine:
 
     @property
     def world_size(self) -> int:
-        """Devices in all."""
+        """Devices of all nodes."""
         return self.ranks * self.nodes
 
 
@@ -47,8 +47,8 @@ class Machine:
 class Plan:
     """What a run needs; all sizes in bytes, `time` None where the device's speed isn't known.
 
-    `memory` is of one device, `host` of one node, `disk` at the worst moment of a run that a
-    signal may stop once.
+    `memory` is for one device, `host` for one node. `disk` is the peak, if a signal stops the run
+    at most once.
     """
 
     parameters: int
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def problems(self) -> list[str]:
-        """One sentence for each thing there is too little of; empty when the run fits."""
+        """One sentence for each resource that is too small; empty when the run fits."""
         machine = self.machine
         found = []
         if self.headroom < 0:
@@ -91,7 +91,7 @@ class Plan:
         return not self.problems
 
     def cost(self, price: float) -> float | None:
-        """What the run costs at `price` a device and hour."""
+        """What the run costs at `price` per device and hour."""
         if self.seconds is None:
             return None
         return self.seconds / 3600 * self.machine.world_size * price
@@ -107,8 +107,8 @@ class Plan:
         }
 
 
-def _lacking(what: str, needed: int, there: int) -> str:
-    return f"needs {needed / 1e9:,.1f} GB {what}, there are {there / 1e9:,.1f} GB"
+def _lacking(what: str, needed: int, available: int) -> str:
+    return f"needs {needed / 1e9:,.1f} GB {what}, there are {available / 1e9:,.1f} GB"
 
 
 def make(shape: Shape, arguments: Arguments, machine: Machine, work: Workload) -> Plan:
@@ -138,7 +138,7 @@ def make(shape: Shape, arguments: Arguments, machine: Machine, work: Workload) -
 
 
 def setting(shape: Shape, arguments: Arguments, machine: Machine) -> Setting:
-    """How the flags make the trainer use its devices."""
+    """The settings of the trainer that follow from the flags and the machine."""
     device = machine.device
     offload = arguments.offload
     shards = rules.shards(arguments.sharding, machine.world_size, machine.ranks)

@@ -1,8 +1,8 @@
 """A plan for this command line on this machine: finds the model, the data and the devices.
 
-The first thing `train.py` does, and the last: `check` refuses what cannot fit, `compare` sets
-what was predicted beside what was measured. torch is not imported here unless a data set has to
-be tokenized, so answers come at once.
+`train.py` plans first: `check` refuses a run that cannot fit. After training, `report.compare`
+lists predicted and measured figures. torch is imported only if a data set has to be tokenized, so
+a plan is usually fast.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from alpaca.plan.workload import Workload
 from alpaca.prompt import template_hash
 from alpaca.recipe import steps
 from alpaca.recipe.arguments import Arguments
-from alpaca.recipe.corpus import FORMAT, Corpus, load, split
+from alpaca.recipe.corpus import FORMAT, Corpus, load, no_targets_left, split
 from alpaca.records import read_records
 
 CACHE = Path(".cache/alpaca")
@@ -33,7 +33,7 @@ SAMPLE = 5_000  # examples placed for each other size of pack: enough to compare
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be planned: a model, flags, data on a machine."""
+    """What is to be planned: a model, flags and data on a machine."""
 
     shape: Shape
     arguments: Arguments
@@ -60,12 +60,12 @@ class Case:
         return remedies.remedies(self.shape, self.arguments, self.machine, self.count)
 
     def enough_nodes(self) -> int | None:
-        """How many such nodes would do, where no flag helps."""
+        """How many such nodes would be enough, where no flag helps."""
         return remedies.enough_nodes(self.shape, self.arguments, self.machine, self.count)
 
 
 def case(arguments: Arguments, machine: Machine, examples: int = 0) -> Case:
-    """Find what a command line names; `examples` estimates a data set of that size.
+    """Find the model and the data of a command line; `examples`: estimate a set of that size.
 
     Raises:
         UserError: the model or the data can't be planned.
@@ -79,15 +79,12 @@ def case(arguments: Arguments, machine: Machine, examples: int = 0) -> Case:
         corpus = workload.estimated(read_records(arguments.data_path), arguments, examples)
     train, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     if not train:
-        raise UserError(
-            f"No example of {arguments.data_path} has an answer token left after truncation.",
-            f"Raise --model_max_length (now {arguments.model_max_length}).",
-        )
+        raise no_targets_left(arguments.data_path, arguments.model_max_length)
     return Case(shape, arguments, machine, corpus, train, exact)
 
 
 def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
-    """The tokenized data set; a note says where it is, so that a second plan loads no tokenizer."""
+    """The tokenized data set; a note file names its folder, to spare later plans the tokenizer."""
     if not arguments.data_path.is_file():
         read_records(arguments.data_path)  # explains what is wrong
     described = [tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json")]
@@ -104,7 +101,7 @@ def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
     if note.is_file() and (cache / note.read_text()).is_dir():
         return load(cache / note.read_text())
     # Only now: importing transformers takes longer than the rest of a plan.
-    from alpaca.model import load_tokenizer
+    from alpaca.folder import load_tokenizer
     from alpaca.recipe.corpus import open_corpus, tokens_folder
     from alpaca.tokens import Codec
 
@@ -119,7 +116,7 @@ def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
 def this_machine(
     output: Path, devices: Sequence[Device], ranks: int = 0, nodes: int = 1
 ) -> Machine:
-    """The machine at hand: its smallest card, or its processor shared by `ranks` processes."""
+    """This machine: its smallest card, or its processor shared by `ranks` processes."""
     host = ram.total()
     disk = atomic.free_disk(output.resolve()) + replaced(output)
     if devices:
@@ -131,7 +128,7 @@ def this_machine(
 
 
 def replaced(output: Path) -> int:
-    """Bytes in `output` that the run deletes as it goes: earlier checkpoints, unfinished writes."""
+    """Bytes in `output` that the run will delete: earlier checkpoints and unfinished writes."""
     kinds = ("checkpoint-*/**/*", ".checkpoint-*/**/*", ".model.partial/**/*")
     paths = (path for kind in kinds for path in output.glob(kind))
     return sum(path.stat().st_size for path in paths if path.is_file())
@@ -150,7 +147,7 @@ def of_run(
 ) -> Case | None:  # fmt: skip
     """The case of a run that torchrun has started; None, with a notice, where it can't be planned.
 
-    `devices`: the cards torch sees, in its order; empty on a CPU. `half`: it computes in bf16.
+    `devices`: the cards torch sees, in its order; empty on a CPU. `half`: the run uses bf16.
     """
     try:
         shape = shapes.find(arguments.model_name_or_path)
@@ -163,7 +160,7 @@ def of_run(
 
 
 def more_devices(given: Case) -> str:
-    """What hardware would do, in a sentence, where no flag does."""
+    """A sentence on the hardware that would be enough, where no flag helps."""
     nodes = given.enough_nodes()
     if nodes is None:
         return "It needs a larger machine, or a smaller model."
@@ -175,7 +172,7 @@ def more_devices(given: Case) -> str:
 
 
 def check(given: Case) -> Plan:
-    """The plan of a run about to start; `--skip_plan` is what its caller offers instead.
+    """The plan of a run that is about to start; its caller skips this with `--skip_plan`.
 
     Raises:
         UserError: the run cannot fit; the message says by how much, and which flags help.

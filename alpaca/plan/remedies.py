@@ -1,7 +1,7 @@
 """What to change when a run does not fit: flags to paste, the cheapest first.
 
-All combinations of the few things that save memory are planned; that is arithmetic, and takes
-milliseconds. None of them changes which examples make a step.
+All combinations of the few changes that save memory are planned. This is arithmetic and takes
+milliseconds. None of them changes which examples a step uses.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ def remedies(
 ) -> list[Remedy]:
     """Changes of flags that make the run fit, the cheapest first; none changes what is learned.
 
-    Cheap is what costs little time; what rounds the optimizer's numbers comes after all that
-    doesn't, and giving up checkpoints last. `count` counts the work under other flags.
+    Cheap means little time. Changes that round the optimizer's numbers come after all others, and
+    giving up checkpoints comes last. `count` counts the work under other flags.
     """
     found = []
     works: dict[tuple[bool, int], Workload] = {}
@@ -49,13 +49,13 @@ def remedies(
             works[key] = count(other)
         plan = make(shape, other, machine, works[key])
         if plan.fits:
-            found.append((_dearness(changed, plan), Remedy(changed, plan)))
+            found.append((_cost(changed, plan), Remedy(changed, plan)))
     found.sort(key=lambda pair: pair[0])
     return _simplest([remedy for _, remedy in found])
 
 
 def _changes(arguments: Arguments, machine: Machine) -> list[dict[str, Any]]:
-    """Every combination of the changes that save memory, each with what it changes alone."""
+    """Every combination of the changes that save memory, each with only the changed flags."""
     combined: list[dict[str, Any]] = [{}] if arguments.packing else [{"packing": True}]
     smallest, size = arguments.model_max_length, arguments.pack_tokens
     packs: list[dict[str, Any]] = [{}]
@@ -81,8 +81,8 @@ def _changes(arguments: Arguments, machine: Machine) -> list[dict[str, Any]]:
     return list(unique.values())
 
 
-def _dearness(changed: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
-    """What to compare remedies by: loss of safety, of precision, of time, then their number."""
+def _cost(changed: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
+    """Sort key of remedies: loss of safety, of precision, of time, then the number of flags."""
     return (
         changed.get("save_strategy") == "no",
         ("optim" in changed) + ("bf16" in changed),
@@ -92,7 +92,7 @@ def _dearness(changed: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
 
 
 def _simplest(remedies: list[Remedy], most: int = 3) -> list[Remedy]:
-    """The first few, without those that only add flags to a cheaper one."""
+    """The first `most` remedies, without those that only add flags to a cheaper one."""
     kept: list[Remedy] = []
     for remedy in remedies:
         if not any(other.changed.items() <= remedy.changed.items() for other in kept):

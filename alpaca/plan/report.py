@@ -1,4 +1,4 @@
-"""A plan in words: as `alpaca plan` and a starting run print it, and beside what was measured."""
+"""A plan as text, for `alpaca plan` and a starting run, and compared with measured figures."""
 
 from collections.abc import Sequence
 
@@ -42,8 +42,8 @@ def lines(given: Case, made: Plan, price: float | None) -> list[str]:
     ]
 
 
-def _of(there: int | None) -> str:
-    return "" if there is None else f" (of {there / 1e9:.1f})"
+def _of(available: int | None) -> str:
+    return "" if available is None else f" (of {available / 1e9:.1f})"
 
 
 def _sizes(made: Plan) -> tuple[str, str]:
@@ -76,7 +76,7 @@ def _cost(made: Plan, price: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them."""
+    """A duration for people: 45 s, 12 min, 3 h 05 min."""
     if seconds is None:
         return "not known"
     if seconds < 90:
@@ -89,20 +89,20 @@ def advice(given: Case, made: Plan, remedies: Sequence[Remedy]) -> list[str]:
     """What makes it fit, the cheapest first, as flags to paste."""
     if not remedies:
         return [f"  No flag makes it fit. {more_devices(given)}"]
-    told = []
+    rows = []
     for remedy in remedies:
         spent = remedy.plan.seconds
         slower = f", {spent / made.seconds:.2f} x the time" if spent and made.seconds else ""
-        told.append(f"    {remedy.flags}   ({remedy.plan.memory.total / 1e9:.1f} GB{slower})")
-    return ["  Fits with (the cheapest first):", *told]
+        rows.append(f"    {remedy.flags}   ({remedy.plan.memory.total / 1e9:.1f} GB{slower})")
+    return ["  Fits with (the cheapest first):", *rows]
 
 
 def compare(made: Plan | None, done: Progress) -> list[str]:
-    """Predicted beside measured, a line each; nothing where there was no plan."""
+    """Predicted and measured figures, one line each; empty if there was no plan."""
     if made is None:
         return []
     work, gigabyte, memory = made.work, 1e9, made.memory.total
-    if made.machine.device.cuda:  # torch counts tensors; what CUDA and the allocator add is not
+    if made.machine.device.cuda:  # torch measures tensors only, not CUDA's and allocator memory
         memory -= made.memory.runtime + made.memory.allocator
     rows = [
         ("steps", work.steps, done.steps, ",.0f"),

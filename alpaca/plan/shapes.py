@@ -1,8 +1,8 @@
-"""The shape of a decoder: what its weights are, counted without building it.
+"""The shape of a decoder: its tensors and parameters, counted without building it.
 
-A plan must be made where neither the weights nor the memory for them exist, so a model is known
-by its config.json, or by the name people call it. The tensors are those of transformers' LLaMA,
-Mistral and Qwen models; for a folder with weights they are compared with its files.
+A plan must work without the weights and without the memory for them. So a model is described by
+its config.json, or by a well-known name. The tensors are those of transformers' LLaMA, Mistral and
+Qwen models; for a folder with weights they are compared with its files.
 """
 
 import math
@@ -16,7 +16,7 @@ from alpaca.errors import UserError
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder: widths in numbers, as config.json names them."""
+    """The sizes and options of a decoder, from its config.json."""
 
     vocabulary: int
     width: int
@@ -116,7 +116,7 @@ KNOWN = {
 }
 
 
-# model_type of the decoders whose tensors are those of a Shape, and whose config.json gives biases.
+# Values of model_type whose tensors a Shape describes, and those whose config.json sets biases.
 PLANNED = ("llama", "ministral", "ministral3", "mistral", "qwen2", "qwen3", "smollm3")
 BIASED = ("llama", "qwen3", "smollm3")
 
@@ -125,7 +125,7 @@ def find(model: Path) -> Shape:
     """The shape of a model folder, or of a model known by name where there is no such folder.
 
     Raises:
-        UserError: neither, or a config.json this program can't count.
+        UserError: neither exists, or the config.json describes a model that is not counted here.
     """
     stored.check_adapter(model)
     config = model / "config.json"
@@ -144,7 +144,7 @@ def find(model: Path) -> Shape:
 
 
 def from_config(config: dict[str, Any], where: Path) -> Shape:
-    """Read what config.json says; `where` is named in the error."""
+    """Read a config.json; `where` is its path, for the error message."""
     try:
         width, heads = config["hidden_size"], config["num_attention_heads"]
         kind = config.get("model_type", "llama")

@@ -1,8 +1,8 @@
 """What a run will compute, counted in advance: the same packs, without their tokens.
 
 The packs of a step are a pure function of the examples' lengths, so they can be made before
-there is a model. Where no tokenizer is at hand, or no data yet, lengths are estimated, and the
-plan says so.
+there is a model. Without a tokenizer or without the data, lengths are estimated, and the plan
+says so.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from alpaca.recipe.corpus import Corpus
 from alpaca.recipe.steps import Schedule
 from alpaca.records import Record
 
-BYTES_PER_TOKEN = 4.0  # of English; LLaMA's tokenizers lie a little above and below
-MOST_PLACED = 400_000  # examples, counting every epoch; more are sampled
+BYTES_PER_TOKEN = 4.0  # of English; LLaMA's tokenizers are a little above or below
+MOST_PLACED = 400_000  # examples over all epochs; with more, steps are sampled
 
 
 @dataclass(frozen=True)
 class LargestPack:
     """The largest pack: its tokens, the keys its segments attend to, its target tokens.
 
-    `repeated`: a step has more than one, so gradients of earlier ones lie there beside it.
+    `repeated`: a step has several packs, so gradients of earlier packs are in memory too.
     """
 
     tokens: int
@@ -35,7 +35,7 @@ class LargestPack:
     repeated: bool = False
 
     def filled(self, capacity: int) -> "LargestPack":
-        """The load of a pack of the same kind of examples that is as large as packs may be."""
+        """This pack scaled up to `capacity` tokens of the same kind of examples."""
         if not 0 < self.tokens < capacity:
             return self
         keys, targets = (n * capacity // self.tokens for n in (self.keys, self.targets))
@@ -46,9 +46,9 @@ class LargestPack:
 class Workload:
     """What all steps together compute, on all ranks.
 
-    `real`: tokens of the examples as they are; `tokens`: computed, a shared prefix once a pack;
-    `padded`: in the recipe of 2023. `attended`: pairs of a query and a key; `packs`: of one rank.
-    `exact`: nothing is estimated.
+    `real`: tokens of the examples themselves; `tokens`: computed, with a shared prefix once per
+    pack; `padded`: computed by the recipe of 2023. `attended`: pairs of a query and a key; `packs`:
+    of one rank. `exact`: nothing is estimated.
     """
 
     examples: int
@@ -68,9 +68,9 @@ def count(
     corpus: Corpus, train: Sequence[int], schedule: Schedule, arguments: Arguments,
     world_size: int, *, exact: bool = True, most: int = MOST_PLACED,
 ) -> Workload:  # fmt: skip
-    """Make the packs of every step, or of evenly chosen ones where that are more than `most`.
+    """Make the packs of every step, or of evenly spaced steps if they have over `most` examples.
 
-    Where steps are chosen, the largest pack is taken to be as large as one may be.
+    Where steps are sampled, the largest pack is assumed to be full.
     """
     stride = max(1, -(-schedule.steps * schedule.batch // most))
     total = np.zeros(6, dtype=np.int64)  # tokens, real, padded, targets, attended, packs
@@ -81,17 +81,20 @@ def count(
     for step in chosen:
         chunk = [train[i] for i in schedule.indices(step)]
         packs = _packs(corpus, chunk, arguments, world_size)
-        tokens, keys, aims, attended = _measure(corpus, packs, lengths, targets, arguments.packing)
+        tokens, keys, pack_targets, attended = _measure(
+            corpus, packs, lengths, targets, arguments.packing
+        )
         padded = packing.padded_tokens(corpus, chunk, arguments.per_device_train_batch_size)
         real = lengths[chunk].sum()
-        total += (tokens.sum(), real, padded, aims.sum(), attended, len(packs) // world_size)
+        pack_count = len(packs) // world_size
+        total += (tokens.sum(), real, padded, pack_targets.sum(), attended, pack_count)
         top = int(tokens.argmax())
         repeated = largest.repeated or len(packs) > world_size
         if tokens[top] > largest.tokens:
-            largest = LargestPack(int(tokens[top]), int(keys[top]), int(aims.max()))
+            largest = LargestPack(int(tokens[top]), int(keys[top]), int(pack_targets.max()))
         largest = replace(largest, repeated=repeated)
     if arguments.packing and (stride > 1 or arguments.torch_compile):
-        # compiled layers meet packs filled up with tokens that nobody looks at
+        # compiled layers get packs that are filled up with padding
         largest = largest.filled(arguments.pack_tokens)
     scaled = [int(value) * schedule.steps // max(1, len(chosen)) for value in total]
     return Workload(
@@ -109,10 +112,11 @@ def _packs(
 ) -> list[Ints]:
     """The packs of one step, of all ranks."""
     if arguments.packing:
-        every = packing.distribute(corpus, example_ids, arguments.pack_tokens, world_size)
+        by_rank = packing.distribute(corpus, example_ids, arguments.pack_tokens, world_size)
     else:
-        every = packing.batches(example_ids, arguments.per_device_train_batch_size, world_size)
-    return [np.asarray(pack, dtype=np.int64) for turn in zip(*every, strict=True) for pack in turn]
+        by_rank = packing.batches(example_ids, arguments.per_device_train_batch_size, world_size)
+    in_order = (pack for packs in zip(*by_rank, strict=True) for pack in packs)
+    return [np.asarray(pack, dtype=np.int64) for pack in in_order]
 
 
 def _measure(

@@ -1,8 +1,8 @@
-"""The trainer's flags: one frozen dataclass, and the names people type since 2023.
+"""The trainer's flags: one frozen dataclass, and the flag names in use since 2023.
 
 The flags are those of the published command, which the Hugging Face Trainer of 2023 defined.
-Renamed flags are accepted under both names; flags that no longer matter are accepted with one
-line of notice; an unknown one is refused with its nearest match.
+Renamed flags are accepted under both names. Flags without effect are accepted with one line of
+notice. An unknown flag is refused, and the error names its nearest match.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
 
 
 def flag(default: Any, text: str, *choices: str) -> Any:
-    """A field with its line of `--help` ("": named in another's) and its allowed values, if any."""
+    """A field with its `--help` text ("": another flag's text names it) and its allowed values."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -93,13 +93,13 @@ class Arguments:
 
     @property
     def sharding(self) -> str:
-        """The one word of `fsdp` that names a way to shard."""
+        """The sharding strategy: the one word of `fsdp` that names it."""
         words = [word for word in self.fsdp.split() if word in SHARDINGS]
         return words[0] if words else SHARDINGS[0]
 
     @property
     def offload(self) -> bool:
-        """Whether weights, gradients and moments wait in the host's memory."""
+        """Whether weights, gradients and moments are kept in host memory."""
         return "offload" in self.fsdp.split()
 
     @property
@@ -109,19 +109,19 @@ class Arguments:
 
     @property
     def schedule_settings(self) -> dict[str, Any]:
-        """What `lr_scheduler_kwargs` holds; raises UserError where the shape takes it not."""
+        """The settings in `lr_scheduler_kwargs`; raises UserError if the schedule rejects them."""
         return schedules.settings(
             self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate
         )
 
     @property
     def pack_tokens(self) -> int:
-        """The most tokens one forward pass holds, which is what bounds the memory."""
+        """The most tokens in one forward pass; this bounds the memory."""
         batch = self.per_device_train_batch_size * self.model_max_length
         return self.max_tokens_per_pack or batch
 
 
-# Values that need a package the image does not hold; the extra of pyproject.toml that pins it.
+# Values that need a package which the image lacks, and the extra of pyproject.toml that pins it.
 OPTIONAL = {
     "optim": ("optim", {"adamw_8bit": "torchao"}),
     "report_to": (
@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """One line a flag, so that all of them fit on one screen."""
+    """One line per flag, so that all flags fit on one screen."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=48, width=124)
@@ -280,7 +280,7 @@ def check(arguments: Arguments) -> None:
 
 
 def _check_numbers(arguments: Arguments) -> None:
-    """Refuse what is no number, or a negative one where none makes sense."""
+    """Refuse NaN and infinite numbers, and negative ones where they make no sense."""
     for name, kind, _ in _flags():
         if kind is float and not math.isfinite(getattr(arguments, name)):
             raise UserError(f"--{name} must be a finite number, not {getattr(arguments, name)}.")

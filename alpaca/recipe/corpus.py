@@ -1,7 +1,7 @@
 """Tokenize once: the data set as flat arrays on disk, memory-mapped by every rank.
 
-The cache is named by what it depends on (data, tokenizer, templates, length), so it can never be
-stale; it is made before any process group exists, so no collective times out waiting for it.
+The cache's name is a hash of all that it depends on (data, tokenizer, templates, length), so it is
+never stale. It is made before any process group exists, so no collective times out waiting for it.
 """
 
 import fcntl
@@ -22,12 +22,12 @@ from alpaca.errors import UserError
 from alpaca.passport import sha256
 from alpaca.prompt import template_hash
 
-if TYPE_CHECKING:  # a plan reads these arrays without waiting for transformers
+if TYPE_CHECKING:  # a plan reads these arrays without importing transformers
     from alpaca.records import Record
     from alpaca.tokens import Codec
 
 CHUNK = 2000
-FORMAT = 2  # of the arrays, and of what is read as a record
+FORMAT = 2  # version of the arrays, and of the rules by which records are read
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Corpus:
     ids: int32 (tokens,), offsets: int64 (examples + 1,), prompt_lengths: int32 (examples,),
     kinds: uint8 (examples,), 0 without and 1 with input; prefix_lengths: for each kind, how many
     leading tokens all its examples share; empty_outputs: examples whose answer is the EOS alone;
-    notices: what `read_records` said of the file.
+    notices: messages of `read_records` about the file.
     """
 
     ids: npt.NDArray[np.int32]
@@ -67,15 +67,15 @@ class Corpus:
 
     @property
     def without_targets(self) -> int:
-        """Examples whose prompt alone fills the limit: they teach nothing."""
+        """Examples whose prompt alone fills the limit: nothing in them is trained on."""
         return int((np.diff(self.offsets) <= self.prompt_lengths).sum())
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the examples to train on and of those held out; none without targets.
+    """Indices of the examples to train on and of those held out; both leave out empty targets.
 
     Raises:
-        UserError: `fraction` of them is none, or all.
+        UserError: `fraction` rounds to none or all of the examples.
     """
     usable = [i for i in range(len(corpus)) if corpus.targets(i) > 0]
     count = round(fraction * len(usable))
@@ -89,15 +89,23 @@ def split(corpus: Corpus, fraction: float, seed: int) -> tuple[list[int], list[i
     return sorted(order[count:]), sorted(order[:count])
 
 
+def no_targets_left(data: Path, max_length: int) -> UserError:
+    """The refusal of a data set of which nothing is left to train or evaluate on."""
+    return UserError(
+        f"No example of {data} has an answer token left after truncation.",
+        f"Raise --model_max_length (now {max_length}).",
+    )
+
+
 def open_corpus(
     data: Path, codec: "Codec", cache: Path, max_length: int, *, joint: bool = False
 ) -> Corpus:
-    """Read, check and tokenize a data set, or open what an earlier run left in `cache`.
+    """Read, check and tokenize a data set, or open the arrays of an earlier run from `cache`.
 
     Raises:
         UserError: as `read_records`.
     """
-    from alpaca.records import read_records  # here: what packs arrays reads no file
+    from alpaca.records import read_records  # imported here: packing reads no records
 
     folder = tokens_folder(data, codec, cache, max_length, joint=joint)
     if not folder.exists():

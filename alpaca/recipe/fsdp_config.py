@@ -1,7 +1,7 @@
 """`--fsdp_config` as transformers reads it: a JSON file, or the JSON itself.
 
-What it says about layers, offloading and recomputation is taken over into the flags; what FSDP2
-decides by itself is accepted with a notice; anything else is refused with its nearest match.
+Settings of layers, offloading and recomputation are copied into the flags. Settings that FSDP2
+decides by itself are accepted with a notice. Any other is refused, with its nearest match.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ DECIDED_HERE = {
 
 
 def apply(arguments: Arguments) -> tuple[Arguments, list[str]]:
-    """Fold `fsdp_config` into the flags; returns them and the notices to print.
+    """Merge `fsdp_config` into the flags; returns them and the notices to print.
 
     Raises:
-        UserError: no such file, no JSON object, or a key that FSDP does not have.
+        UserError: the file is missing or not a JSON object, or it has a key that FSDP does not.
     """
     if not arguments.fsdp_config:
         return arguments, []

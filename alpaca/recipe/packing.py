@@ -1,9 +1,9 @@
-"""Examples of one optimizer step to packs: no padding, and the template computed once per pack.
+"""Packs the examples of a step: no padding, and the template computed once per pack.
 
-Pure functions over token ids. A pack is one long sequence: for each kind of example present, the
-tokens all examples of that kind start with (the shared prefix), then each example's own tokens.
-Positions are those the example would have alone, and an example's queries see its prefix and
-its own tokens only, so losses and gradients are those of the padded recipe, step by step.
+Pure functions over token ids. A pack is one long sequence. For each kind of example in it, it holds
+the tokens that all examples of that kind start with (the shared prefix), then each example's own
+tokens. Positions are those that the example would have alone. An example's queries attend only to
+its prefix and its own tokens, so losses and gradients are those of the padded recipe, step by step.
 """
 
 import heapq
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from alpaca.recipe.corpus import Corpus
 
 Ints = npt.NDArray[np.int64]
-ONE_BY_ONE = 32  # numbers of packs tried in turn; more than a training step ever needs
+ONE_BY_ONE = 32  # pack counts tried one after another; more than a training step ever needs
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Pack:
 
 
 def build(corpus: Corpus, example_ids: Sequence[int], *, padded: bool = False) -> Pack:
-    """Lay the examples `example_ids` out as one pack.
+    """Build one pack of the examples `example_ids`.
 
     `padded` is the recipe of 2023, for comparison: no shared prefix, and every example followed
-    by tokens that nobody looks at, up to the length of the longest.
+    by padding (never attended to) up to the length of the longest.
     """
     ids: list[npt.NDArray[np.int32]] = []
     positions, sources, labels, segments = [], [], [], []
@@ -108,11 +108,11 @@ def _join(parts: Sequence[npt.NDArray[np.integer]]) -> Ints:
 def distribute(
     corpus: Corpus, example_ids: Sequence[int], capacity: int, world_size: int
 ) -> list[list[list[int]]]:
-    """Share a step's examples out: `[rank][pack]` lists of example_ids.
+    """Distribute a step's examples: `[rank][pack]` lists of example_ids.
 
-    Every rank gets the same number of packs, the fewest that hold all examples within `capacity`
-    tokens each; longest first into the emptiest pack, which levels the load. A rank may get an
-    empty pack where there are fewer examples than packs.
+    Every rank gets the same number of packs: the fewest that hold all examples within `capacity`
+    tokens each. Examples are placed longest first, each into the emptiest pack, which balances the
+    load. A rank may get an empty pack if there are fewer examples than packs.
     """
     chunk = np.asarray(example_ids, dtype=np.int64)
     shared = np.asarray(corpus.prefix_lengths)
@@ -125,7 +125,7 @@ def distribute(
 
 
 def batches(example_ids: Sequence[int], batch: int, world_size: int) -> list[list[list[int]]]:
-    """Share a step's examples out as in 2023: `[rank][batch]`, in order, `batch` at a time."""
+    """Distribute a step's examples as in 2023: `[rank][batch]`, in order, `batch` at a time."""
     count = -(-len(example_ids) // (batch * world_size))
     pieces = [
         list(example_ids[start : start + batch]) for start in range(0, len(example_ids), batch)
@@ -137,16 +137,17 @@ def batches(example_ids: Sequence[int], batch: int, world_size: int) -> list[lis
 def _search(
     own: Ints, kinds: Ints, shared: Ints, capacity: int, world_size: int
 ) -> tuple[int, Ints]:
-    """The fewest packs a rank that hold the examples as `_place` places them, and their packs.
+    """The fewest packs per rank into which `_place` fits the examples, and each example's pack.
 
-    Tried one by one, as more packs may fail where fewer do not; a large set, such as one held out,
-    needs hundreds more than the least, and from `ONE_BY_ONE` on the range is halved.
+    Counts are tried one by one, because more packs may fail where fewer do not. A large set, such
+    as a held-out one, needs hundreds more than the lower bound, so after `ONE_BY_ONE` tries the
+    search doubles its step and then bisects.
     """
 
     def placed(count: int) -> Ints | None:
         return _place(own, kinds, shared, capacity, count * world_size)
 
-    least = max(1, -(-_fewest(own, kinds, shared, capacity) // world_size))
+    least = max(1, -(-_lower_bound(own, kinds, shared, capacity) // world_size))
     for count in range(least, least + ONE_BY_ONE):
         if (found := placed(count)) is not None:
             return count, found
@@ -164,41 +165,42 @@ def _search(
 
 
 def _place(own: Ints, kinds: Ints, shared: Ints, capacity: int, packs: int) -> Ints | None:
-    """For each example, longest first, its pack: the one it leaves emptiest; None: no room."""
+    """The pack of each example, longest first: the one that it leaves emptiest; None: no fit."""
     prefixes = shared.tolist()
-    # By which prefixes they hold (bit 0: without input, bit 1: with), packs as (tokens, number).
+    # One heap of packs, as (tokens, number), for each set of prefixes in a pack, as a bit mask:
+    # bit 0 is the prefix without input, bit 1 the one with input.
     heaps: list[list[tuple[int, int]]] = [[(0, pack) for pack in range(packs)], [], [], []]
     placed = np.empty(len(own), dtype=np.int64)
     for at, (size, kind) in enumerate(zip(own.tolist(), kinds.tolist(), strict=True)):
         bit, prefix = 1 << kind, prefixes[kind]
         best = None
-        for held, heap in enumerate(heaps):
+        for present, heap in enumerate(heaps):
             if heap:
                 load, pack = heap[0]
-                after = (load if held & bit else load + prefix, pack, held)
+                after = (load if present & bit else load + prefix, pack, present)
                 best = after if best is None or after < best else best
         assert best is not None
-        load, pack, held = best
+        load, pack, present = best
         if load + size > capacity:
             return None
-        heapq.heappop(heaps[held])
-        heapq.heappush(heaps[held | bit], (load + size, pack))
+        heapq.heappop(heaps[present])
+        heapq.heappush(heaps[present | bit], (load + size, pack))
         placed[at] = pack
     return placed
 
 
-def _fewest(own: Ints, kinds: Ints, shared: Ints, capacity: int) -> int:
-    """A number of packs that no way of placing gets below: the search for one starts there.
+def _lower_bound(own: Ints, kinds: Ints, shared: Ints, capacity: int) -> int:
+    """A lower bound on the number of packs, from which the search starts.
 
-    A pack pays the prefix of a kind that it holds, so it has room for `capacity - shared[kind]`
-    tokens of examples; and it holds at most one example of more than half of that.
+    A pack also holds the prefix of each kind in it, so it has space for `capacity - shared[kind]`
+    tokens of examples. It holds at most one example that is longer than half of that.
     """
-    rooms = capacity - shared
+    spaces = capacity - shared
     filled = Fraction(0)
-    for kind, room in enumerate(rooms.tolist()):
+    for kind, space in enumerate(spaces.tolist()):
         tokens = int(own[kinds == kind].sum())
-        filled += Fraction(tokens, room) if tokens else 0
-    halves = int((2 * own > rooms[kinds]).sum())
+        filled += Fraction(tokens, space) if tokens else 0
+    halves = int((2 * own > spaces[kinds]).sum())
     return max(1, math.ceil(filled), halves)
 
 
@@ -210,12 +212,12 @@ def padded_tokens(corpus: Corpus, example_ids: Sequence[int], batch: int) -> int
 
 
 def lengths(capacity: int) -> tuple[int, ...]:
-    """The eight lengths that packs of at most `capacity` tokens are filled up to."""
+    """The eight lengths that packs of at most `capacity` tokens are padded to."""
     return tuple(-(-capacity * eighth // 8) for eighth in range(1, 9))
 
 
 def fill(pack: Pack, lengths: Sequence[int]) -> Pack:
-    """The pack with a segment that nobody looks at, up to the next of the ascending `lengths`."""
+    """Pad the pack to the next of the ascending `lengths`; padding is never attended to."""
     end = next((length for length in lengths if length >= pack.tokens), pack.tokens)
     missing = end - pack.tokens
     if not missing:
@@ -230,7 +232,7 @@ def fill(pack: Pack, lengths: Sequence[int]) -> Pack:
 
 
 def plain(ids: Sequence[int]) -> Pack:
-    """One sequence without targets, whose last token is asked what follows."""
+    """One sequence without labels, to predict the token after its last one."""
     nothing = np.zeros(0, dtype=np.int64)
     return Pack(
         ids=np.asarray(ids, dtype=np.int64),

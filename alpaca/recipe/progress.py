@@ -1,4 +1,4 @@
-"""What a training run has done so far: counted step by step, kept in its checkpoints."""
+"""What a training run has done so far: counted step by step, stored in its checkpoints."""
 
 import dataclasses
 import math
@@ -10,11 +10,12 @@ from typing import Any
 class Progress:
     """Totals and latest figures of a run.
 
-    Losses are means over target tokens, None without held-out data; `eval_loss_exported` is that
-    of the written folder, whose weights are rounded to its type. `padded_tokens` is what the
-    padded recipe would have computed for the same steps, `prefix_tokens_saved` what a pack without
-    a shared prefix would have more. `step_seconds` is the part of `seconds` that steps took, `mfu`
-    the mean over it; `memory` the highest peak of a rank, in bytes (on the GPU where there is one).
+    Losses are means over target tokens; held-out losses are None without held-out data.
+    `eval_loss_exported` is the loss of the exported folder, whose weights are rounded to its type.
+    `padded_tokens`: what the padded recipe would have computed for the same steps.
+    `prefix_tokens_saved`: what packs without a shared prefix would have computed more.
+    `step_seconds`: the part of `seconds` spent in steps. `mfu`: the mean over `step_seconds`.
+    `memory`: the highest peak of any rank, in bytes (on the GPU where there is one).
     """
 
     steps: int = 0
@@ -31,7 +32,7 @@ class Progress:
     memory: int = 0
 
     def after(self, line: dict[str, Any], seconds: float) -> "Progress":
-        """Count the step that a log line describes; `seconds`: of the run up to now."""
+        """Add the step that a log line describes; `seconds`: duration of the run so far."""
         spent = self.step_seconds + line["step_seconds"]
         worked = self.mfu * self.step_seconds + line["mfu"] * line["step_seconds"]
         summed = ("tokens", "padded_tokens", "prefix_tokens_saved")

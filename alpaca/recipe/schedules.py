@@ -1,8 +1,9 @@
 """Learning rates by step: the shapes of transformers' `get_scheduler`, as pure functions.
 
-Each returns the share of the peak at a step, from the step, the warm-up's and the run's length, and
-settings by the names of transformers' `lr_scheduler_kwargs` (transformers 5.23, optimization.py).
-The two shapes that follow the loss (reduce_lr_on_plateau, greedy) are not functions of the step.
+Each returns the share of the peak rate at a step. It takes the step, the lengths of the warm-up and
+of the run, and settings named as in transformers' `lr_scheduler_kwargs` (transformers 5.23,
+optimization.py). Two shapes are left out, reduce_lr_on_plateau and greedy: they follow the loss, so
+they are not functions of the step.
 """
 
 import inspect
@@ -75,7 +76,7 @@ def cosine_warmup_with_min_lr(
     num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float | None = None,
     warmup_lr_rate: float | None = None,
 ) -> float:  # fmt: skip
-    """The same, one step earlier, so that no step has rate 0."""
+    """As `cosine_with_min_lr`, but one step ahead, so that no step has rate 0."""
     if step < warmup:
         if warmup_lr_rate is None:
             return (step + 1) / max(1, warmup)
@@ -95,7 +96,7 @@ def _least(rate: float | None, share: float | None, peak: float) -> float:
 def polynomial(
     step: int, warmup: int, steps: int, peak: float, *, lr_end: float = 1e-7, power: float = 1.0
 ) -> float:
-    """A power of the steps left, down to the rate `lr_end`."""
+    """A power of the share of steps left, down to the rate `lr_end`."""
     if step < warmup:
         return _warm(step, warmup)
     left = (1 - _progress(step, warmup, steps)) ** power
@@ -105,7 +106,7 @@ def polynomial(
 def inverse_sqrt(
     step: int, warmup: int, steps: int, peak: float, *, timescale: float | None = None
 ) -> float:
-    """One over the root of the steps since the warm-up, in units of `timescale`."""
+    """One over the square root of the steps since the warm-up, in units of `timescale`."""
     if step < warmup:
         return _warm(step, warmup)
     scale = timescale or warmup or 10_000
@@ -117,23 +118,23 @@ def warmup_stable_decay(
     num_decay_steps: int, num_stable_steps: int | None = None, warmup_type: str = "linear",
     decay_type: str = "cosine", min_lr_ratio: float = 0.0, num_cycles: float = 0.5,
 ) -> float:  # fmt: skip
-    """Up by one curve, level, and down by another to the share `min_lr_ratio`."""
+    """Warm-up by one curve, constant, then decay by another to the share `min_lr_ratio`."""
     if num_stable_steps is None:
         num_stable_steps = steps - warmup - num_decay_steps
-    begun = step - warmup - num_stable_steps
+    decay_step = step - warmup - num_stable_steps
     if step < warmup:
         factor = _curve(warmup_type, 1 - _warm(step, warmup), 0.5)
-    elif begun < 0:
+    elif decay_step < 0:
         return 1.0
-    elif begun < num_decay_steps:
-        factor = _curve(decay_type, begun / max(1, num_decay_steps), num_cycles)
+    elif decay_step < num_decay_steps:
+        factor = _curve(decay_type, decay_step / max(1, num_decay_steps), num_cycles)
     else:
         return min_lr_ratio
     return max(0.0, factor * (1 - min_lr_ratio) + min_lr_ratio)
 
 
 def _curve(kind: str, progress: float, cycles: float) -> float:
-    """From 1 down to 0."""
+    """A curve from 1, at progress 0, down to 0."""
     if kind == "cosine":
         return _wave(progress, cycles)
     return 1 - (math.sqrt(progress) if kind == "1-sqrt" else progress)
@@ -153,7 +154,8 @@ def settings(shape: str, text: str, peak: float) -> dict[str, Any]:
     """The settings of a shape from the JSON of `--lr_scheduler_kwargs`.
 
     Raises:
-        UserError: it is no JSON object, or not what the shape needs or takes.
+        UserError: it is not a JSON object, has a setting that the shape does not take, or lacks one
+            that the shape needs.
     """
     flag = "--lr_scheduler_kwargs"
     try:

@@ -1,6 +1,6 @@
-"""Which examples make optimizer step k, and at which learning rate: pure functions.
+"""The examples and the learning rate of optimizer step k: pure functions.
 
-Both depend on the seed and k alone, never on the number of ranks, so a run resumed on other
+Both depend only on the seed and k, never on the number of ranks, so a run resumed on other
 hardware sees the same data in the same order.
 """
 
@@ -18,7 +18,7 @@ from alpaca.recipe.schedules import SHAPES, WITHOUT_WARMUP
 
 @dataclass(frozen=True)
 class Schedule:
-    """`examples` in the data, `batch` of them a step, `steps` in all."""
+    """`examples` in the data, `batch` of them per step, `steps` in total."""
 
     examples: int
     batch: int
@@ -56,7 +56,7 @@ def steps_per_epoch(examples: int, batch: int) -> int:
 
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, examples: int) -> npt.NDArray[np.int64]:
-    """The order of the examples in an epoch; kept, as a plan asks for every step in turn."""
+    """The order of the examples in an epoch; cached, because a plan asks for every step."""
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 

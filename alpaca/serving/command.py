@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from alpaca.errors import UserError
+from alpaca.folder import check_folder
 from alpaca.serving import schema, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,9 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the quick checks, then replace this process with the server; does not return."""
     environment = named({**IMAGE, **os.environ}, arguments.weights)
     if not environment.get("COG_WEIGHTS") and not arguments.train:
-        from alpaca import model  # imports torch, which is slow and not needed for --help
-
-        model.check_folder(weights.locate(None, environment, ROOT).folder)
+        check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
     entry = schema.find(ROOT, RUN, "run")
     schema.write(ROOT, entry, schema.find(ROOT, TRAIN, "train"))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from alpaca import model as model_folder
 from alpaca import passport, stored
 from alpaca.errors import UserError
+from alpaca.folder import check_folder, load_tokenizer
 from alpaca.serving.cache import fitting_tokens, plan_capacity, unused_bytes
 from alpaca.serving.engine import Engine, Limits
 from alpaca.serving.forward import SlotModel
@@ -48,9 +49,9 @@ def load(weights: Weights, environment: Mapping[str, str] = os.environ) -> tuple
 def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[Engine, Codec]:
     began = time.monotonic()
     folder = weights.folder
-    model_folder.check_folder(folder)
+    check_folder(folder)
     passport.check_template(folder, passport.check_loaded(folder))
-    codec = Codec(model_folder.load_tokenizer(folder))
+    codec = Codec(load_tokenizer(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(environment, device)
     # On a CPU, load the checkpoint's own type: packing converts one layer at a time.

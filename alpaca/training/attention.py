@@ -1,9 +1,9 @@
 """Attention for packs, registered with transformers under the name `alpaca_packed`.
 
-Each segment of a pack attends, causally and aligned at the end, to its shared prefix and to
-itself. With a gather of the prefix's keys and values that is ordinary variable-length attention:
-`varlen_attn` where its kernel runs, else one `scaled_dot_product_attention` a segment. No model
-code is touched: the pack's index travels through the model's keyword arguments.
+Each segment of a pack attends causally, aligned at the end, to its shared prefix and to itself.
+Once the prefix's keys and values are gathered, this is ordinary variable-length attention:
+`varlen_attn` where its kernel is supported, else one `scaled_dot_product_attention` per segment.
+The model's code is unchanged: it passes the pack's index along as a keyword argument.
 """
 
 import inspect
@@ -73,7 +73,7 @@ def packed_attention(
 
 
 def has_kernel(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
-    """Whether `varlen_attn` takes such numbers on a GPU of this compute capability; None: a CPU.
+    """Whether `varlen_attn` supports the dtype on a GPU of this compute capability; None: a CPU.
 
     Its kernel is FlashAttention: fp16 and bf16 on Ampere and newer (Dao, "FlashAttention-2", 2023).
     """
@@ -110,10 +110,10 @@ def varlen(
 def segmentwise(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, pack: PackIndex
 ) -> torch.Tensor:
-    """Any device and type: one call a segment; (tokens, heads, head_dim) in and out.
+    """Any device and type: one call per segment; (tokens, heads, head_dim) in and out.
 
-    The pack is split once and joined once: a slice a segment would make the backward pass
-    write a gradient as large as the whole pack for each of them.
+    The pack is split once and joined once. With one slice per segment, the backward pass would
+    write a gradient as large as the whole pack for each segment.
     """
     sizes = [s.end - s.start for s in pack.segments]
     starts = {s.start: at for at, s in enumerate(pack.segments)}
@@ -125,7 +125,7 @@ def segmentwise(
             prefix = starts[s.prefix_start]
             k = torch.cat([pieces[1][prefix], k], dim=1)
             v = torch.cat([pieces[2][prefix], v], dim=1)
-        mask = _lower(shared, q.shape[1], query.dtype, query.device)
+        mask = _causal_mask(shared, q.shape[1], query.dtype, query.device)
         results.append(
             F.scaled_dot_product_attention(
                 q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None,
@@ -135,7 +135,9 @@ def segmentwise(
     return torch.cat(results, dim=1).transpose(0, 1)
 
 
-def _lower(shared: int, own: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def _causal_mask(
+    shared: int, own: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
     """Additive mask (own, shared + own), causal, aligned at the end; None: plain causal."""
     if not shared:
         return None
@@ -150,9 +152,9 @@ def _triangle(shared: int, own: int, dtype: torch.dtype, device: torch.device) -
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The pack's index says who sees whom; transformers need not build a mask."""
+    """Build no mask: the pack's index defines what each token attends to."""
 
 
-# Segments differ from pack to pack, so compiled layers call it from outside their graphs.
+# Segments differ from pack to pack, so the function stays outside the graphs of compiled layers.
 AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
 AttentionMaskInterface.register(NAME, _no_mask)

@@ -1,8 +1,8 @@
 """Checkpoints of a running job: sharded, complete or absent, and only for the same run.
 
-`torch.distributed.checkpoint` writes each rank's shards; the folder gets its final name when all
-ranks are done. It holds what the run is made of (data, base model, recipe), so a checkpoint of
-another run is refused with the difference named. It can be read on another number of ranks.
+`torch.distributed.checkpoint` writes each rank's shards. The folder gets its final name when all
+ranks are done. It records what the run is made of (data, base model, recipe). A checkpoint of
+another run is refused, and the error names the difference. A different number of ranks can read it.
 """
 
 import json
@@ -23,7 +23,7 @@ from alpaca.training.rendezvous import on_first_rank
 
 PREFIX = "checkpoint-"
 META = "run.json"
-FULL = 1_000_000  # bytes; a disk with less free space is full
+FULL = 1_000_000  # bytes; a disk with less free space counts as full
 
 
 def save(
@@ -34,11 +34,11 @@ def save(
     meta: dict[str, Any],
     keep: int,
 ) -> None:
-    """Write `checkpoint-STEP` below `folder`; a collective call. The newest `keep` remain.
+    """Write `checkpoint-STEP` in `folder` and keep the newest `keep`; a collective call.
 
     Raises:
-        UserError: on every rank, when the disk of one of them is full or refuses to be written.
-            Earlier checkpoints remain, and what was written of this one is deleted.
+        UserError: on every rank, when the disk of one of them is full or cannot be written.
+            Earlier checkpoints are kept; the partial one is deleted.
     """
     final = folder / f"{PREFIX}{step}"
     partial = atomic.partial_path(final)
@@ -60,10 +60,10 @@ def save(
         state_dict_saver.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
         on_first_rank(finish)
     except (OSError, CheckpointException) as error:
-        reason = _refusal(error, folder)
+        reason = _disk_error(error, folder)
         if reason is None:
             raise
-        dist.barrier()  # so that every rank has seen how full the disk was
+        dist.barrier()  # every rank has checked the free space before rank 0 frees some
         if dist.get_rank() == 0:
             _clear_partial(folder)
         raise UserError(
@@ -73,31 +73,31 @@ def save(
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; renamed first, so that what a kill leaves of it is cleared later."""
-    aside = checkpoint.with_name(f".{checkpoint.name}.old")
-    checkpoint.rename(aside)
-    shutil.rmtree(aside)
+    """Delete a checkpoint; it is renamed first, so that a later save clears what a kill leaves."""
+    renamed = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def _clear_partial(folder: Path) -> None:
-    """Delete what was not written, or not deleted, to its end, whichever step it was of."""
+    """Delete checkpoints, of any step, whose writing or deletion was interrupted."""
     for path in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _refusal(error: OSError | CheckpointException, folder: Path) -> str | None:
-    """What the disk said; None where the fault is not the disk's."""
+def _disk_error(error: OSError | CheckpointException, folder: Path) -> str | None:
+    """The disk's error message; None where the disk is not at fault."""
     if isinstance(error, OSError):
         return str(error)
     causes = [cause for cause, _ in error.failures.values()]
-    said = [str(cause) for cause in causes if isinstance(cause, OSError)]
-    if not said and free_disk(folder) < FULL:  # torch's own writer hides the reason
-        said = ["no space left on the disk"]
-    return said[0] if said else None
+    messages = [str(cause) for cause in causes if isinstance(cause, OSError)]
+    if not messages and free_disk(folder) < FULL:  # torch's own writer hides the reason
+        messages = ["no space left on the disk"]
+    return messages[0] if messages else None
 
 
 def load(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Read a checkpoint into a sharded model and its optimizer; returns what `save` got as meta."""
+    """Load a checkpoint into a sharded model and its optimizer; returns its `meta`."""
     model, optim = get_state_dict(module, optimizer)
     state_dict_loader.load({"model": model, "optimizer": optim}, checkpoint_id=folder)
     set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=optim)
@@ -105,24 +105,24 @@ def load(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer
 
 
 def found(folder: Path) -> list[Path]:
-    """The complete checkpoints below `folder`, oldest first."""
+    """The complete checkpoints in `folder`, oldest first."""
     complete = [path for path in folder.glob(f"{PREFIX}*") if (path / META).is_file()]
     return sorted(complete, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def clear(folder: Path) -> None:
-    """Remove all checkpoints, and what interrupted writers left of others."""
+    """Remove all checkpoints, also partial ones left by interrupted writers."""
     for path in [*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*")]:
         shutil.rmtree(path)
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint below `folder`, if there is one."""
+    """The newest complete checkpoint in `folder`, if there is one."""
     complete = found(folder)
     return complete[-1] if complete else None
 
 
 def meta(checkpoint: Path) -> dict[str, Any]:
-    """What `save` got as `meta`, and the `step`."""
-    held: dict[str, Any] = json.loads((checkpoint / META).read_text())
-    return held
+    """The `meta` that was given to `save`, and the `step`."""
+    stored: dict[str, Any] = json.loads((checkpoint / META).read_text())
+    return stored

@@ -13,19 +13,20 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.model import check_folder, compute_dtype, explained_disk_errors, load_tokenizer
+from alpaca.folder import explained_disk_errors
+from alpaca.model import compute_dtype
 from alpaca.plan import devices, planner, report
 from alpaca.plan.plan import Plan
 from alpaca.recipe import rules, steps
 from alpaca.recipe.arguments import Arguments
-from alpaca.recipe.corpus import Corpus, open_corpus, split
 from alpaca.recipe.progress import Progress
 from alpaca.recipe.steps import Schedule
 from alpaca.tokens import Codec
-from alpaca.training import compatibility, identity, run_log, sharding
+from alpaca.training import compatibility, identity, inputs, run_log, sharding
 from alpaca.training.export import Rounding, export, rehearse
-from alpaca.training.identity import Inputs, Start
-from alpaca.training.loop import Data, Trainer
+from alpaca.training.identity import Hashes, Start
+from alpaca.training.inputs import Data
+from alpaca.training.loop import Trainer
 from alpaca.training.loss import TargetLoss
 from alpaca.training.rendezvous import on_first_rank
 from alpaca.training.signals import StoppedError
@@ -51,14 +52,16 @@ class Run:
         return self.start.arguments
 
 
-def run(arguments: Arguments) -> None:
+def run(arguments: Arguments, given: inputs.Inputs | None = None) -> None:
     """Run the training job of one process; ends with exit code 143 or 130 when a signal stops it.
+
+    `given`: what `inputs.read` returned for the same arguments, else it is read now.
 
     Raises:
         UserError: whatever is wrong with data, model or hardware, before the first step.
     """
     try:
-        prepared = prepare(arguments)
+        prepared = prepare(arguments, given or inputs.read(arguments))
         if prepared.start.finished:
             if dist.get_rank() == 0:
                 folder = arguments.output_dir
@@ -75,7 +78,7 @@ def run(arguments: Arguments) -> None:
             dist.destroy_process_group()
 
 
-def prepare(arguments: Arguments) -> Run:
+def prepare(arguments: Arguments, given: inputs.Inputs) -> Run:
     """Check everything that can be checked, and connect the ranks.
 
     Raises:
@@ -83,10 +86,8 @@ def prepare(arguments: Arguments) -> Run:
     """
     device = _device()
     compute = _dtype(arguments, device, main=os.environ.get("RANK", "0") == "0")
-    check_folder(arguments.model_name_or_path)
-    codec = Codec(load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path))
+    codec, data = given.codec, given.data
     compatibility.check(arguments, codec.tokenizer)
-    data = _split(arguments, codec)
     # Up to here each rank is alone: a mistake in flags or data ends it before it waits for others.
     mesh = sharding.start(device, arguments.sharding)
     ranks = dist.get_world_size()
@@ -95,10 +96,10 @@ def prepare(arguments: Arguments) -> Run:
         return steps.schedule(arguments, len(data.train), ranks)
 
     def begin() -> Start:
-        inputs = Inputs.of(arguments, codec)
+        hashes = Hashes.of(arguments, codec)
 
         def described(other: Arguments) -> dict[str, Any]:
-            return identity.describe(inputs, other, schedule(other), compute)
+            return identity.describe(hashes, other, schedule(other), compute)
 
         return identity.begin(arguments, ranks, described)
 
@@ -188,34 +189,6 @@ def _dtype(arguments: Arguments, device: torch.device, main: bool) -> torch.dtyp
     return torch.bfloat16 if half else torch.float32
 
 
-def _open(arguments: Arguments, data: Path, codec: Codec) -> Corpus:
-    return open_corpus(
-        data, codec, planner.CACHE, arguments.model_max_length, joint=arguments.joint_tokenization
-    )
-
-
-def _split(arguments: Arguments, codec: Codec) -> Data:
-    """The data set, with what is held out of it or read beside it."""
-    corpus = _open(arguments, arguments.data_path, codec)
-    train, held_out = split(corpus, arguments.eval_fraction, arguments.seed)
-    if not train:
-        raise _without_targets(arguments, arguments.data_path)
-    if arguments.eval_data_path:
-        other = _open(arguments, arguments.eval_data_path, codec)
-        evaluated, _ = split(other, 0.0, arguments.seed)
-        if not evaluated:
-            raise _without_targets(arguments, arguments.eval_data_path)
-        return Data(corpus, train, other, evaluated)
-    return Data(corpus, train, corpus, held_out)
-
-
-def _without_targets(arguments: Arguments, data: Path) -> UserError:
-    return UserError(
-        f"No example of {data} has an answer token left after truncation.",
-        f"Raise --model_max_length (now {arguments.model_max_length}).",
-    )
-
-
 def _plan(run: Run) -> Plan | None:
     """The plan of this run, printed; refuses one that cannot fit, unless --skip_plan is given."""
     arguments = run.arguments
@@ -277,36 +250,15 @@ def _sample(trainer: Trainer, codec: Codec) -> str:
 
 
 def _announce(run: Run) -> None:
-    """Say what is about to be trained on, with an example of each kind."""
-    arguments, data, schedule = run.arguments, run.data, run.schedule
-    corpus = data.corpus
-    for notice in dict.fromkeys([*corpus.notices, *data.other.notices, *run.start.notices]):
+    """Say what is about to be done, and what is different since an earlier start."""
+    arguments, schedule = run.arguments, run.schedule
+    for notice in run.start.notices:
         print(f"train: {notice}")
-    for kind, name in enumerate(("without input", "with input")):
-        shown = next((i for i in data.train if corpus.kinds[i] == kind), None)
-        if shown is not None:
-            text = run_log.show_example(corpus, shown, run.codec)
-            print(f"--- an example {name}, as it is trained on\n{text}\n")
     print(
-        f"train: {len(data.train)} examples, {schedule.steps} steps of {schedule.batch}, "
-        f"{dist.get_world_size()} rank(s), computing in {str(run.compute).removeprefix('torch.')}; "
-        f"{corpus.truncated} example(s) cut at {arguments.model_max_length} tokens, "
-        f"{corpus.without_targets} of them left without an answer token (not trained on)",
+        f"train: {schedule.steps} steps of {schedule.batch} examples, {dist.get_world_size()} "
+        f"rank(s), computing in {str(run.compute).removeprefix('torch.')}",
         flush=True,
     )
-    if data.other is not corpus and data.other.without_targets:
-        print(
-            f"train: {data.other.without_targets} of {len(data.other)} examples of "
-            f"{arguments.eval_data_path} have no answer token left (not evaluated)",
-            flush=True,
-        )
-    if corpus.empty_outputs:
-        print(
-            f"train: {corpus.empty_outputs} example(s) have an empty output and teach to answer "
-            "with nothing, as in 2023; a copy without them: python -m alpaca audit "
-            f"{arguments.data_path} --leave_out empty_output --write-clean clean.json",
-            flush=True,
-        )
     if arguments.save_strategy == "steps" and arguments.save_steps >= schedule.steps:
         print(
             f"train: no checkpoint is due before the last of {schedule.steps} steps: a lost "

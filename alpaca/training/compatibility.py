@@ -6,7 +6,8 @@ Each mistake here would train, and give a model that is wrong or can't be served
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
-from alpaca.model import check_weights, load_tokenizer
+from alpaca.folder import load_tokenizer
+from alpaca.model import check_weights
 from alpaca.recipe.arguments import Arguments
 
 

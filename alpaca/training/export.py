@@ -1,11 +1,11 @@
-"""The trained model as a folder other programs load: safetensors, tokenizer, passport.
+"""The trained model as a folder that other programs load: safetensors, tokenizer, passport.
 
 Tensors are gathered and written one at a time, so neither a device nor the host ever holds a full
-copy. The folder is written aside, read back and compared, and only then moved to its place.
+copy. The folder is written under a temporary name, read back, compared, and only then renamed.
 
-A run that computed in fp32 used more digits than a 16-bit export holds: it is rounded by chance,
-which keeps the mean of each small update. A run that computed in bf16 used the nearest bf16 numbers
-of its masters, so those are exported.
+A run that computed in fp32 has more digits than a 16-bit export can hold. It is rounded
+stochastically, which keeps the mean of each small update. A run that computed in bf16 used the
+nearest bf16 numbers of its masters, so those are exported.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from alpaca import description, golden, layout, passport, rounding, shards
 from alpaca.description import vocabulary_of
 from alpaca.errors import UserError
-from alpaca.model import install, staging
+from alpaca.folder import install, staging
 from alpaca.shards import DTYPES, SHORT_NAMES, Shard
 from alpaca.tokens import Codec
 from alpaca.training.rendezvous import on_first_rank
@@ -31,14 +31,14 @@ from alpaca.training.rendezvous import on_first_rank
 
 @dataclass(frozen=True)
 class Rounding:
-    """How fp32 masters become exported weights: to the nearest of `dtype`, or by chance."""
+    """How fp32 masters are rounded to exported weights of `dtype`: to the nearest, or by chance."""
 
     dtype: torch.dtype
     seed: int | None = None  # None: to the nearest
 
     @classmethod
     def of(cls, export_dtype: str, compute: torch.dtype, seed: int) -> "Rounding":
-        """By chance where the run computed in fp32, with digits that the export's type lacks."""
+        """Stochastic where the run computed in fp32, with digits that the export's type lacks."""
         return cls(DTYPES[export_dtype], seed if compute == torch.float32 else None)
 
     @property
@@ -49,10 +49,10 @@ class Rounding:
         return {"dtype": SHORT_NAMES[self.dtype], "rounding": "none" if exact else way}
 
     def apply(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """A whole fp32 tensor, on the CPU, as it is exported.
+        """Round a whole fp32 tensor, on the CPU, for the export.
 
         Raises:
-            UserError: it holds a number that the type cannot.
+            UserError: it holds a number that is too large for the type.
         """
         if self.seed is None:
             rounded = whole.to(self.dtype)
@@ -80,7 +80,7 @@ class Weight:
         return tuple(self.parameter.shape)
 
     def gather(self) -> torch.Tensor:
-        """The parameter whole, as it is."""
+        """The whole parameter, without rounding."""
         parameter = self.parameter
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         return whole.detach()
@@ -95,24 +95,26 @@ def export(
 ) -> None:
     """Write the model folder; every rank calls this, rank 0 writes.
 
-    `facts` gets the folder that is written, before it is in its place, and returns what the
-    passport holds of the run; every rank calls it.
+    `facts` is called on every rank with the written folder, before it gets its final name. It
+    returns what the passport records about the run.
 
     Raises:
-        UserError: what was written does not read back.
-        OSError: the disk refused it. Both on every rank.
+        UserError: the files read back differently from what was written.
+        OSError: the disk could not be written. Both are raised on every rank.
     """
     partial = on_first_rank(lambda: staging(folder))
-    planned, meant = _write(model, codec, partial, rounded)
-    told = facts(partial)
+    planned, expected = _write(model, codec, partial, rounded)
+    run_facts = facts(partial)
 
     def finish() -> None:
         proofs = {"tensors": golden.all_tensor_hashes(partial), "golden": golden.record(partial)}
-        written = passport.write(partial, made_by="train", **told, export=rounded.facts, **proofs)
+        written = passport.write(
+            partial, made_by="train", **run_facts, export=rounded.facts, **proofs
+        )
         read = written["files"]
         shards.check(planned, partial)
         for shard in planned:
-            if read[shard.name] != meant[shard.name]:
+            if read[shard.name] != expected[shard.name]:
                 raise UserError(
                     f"{partial / shard.name} reads back differently from what was written.",
                     "The disk is failing; export to another one with --output_dir.",
@@ -123,10 +125,10 @@ def export(
 
 
 def rehearse(model: PreTrainedModel, codec: Codec, folder: Path, rounded: Rounding) -> None:
-    """Write an export and delete it: what would fail at the end of a run fails before its start.
+    """Write an export and delete it, to find before a run what would fail at its end.
 
     Raises:
-        OSError: on every rank, where the disk refuses it.
+        OSError: on every rank, where the disk cannot be written.
     """
     partial = on_first_rank(lambda: staging(folder))
     _write(model, codec, partial, rounded)
@@ -146,24 +148,24 @@ def _write(
         assert next(remaining) is weight
         return rounded.apply(weight.name, weight.gather().cpu()).contiguous()
 
-    meant: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     failure: OSError | UserError | None = None
     if dist.get_rank() == 0:
         total = sum(shard.data_bytes for shard in planned)
         try:
             with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
                 for shard in planned:
-                    meant[shard.name] = shards.write(shard, folder, gathered, bar.update)
+                    hashes[shard.name] = shards.write(shard, folder, gathered, bar.update)
             if len(planned) > 1:
                 (folder / layout.INDEX).write_text(shards.index(planned))
             description.write(folder, model.config, vocabulary_of(codec), rounded.dtype)
         except (OSError, UserError) as error:
-            shutil.rmtree(folder, ignore_errors=True)  # or it would keep the disk full
+            shutil.rmtree(folder, ignore_errors=True)  # else it would keep the disk full
             failure = error
-    for weight in remaining:  # every rank gathers each, whatever became of rank 0's disk
+    for weight in remaining:  # gathering is collective, so it continues after a disk error
         weight.gather()
     on_first_rank(lambda: _raise(failure))
-    return planned, meant
+    return planned, hashes
 
 
 def _raise(failure: OSError | UserError | None) -> None:

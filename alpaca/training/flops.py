@@ -1,8 +1,8 @@
-"""How much work a pack is, and how much of it the device could do: what `mfu` in the log means.
+"""The FLOPs of a pack and the peak FLOP/s of the device: `mfu` in the log is their ratio.
 
-Counted are the FLOPs that the loss and its gradient need (Chowdhery et al., "PaLM", 2022, appendix
-B: 6 for each weight and token, and attention): nothing for padding, for recomputed activations, or
-for the vocabulary at tokens that are not trained on.
+Only the FLOPs that the loss and its gradient need are counted (Chowdhery et al., "PaLM", 2022,
+appendix B: 6 for each weight and token, and attention). Padding, recomputed activations, and the
+vocabulary at tokens that are not trained on are not counted.
 """
 
 import time
@@ -17,7 +17,7 @@ from alpaca.recipe.packing import Pack
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What a model costs: weights in its layers, and the sizes that attention and loss need."""
+    """The sizes of a model that its FLOPs depend on: layer weights, attention, vocabulary."""
 
     weights: int
     layers: int
@@ -26,7 +26,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelFlops":
-        """Read it from a model; sharded parameters count whole."""
+        """Read the sizes from a model; sharded parameters count in full."""
         config = model.config
         vocabulary = config.vocab_size * config.hidden_size
         tables = vocabulary * (1 if config.tie_word_embeddings else 2)
@@ -41,7 +41,7 @@ class ModelFlops:
 
     def of_pack(self, pack: Pack) -> float:
         """FLOPs of a pack's forward and backward pass."""
-        attended = 0  # pairs of a query and a key it sees
+        attended = 0  # pairs of a query and a key that it attends to
         for s in pack.segments:
             own = s.end - s.start
             attended += own * (s.prefix_end - s.prefix_start) + own * (own + 1) // 2
@@ -53,7 +53,7 @@ class ModelFlops:
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The FLOP/s that `mfu` is a share of: the card's published peak, else a measured rate."""
+    """The FLOP/s that `mfu` is relative to: the card's published peak, else a measured rate."""
     if device.type == "cuda":
         card = devices.recognized(torch.cuda.get_device_name(device), 0)
         published = card.bf16 if dtype == torch.bfloat16 else card.fp32
@@ -63,7 +63,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product in `dtype`, measured: the best of eight, under 0.3 s."""
+    """Measured FLOP/s of a large matrix product in `dtype`: the best of eight, under 0.3 s."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     best = 0.0

@@ -17,7 +17,7 @@ import torch
 
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.model import finish_install
+from alpaca.folder import finish_install
 from alpaca.passport import sha256
 from alpaca.prompt import template_hash
 from alpaca.recipe.arguments import Arguments
@@ -93,13 +93,13 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Hashes of what a run reads; the same whatever the number of ranks."""
+class Hashes:
+    """SHA-256 of what a run reads; the same whatever the number of ranks."""
 
-    hashes: dict[str, str | None] = field(default_factory=dict)
+    values: dict[str, str | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, arguments: Arguments, codec: Codec) -> "Inputs":
+    def of(cls, arguments: Arguments, codec: Codec) -> "Hashes":
         """Read them."""
         tokenizer = codec.tokenizer.backend_tokenizer.to_str()
         held_out = arguments.eval_data_path
@@ -113,7 +113,7 @@ class Inputs:
 
 
 def describe(
-    inputs: Inputs, arguments: Arguments, schedule: Schedule, compute: torch.dtype
+    hashes: Hashes, arguments: Arguments, schedule: Schedule, compute: torch.dtype
 ) -> Identity:
     """What makes two runs the same run, whatever the number of ranks and the paths."""
     planned = dataclasses.asdict(schedule)
@@ -127,7 +127,7 @@ def describe(
         "dither_masters": sharding.Dither.of(arguments, compute) is not None or None,
     }  # fmt: skip
     return {
-        **inputs.hashes,
+        **hashes.values,
         "compute": str(compute).removeprefix("torch."),
         **planned,
         "eval_fraction": arguments.eval_fraction,

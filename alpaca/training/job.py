@@ -1,4 +1,4 @@
-"""Training as a child process group: what Cog's training API starts, follows and can cancel."""
+"""Training as a child process, which Cog's training API starts, follows and can cancel."""
 
 import asyncio
 import os
@@ -13,16 +13,16 @@ from alpaca import atomic
 from alpaca.errors import UserError
 
 GRACE_SECONDS = 4.0
-TAIL = 4000  # characters of the output that an error message repeats
+TAIL = 4000  # characters of output that an error message repeats
 
 
 async def launch(flags: list[str], root: Path) -> None:
-    """Run train.py on all GPUs, or on two CPU ranks; its output is this process's output.
+    """Run train.py on all GPUs, or on two CPU ranks, and print its output.
 
-    Whatever ends the wait, cancellation included, ends all ranks.
+    All ranks are ended when this function returns or is cancelled.
 
     Raises:
-        UserError: the job failed; its message stands in the output.
+        UserError: the job failed; the error repeats the end of its output.
     """
     ranks = torch.cuda.device_count() or 2
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -32,27 +32,27 @@ async def launch(flags: list[str], root: Path) -> None:
         *command, cwd=root, env=environment, start_new_session=True,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    told = ""
+    tail = ""
     try:
         assert job.stdout is not None
-        # The progress bar redraws its line, so what arrives is read in pieces, not in lines.
+        # The progress bar redraws its line, so output is read in pieces, not in lines.
         while piece := await job.stdout.read(4096):
             text = piece.decode(errors="replace")
             print(text, end="", flush=True)
-            told = (told + text)[-TAIL:]
+            tail = (tail + text)[-TAIL:]
         code = await job.wait()
     finally:
         end_family(job.pid)
     if code:
-        # Cog hands the error over by itself; of the logs the last lines may come too late.
-        reason = told[told.find("train: error:") :] if "train: error:" in told else told
+        # Cog returns the error separately; the last lines of the logs may arrive too late.
+        reason = tail[tail.find("train: error:") :] if "train: error:" in tail else tail
         raise UserError(f"Training failed with exit code {code}:\n{reason.strip()}")
 
 
 def end_family(pid: int) -> None:
     """End a process and its descendants: SIGTERM, so that they save, and SIGKILL after 4 s.
 
-    torchrun starts each rank in a session of its own, so a process group does not hold them all.
+    torchrun starts each rank in its own session, so no process group contains all of them.
     """
     try:
         parent = psutil.Process(pid)

@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom in the order things happen.
+"""The training loop; its functions are in the order in which a step calls them.
 
 step k -> examples -> this rank's packs -> loss sum / global targets -> backward
        -> clip -> AdamW -> log line -> maybe evaluate, maybe checkpoint
@@ -26,6 +26,7 @@ from alpaca.recipe.corpus import Corpus
 from alpaca.recipe.progress import Progress
 from alpaca.recipe.steps import Schedule
 from alpaca.training import checkpoint, flops, loss, optimizer, sharding
+from alpaca.training.inputs import Data
 from alpaca.training.loss import TargetLoss
 from alpaca.training.run_log import RunLog
 from alpaca.training.signals import STOP, Requests, StoppedError
@@ -34,18 +35,8 @@ from alpaca.training.updates import Counts, UpdateSample, UpdateWatch
 
 
 @dataclass(frozen=True)
-class Data:
-    """Indices of `corpus` to train on, and of `other` to evaluate on."""
-
-    corpus: Corpus
-    train: Sequence[int]
-    other: Corpus
-    held_out: Sequence[int]
-
-
-@dataclass(frozen=True)
 class Computed:
-    """What a step's forward and backward passes computed: the loss's part, tokens, useful FLOPs."""
+    """Result of a step's forward and backward passes: share of the loss, tokens, useful FLOPs."""
 
     loss: float
     tokens: float
@@ -53,7 +44,7 @@ class Computed:
 
 
 class Trainer:
-    """One run: the sharded model, its optimizer, and the data it walks through."""
+    """One run: the sharded model, its optimizer, and its data."""
 
     def __init__(
         self,
@@ -67,9 +58,9 @@ class Trainer:
         *,
         reduces_once: bool,
     ) -> None:
-        """`meta` is what checkpoints say of the run, `run` in it its identity.
+        """`meta` is stored in checkpoints; its entry `run` is the run's identity.
 
-        `reduces_once`: gradients are added up whole on each rank and reduced with the last pack.
+        `reduces_once`: each rank adds up whole gradients and reduces them with the last pack.
         """
         self.arguments = arguments
         self.module = module
@@ -88,22 +79,22 @@ class Trainer:
         self.lengths = packing.lengths(arguments.pack_tokens) if arguments.torch_compile else ()
 
     def train(self, newest: Path | None) -> Progress:
-        """Train to the last step, from the checkpoint `newest` where there is one.
+        """Train to the last step; resume from the checkpoint `newest` if there is one.
 
         Raises:
-            StoppedError: a signal asked for it; a checkpoint was written.
-            UserError: the loss is no number any more.
+            StoppedError: a signal asked the run to stop; a checkpoint was written.
+            UserError: the loss or the gradient's norm is NaN or infinite.
         """
         folder = self.arguments.output_dir
         if newest is not None:
             meta = checkpoint.load(newest, self.module, self.optimizer)
             self.progress = Progress(**meta["progress"])
-            if self.evaluated(meta) != self.evaluated(self.meta):  # losses of other examples
+            if self.evaluated(meta) != self.evaluated(self.meta):  # other held-out examples
                 self.progress = dataclasses.replace(
                     self.progress, eval_loss_before=None, eval_loss_after=None
                 )
         earlier, started = self.progress.seconds, time.monotonic()
-        self.sample.count()  # from here on
+        self.sample.count()  # counts start here
         watch = UpdateWatch(self.compute)
         tracker = self.tracker(resumed=newest is not None)
         with RunLog(folder, self.schedule.steps, self.progress.steps, tracker) as run_log:
@@ -111,14 +102,14 @@ class Trainer:
                 self.evaluate(run_log)
             for step in range(self.progress.steps, self.schedule.steps):
                 line, wanted, counts = self.step(step)
-                if line["lr"] and (told := watch.warning(counts)):
-                    run_log.tell(told)
+                if line["lr"] and (warning := watch.warning(counts)):
+                    run_log.warn(warning)
                 self.progress = self.progress.after(line, earlier + time.monotonic() - started)
                 run_log.step(line, write=(step + 1) % self.arguments.logging_steps == 0)
                 if self.due(self.arguments.eval_strategy, self.arguments.eval_steps, last=True):
                     self.evaluate(run_log)
                 saves = self.arguments.save_strategy
-                # Whatever the period, the last step is saved: the export may yet fail.
+                # The last step is saved whatever the period, because the export may still fail.
                 if wanted or self.due(saves, self.arguments.save_steps, last=saves != "no"):
                     self.requests.saving()
                     self.save()
@@ -129,7 +120,8 @@ class Trainer:
     def step(self, step: int) -> tuple[dict[str, Any], int, Counts]:
         """One optimizer step.
 
-        Returns its log line, what signals asked of any rank, and how many weights changed.
+        Returns its log line, the strongest signal request of all ranks, and how many weights
+        changed.
         """
         started = time.monotonic()
         example_ids = [self.data.train[i] for i in self.schedule.indices(step)]
@@ -160,7 +152,7 @@ class Trainer:
         return line, int(ranks[:, 5].max()), counts
 
     def forward_backward(self, example_ids: Sequence[int]) -> Computed:
-        """Add up the gradients of a step's loss, pack by pack; returns this rank's part of it."""
+        """Add up the gradients of a step's loss, pack by pack; returns this rank's results."""
         corpus = self.data.corpus
         targets = sum(corpus.targets(i) for i in example_ids)
         total = torch.zeros((), device=self.device)
@@ -172,7 +164,7 @@ class Trainer:
                 cast(FSDPModule, self.module).set_requires_gradient_sync(number == len(packs))
             summed = loss.pack_loss(self.module, pack, self.device, self.lengths)
             mean = summed / max(1, targets)
-            # FSDP averages gradients over ranks; the loss is a sum over them.
+            # FSDP averages gradients over ranks, but the loss is a sum over them.
             (mean * dist.get_world_size()).backward()
             total += mean.detach()
             tokens += pack.tokens
@@ -181,7 +173,7 @@ class Trainer:
         return Computed(total.item(), tokens, work)
 
     def update(self, step: int) -> tuple[float, float]:
-        """Clip the gradients and take AdamW's step; returns their norm and the learning rate."""
+        """Clip the gradients and run AdamW's step; returns their norm and the learning rate."""
         norm = clip(self.module, self.arguments.max_grad_norm)
         rate = self.schedule.learning_rate(step)
         optimizer.set_rate(self.optimizer, rate)
@@ -192,7 +184,7 @@ class Trainer:
     def log_line(
         self, step: int, example_ids: Sequence[int], computed: Computed, counts: Counts
     ) -> dict[str, Any]:
-        """What the log says of a step, but for its rates."""
+        """The log line of a step, without its rates."""
         corpus = self.data.corpus
         real = sum(corpus.length(i) for i in example_ids)
         batch = self.arguments.per_device_train_batch_size
@@ -212,26 +204,26 @@ class Trainer:
         """The examples of each of this rank's packs."""
         arguments, ranks = self.arguments, dist.get_world_size()
         if arguments.packing:
-            every = packing.distribute(corpus, example_ids, arguments.pack_tokens, ranks)
+            by_rank = packing.distribute(corpus, example_ids, arguments.pack_tokens, ranks)
         else:
-            every = packing.batches(example_ids, arguments.per_device_train_batch_size, ranks)
-        return every[dist.get_rank()]
+            by_rank = packing.batches(example_ids, arguments.per_device_train_batch_size, ranks)
+        return by_rank[dist.get_rank()]
 
     @cached_property
     def held_out_packs(self) -> list[list[int]]:
-        """The packs of an evaluation; thousands of examples take seconds to place."""
+        """The packs of an evaluation; cached, because packing thousands of examples is slow."""
         return self.packs(self.data.other, self.data.held_out)
 
     def pack(
         self, corpus: Corpus, members: Sequence[int], example_ids: Sequence[int]
     ) -> packing.Pack:
-        """A pack laid out; a rank without examples still takes part in every collective."""
+        """Build a pack; a rank without examples gets an idle one, to join every collective."""
         if members:
             return packing.build(corpus, members, padded=not self.arguments.packing)
         return packing.idle(corpus, example_ids[0])
 
     def evaluate(self, run_log: RunLog) -> None:
-        """Write the held-out loss into the log, where there are held-out examples."""
+        """Log the held-out loss, if there are held-out examples."""
         mean = self.held_out_loss()
         if mean is None:
             return
@@ -242,10 +234,10 @@ class Trainer:
             self.progress = dataclasses.replace(self.progress, eval_loss_before=mean)
 
     def measure_export(self, folder: Path) -> Progress:
-        """The finished run, with the held-out loss of its exported weights; a collective call.
+        """The run's progress with the held-out loss of its exported weights; a collective call.
 
-        They are read back into the sharded model, in place of its masters. Without held-out
-        examples, or where a host does not see the folder, nothing is measured.
+        The exported weights are loaded into the sharded model and replace its masters. Nothing is
+        measured if there are no held-out examples, or if a host does not see the folder.
         """
         seen = bool(self.gather(float(any(folder.glob("*.safetensors")))).all())
         if not self.data.held_out or not seen:
@@ -270,14 +262,14 @@ class Trainer:
 
     @torch.no_grad()
     def answer(self, prompt: Sequence[int], eos: int, limit: int = 32) -> list[int]:
-        """Up to `limit` likeliest tokens after a prompt; a collective call.
+        """Up to `limit` greedy tokens after a prompt; a collective call.
 
-        The sharded model is asked as it is, without a cache: slow, but in no more memory than a
-        step needs. Rank 0 decides, so that no rounding can lead ranks apart.
+        The sharded model is used without a key-value cache: slow, but it needs no more memory than
+        a training step. Rank 0 chooses each token, so that rounding cannot make ranks differ.
         """
         self.module.eval()
         made: list[int] = []
-        with torch.compiler.set_stance("force_eager"):  # no shape is worth compiling once
+        with torch.compiler.set_stance("force_eager"):  # each length occurs only once
             for _ in range(limit):
                 likeliest = loss.likeliest(self.module, [*prompt, *made], self.device)
                 token = torch.tensor(likeliest, device=self.device)
@@ -289,7 +281,7 @@ class Trainer:
         return made
 
     def tracker(self, *, resumed: bool) -> Tracker | None:
-        """Where else rank 0 logs to."""
+        """The tracker that rank 0 also logs to, if any."""
         if dist.get_rank():
             return None
         arguments = self.arguments
@@ -299,7 +291,7 @@ class Trainer:
 
     @staticmethod
     def evaluated(meta: dict[str, Any]) -> Any:
-        """Which held-out data a run evaluates on."""
+        """SHA-256 of the held-out data that a run evaluates on."""
         return meta.get("run", {}).get("eval_data_sha256")
 
     def save(self) -> None:
@@ -309,7 +301,7 @@ class Trainer:
         checkpoint.save(folder, self.progress.steps, self.module, self.optimizer, meta, keep)
 
     def due(self, strategy: str, every: int, *, last: bool = False) -> bool:
-        """Whether `strategy` asks for something after the steps done; `last`: always at the end."""
+        """Whether `strategy` is due after the steps done so far; `last`: always at the end."""
         period = rules.period(strategy, every, self.schedule.steps_per_epoch)
         done = self.progress.steps
         return bool(period and done % period == 0) or (last and done == self.schedule.steps)
@@ -323,14 +315,14 @@ class Trainer:
 
 
 def clip(module: torch.nn.Module, limit: float) -> float:
-    """Scale gradients down to a global norm of `limit`, 0: of any; returns the norm before."""
+    """Scale gradients down to a global norm of `limit` (0: no limit); returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit or math.inf)
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return float(whole.item())
 
 
 def memory(device: torch.device) -> int:
-    """The most memory this process had so far, in bytes: the GPU's, or what was resident."""
+    """Peak memory of this process so far, in bytes: allocated on the GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

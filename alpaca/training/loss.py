@@ -1,8 +1,8 @@
 """Cross-entropy on target tokens only.
 
-Hidden states are selected at target positions before they meet the vocabulary, so the largest
-matrix of the model is never multiplied for prompts. The sum over a pack is returned; dividing by
-the targets of the whole global step makes the mean independent of packs and ranks.
+Hidden states are selected at target positions before the output projection, so the model's
+largest matrix is never multiplied for prompts. The loss is a sum over a pack. Dividing it by the
+targets of the whole global step gives a mean that does not depend on packs and ranks.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class TargetLoss(torch.nn.Module):
     """A causal language model with its loss, as one module that FSDP can wrap."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Take a model in training mode whose logits are its projection (see stored.CAPPED)."""
+        """Take a model in training mode whose logits are not capped or scaled (stored.CAPPED)."""
         super().__init__()
         self.model = model
 
@@ -34,9 +34,9 @@ class TargetLoss(torch.nn.Module):
         sources: torch.Tensor,
         labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Sum of the losses of a pack, fp32; ids, positions: (tokens,), the rest (targets,).
+        """Sum of a pack's losses, fp32; ids, positions: (tokens,), sources, labels: (targets,).
 
-        Without labels: the likeliest next token after each of `sources`.
+        Without labels: the most likely next token after each of `sources`.
         """
         decoder = self.model.base_model
         hidden = decoder(
@@ -54,17 +54,17 @@ class TargetLoss(torch.nn.Module):
 class CrossEntropySum(torch.autograd.Function):
     """Sum of cross-entropies: (targets, width), (vocabulary, width), (targets,) to a scalar, fp32.
 
-    Targets go through in chunks, and the gradients are made with the loss, so the logits of a
-    whole pack (targets x vocabulary, in fp32) never exist at once and none is computed twice.
+    Targets are processed in chunks, and the gradients are computed with the loss. So the logits of
+    a whole pack (targets x vocabulary, in fp32) never exist at once, and none is computed twice.
     torch's chunked `linear_cross_entropy` does the same, but returns the sum in the inputs' type:
-    three digits of a loss in bf16 (2.13, measured).
+    three digits of a loss in bf16 (torch 2.13, measured).
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, wanted: bool
     ) -> torch.Tensor:
-        """The sum; where `wanted`, keeps its gradients, in the inputs' types."""
+        """The sum; if `wanted`, also saves its gradients, in the inputs' types."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else hidden
         grad_weight = torch.zeros_like(weight) if wanted else weight
@@ -80,7 +80,7 @@ class CrossEntropySum(torch.autograd.Function):
             sums = weights.sum(-1, keepdim=True)
             total += (sums.log() + top - right).sum()
             if wanted:
-                error = weights.div_(sums)  # softmax, less 1 at the target
+                error = weights.div_(sums)  # the softmax, minus 1 at the target
                 error.scatter_add_(1, target, torch.full_like(sums, -1.0))
                 torch.mm(error.to(weight.dtype), weight, out=out)
                 grad_weight.addmm_(error.to(weight.dtype).T, part)
@@ -91,7 +91,7 @@ class CrossEntropySum(torch.autograd.Function):
     def backward(
         ctx: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        """Scale what the forward pass kept."""
+        """Scale the gradients that the forward pass saved."""
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * gradients[0], grad_weight * gradients[0], None, None
 
@@ -101,8 +101,7 @@ def pack_loss(
 ) -> torch.Tensor:
     """Move a pack to `device` and return its loss sum.
 
-    `lengths`: unused tokens fill the pack up to the next of them, so that compiled
-    layers meet few shapes.
+    `lengths`: the pack is padded to the next of them, so that compiled layers see few shapes.
     """
     labels = torch.as_tensor(pack.labels, device=device)
     loss: torch.Tensor = module(*_tensors(packing.fill(pack, lengths), device), labels)
@@ -111,7 +110,7 @@ def pack_loss(
 
 @torch.no_grad()
 def likeliest(module: torch.nn.Module, ids: list[int], device: torch.device) -> int:
-    """The token that `module` finds likeliest after `ids`."""
+    """The most likely token after `ids`."""
     return int(module(*_tensors(packing.plain(ids), device), None).item())
 
 

@@ -1,4 +1,4 @@
-"""AdamW as the recipe has it, with moments in fp32 or, where memory is short, in 8 bits."""
+"""The recipe's AdamW, with moments in fp32 or, where memory is short, in 8 bits."""
 
 import torch
 
@@ -8,7 +8,7 @@ from alpaca.recipe.arguments import Arguments
 def build(module: torch.nn.Module, arguments: Arguments) -> torch.optim.Optimizer:
     """AdamW over the parameters of `module`; no weight decay on norms and biases.
 
-    With 8 bits the two moments of a weight take 2 bytes instead of 8: blocks of 256 share a scale
+    In 8 bits, the two moments of a weight take 2 bytes instead of 8: blocks of 256 share a scale
     (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
     """
     parameters = list(module.parameters())

@@ -1,9 +1,9 @@
-"""Ranks find each other again after a restart.
+"""Rendezvous of the ranks, also after a restart.
 
-torchrun keeps one key-value store over all restarts of a job, so a rank that starts again finds
-the addresses that dead ranks left, and connects to them (pytorch issue 135712). A count of restarts
-does not help: a torchrun that was itself started again counts anew. So ranks first agree on a part
-of the store that nobody has used: each says its name of the moment, rank 0 answers whom it reads.
+torchrun keeps one key-value store over all restarts of a job. A restarted rank finds the addresses
+that dead ranks left there and connects to them (pytorch issue 135712). Counting restarts does not
+help: a torchrun that is itself restarted counts from 0 again. So ranks first agree on an unused
+part of the store: each publishes a new random name, and rank 0 answers every name that it reads.
 """
 
 import time
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 def on_first_rank(body: Callable[[], T]) -> T:
-    """What `body` returns on rank 0, on every rank, while the others wait.
+    """Run `body` on rank 0 while the others wait; returns its result on every rank.
 
     Raises:
-        UserError, OSError: on every rank, where `body` does on rank 0.
+        UserError, OSError: on every rank, where `body` raises it on rank 0.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -40,16 +40,16 @@ def on_first_rank(body: Callable[[], T]) -> T:
 
 
 def meet(store: Store, rank: int, world_size: int, timeout: float = TIMEOUT_SECONDS) -> Store:
-    """A part of `store` that belongs to this attempt of the job alone; every rank calls this.
+    """A part of `store` that only this attempt of the job uses; every rank calls this.
 
     Raises:
-        TimeoutError: on rank 0, when some ranks do not come; the message counts them.
-        DistStoreError: on the others, when rank 0 does not.
+        TimeoutError: on rank 0, when ranks do not join; the message gives their number.
+        DistStoreError: on the others, when rank 0 does not answer.
     """
     name = uuid.uuid4().hex
     if rank:
         store.set(f"here/{rank}", name)
-        attempt = store.get(f"answer/{name}").decode()  # waits for it
+        attempt = store.get(f"answer/{name}").decode()  # blocks until rank 0 answers
         store.add(f"joined/{attempt}", 1)
     else:
         attempt = name
@@ -58,7 +58,7 @@ def meet(store: Store, rank: int, world_size: int, timeout: float = TIMEOUT_SECO
 
 
 def _answer(store: Store, attempt: str, world_size: int, deadline: float) -> None:
-    """Tell every name that is or comes up which attempt this is, until all have joined."""
+    """Answer every published name with this attempt's name, until all ranks have joined."""
     answered: dict[int, bytes] = {}
     while (joined := store.add(f"joined/{attempt}", 0)) < world_size - 1:
         if time.monotonic() > deadline:
@@ -67,7 +67,7 @@ def _answer(store: Store, attempt: str, world_size: int, deadline: float) -> Non
             if not store.check([f"here/{rank}"]):
                 continue
             name = store.get(f"here/{rank}")
-            if answered.get(rank) != name:  # a dead rank's name is answered too, to no effect
+            if answered.get(rank) != name:  # answering a dead rank's name has no effect
                 store.set(f"answer/{name.decode()}", attempt)
                 answered[rank] = name
         time.sleep(0.02)

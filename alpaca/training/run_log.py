@@ -1,10 +1,9 @@
-"""What a run tells: the progress bar, `log.jsonl`, and what is said before and after.
+"""The run log: the progress bar, `log.jsonl`, and what is printed before and after a run.
 
-Only rank 0 speaks.
+Only rank 0 writes.
 """
 
 import json
-import textwrap
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,22 +13,21 @@ from tqdm import tqdm
 
 from alpaca import atomic
 from alpaca.passport import json_numbers
-from alpaca.recipe.corpus import Corpus
 from alpaca.recipe.progress import Progress
 from alpaca.training.trackers import Tracker
 
 if TYPE_CHECKING:
-    from alpaca.tokens import Codec
+    pass
 
 
 EXPORT_TOLERANCE = 0.01  # nats of held-out loss
 
 
 class RunLog:
-    """The log and the progress bar of a run; a resumed run goes on where its checkpoint was."""
+    """The log and the progress bar of a run; a resumed run continues from its checkpoint's step."""
 
     def __init__(self, folder: Path, steps: int, done: int, tracker: Tracker | None = None) -> None:
-        """`done` of `steps` steps are behind; what the log says of later ones is dropped."""
+        """`done` of `steps` steps are already done; log lines of later steps are dropped."""
         self.main = dist.get_rank() == 0
         self.tracker = tracker
         self.path = folder / "log.jsonl"
@@ -40,19 +38,19 @@ class RunLog:
             atomic.write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def __enter__(self) -> Self:
-        """Use it as a context: the bar is closed whatever happens."""
+        """Return the log itself; leaving the context closes the bar, also after an error."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Close the bar, and what else is reported to."""
+        """Close the bar and the tracker."""
         self.bar.close()
         if self.tracker:
             self.tracker.close()
 
     def step(self, line: dict[str, Any], *, write: bool) -> None:
-        """Show a step, and write its line."""
+        """Show a step in the bar; with `write`, append its line to the log."""
         if write:
             self.write(line)
         self.bar.set_postfix(
@@ -63,13 +61,13 @@ class RunLog:
         )
         self.bar.update()
 
-    def tell(self, message: str) -> None:
+    def warn(self, message: str) -> None:
         """Print a warning without breaking the progress bar."""
         if self.main:
             tqdm.write(f"train: warning: {message}")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line to the log."""
+        """Append one line to the log, and send it to the tracker."""
         if self.main:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(json_numbers(line)) + "\n")
@@ -78,7 +76,7 @@ class RunLog:
 
 
 def _is_until(line: str, step: int) -> bool:
-    """Whether a line of the log is of `step` or before; one that a full disk cut short is not."""
+    """Whether a log line is of `step` or earlier; a line cut short by a full disk is not."""
     try:
         return bool(json.loads(line)["step"] <= step)
     except ValueError:
@@ -106,15 +104,15 @@ def summary(result: Progress, ranks: int, folder: Path) -> str:
         ("model", str(folder)),
     ]
     if result.eval_loss_before is not None and result.eval_loss_after is not None:
-        held = f"{result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after"
+        losses = f"{result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after"
         if result.eval_loss_exported is not None:
-            held += f", {result.eval_loss_exported:.4f} in the exported folder"
-        rows.insert(3, ("held-out loss", held))
+            losses += f", {result.eval_loss_exported:.4f} in the exported folder"
+        rows.insert(3, ("held-out loss", losses))
     return "\n".join(["train: done", *(f"    {name:<18} {value}" for name, value in rows)])
 
 
 def changed_by_export(result: Progress, export: dict[str, str]) -> str | None:
-    """A warning where the exported folder's held-out loss is not the one that was trained to."""
+    """A warning if the held-out loss of the exported folder differs from the trainer's."""
     trained, exported = result.eval_loss_after, result.eval_loss_exported
     if trained is None or exported is None or abs(exported - trained) <= EXPORT_TOLERANCE:
         return None
@@ -138,7 +136,7 @@ def clock(seconds: float) -> str:
 
 def draw(folder: Path) -> None:
     """Draw the log's losses as `loss.png` and `loss.svg` in the output folder."""
-    # Here, not above: the figure is drawn once, and importing its library takes a second.
+    # Imported here because it takes a second and is needed only once, at the end.
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -156,25 +154,3 @@ def draw(folder: Path) -> None:
     axes.legend()
     for name in ("loss.png", "loss.svg"):
         figure.savefig(folder / name, dpi=120)
-
-
-def show_example(corpus: Corpus, index: int, codec: "Codec") -> str:
-    """One example as the model sees it, each token by the tokenizer's name for it.
-
-    First the masked prompt, then, in brackets, what is trained on; EOS ends it unless it was cut.
-    """
-    ids = [int(i) for i in corpus.example(index)]
-    names = codec.tokenizer.convert_ids_to_tokens(ids)
-    prompt = int(corpus.prompt_lengths[index])
-    trained = [f"[{name}]" for name in names[prompt:]]
-    if ids[-1] != codec.eos:
-        trained.append("(cut off here)")
-    shared = corpus.prefix_lengths[int(corpus.kinds[index])]
-    return (
-        f"masked ({prompt} tokens, the first {shared} shared within a pack):\n"
-        f"{_wrapped(names[:prompt])}\ntrained ({len(ids) - prompt} tokens):\n{_wrapped(trained)}"
-    )
-
-
-def _wrapped(words: list[str]) -> str:
-    return textwrap.fill(" ".join(words), 100, break_long_words=False, break_on_hyphens=False)

@@ -1,7 +1,7 @@
-"""The model as FSDP2 sees it: built on the meta device, sharded, filled slice by slice.
+"""The model under FSDP2: built on the meta device, sharded, then loaded slice by slice.
 
 No rank ever holds the whole model: each reads from the safetensors files only the rows it owns.
-One process is a group of one, so there is a single code path from a laptop to many nodes.
+One process is a group of one, so a laptop and many nodes run the same code.
 """
 
 import math
@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alpaca import ram, rounding, stored
 from alpaca.errors import UserError
-from alpaca.model import check_folder
+from alpaca.folder import check_folder
 from alpaca.recipe import rules
 from alpaca.recipe.arguments import Arguments
 from alpaca.shards import finite
@@ -37,19 +37,20 @@ from alpaca.training import attention
 from alpaca.training.loss import TargetLoss
 from alpaca.training.rendezvous import meet
 
-# How long a rank waits for the others. The longest that rank 0 works alone is the end of an export:
-# 140 GB are hashed, twice and at 100 MB/s in 47 minutes. Ranks and hosts that die are found by
-# torchrun within seconds, so this bounds only a rank that lives and stands still.
+# How long a rank waits for the others. Rank 0 works alone longest at the end of an export: hashing
+# 140 GB twice at 100 MB/s takes 47 minutes. torchrun finds dead ranks and hosts within seconds, so
+# this limit matters only for a rank that is alive but hung.
 TIMEOUT = timedelta(hours=1)
 
 
 def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
-    """Join the process group torchrun describes, or make one of this process alone.
+    """Join the process group that torchrun describes, or make one of this process alone.
 
-    The mesh says how to shard: one dimension shards over all ranks; of two, the first keeps
-    copies and the second shards, within a node for `hybrid_shard`, not at all for `no_shard`.
+    The mesh defines the sharding. A mesh of one dimension shards over all ranks. In a mesh of two,
+    the first dimension keeps copies and the second shards: within a node for `hybrid_shard`, not
+    at all for `no_shard`.
 
-    Beside NCCL stands gloo, for what lies in host memory: offloaded weights, and Python objects.
+    gloo is used besides NCCL, for data in host memory: offloaded weights and Python objects.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -93,7 +94,7 @@ def build(
     module.to_empty(device=torch.device("cpu") if arguments.offload else device)
     for name, buffer in buffers.items():  # rotary frequencies: computed, not stored in the files
         owner, _, last = name.rpartition(".")
-        setattr(module.get_submodule(owner), last, buffer.to(device))  # computing is done there
+        setattr(module.get_submodule(owner), last, buffer.to(device))  # the compute device
     load(model, folder, Dither.of(arguments, dtype))
     return module
 
@@ -112,15 +113,16 @@ def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, arguments: A
     torch._dynamo.config.recompile_limit = 64  # eight lengths, training and evaluating
     for layer in decoder_layers(module.model, arguments.fsdp_transformer_layer_cls_to_wrap):
         if arguments.torch_compile:
-            layer.compile(dynamic=False)  # else two lengths make one slower, general shape
+            layer.compile(dynamic=False)  # else a second length compiles slower, general code
         fully_shard(layer, **options)
     fully_shard(module, **options)
 
 
 def reshard(module: torch.nn.Module) -> None:
-    """Let parameters be the fp32 shards again, where a forward pass left gathered ones.
+    """Make parameters the fp32 shards again, where a forward pass left gathered ones.
 
-    `shard_grad_op` and `no_shard` keep them for a backward pass that an evaluation does not have.
+    `shard_grad_op` and `no_shard` keep gathered parameters for the backward pass, but an evaluation
+    has none.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -130,8 +132,7 @@ def reshard(module: torch.nn.Module) -> None:
 def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> bool:
     """Whether every rank has memory for whole fp32 gradients, so that a step reduces them once.
 
-    A collective call: where one rank has too little, all of them go the other way.
-
+    A collective call: if one rank has too little, all ranks reduce gradients with every pack.
     """
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if mesh.device_type == "cuda":
@@ -146,7 +147,7 @@ def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> 
 
 
 def decoder_layers(model: PreTrainedModel, named: str = "") -> list[torch.nn.Module]:
-    """The modules that transformers says must not be split: the unit of sharding.
+    """The modules that transformers marks as not to be split: the unit of sharding.
 
     `named` is the class name a user gave; old spellings such as LLaMADecoderLayer are accepted.
     """
@@ -161,67 +162,65 @@ def decoder_layers(model: PreTrainedModel, named: str = "") -> list[torch.nn.Mod
 
 @dataclass(frozen=True)
 class Dither:
-    """What `rounding.dither` needs to know of a run."""
+    """What `rounding.dither` needs to know about a run."""
 
     compute: torch.dtype
     seed: int
 
     @classmethod
     def of(cls, arguments: Arguments, compute: torch.dtype) -> "Dither | None":
-        """None where the run computes in its masters' own type, or the user asked for none."""
+        """None where the run computes in its masters' own type, or the user turned dither off."""
         wanted = arguments.dither_masters and compute != torch.float32
         return cls(compute, arguments.seed) if wanted else None
 
 
 @torch.no_grad()
 def load(model: PreTrainedModel, folder: Path, dither: Dither | None = None) -> None:
-    """Fill every parameter's local shard from the folder's safetensors files.
+    """Fill every parameter's local shard from the folder's safetensors files; a collective call.
 
-    With `dither`, trainable parameters become dithered masters of what the files hold.
-
-    A collective call.
+    With `dither`, trainable parameters become dithered masters of the values in the files.
 
     Raises:
         UserError: a tensor is missing, its shape differs, or it holds NaN or infinite numbers; the
-            message names it. On every rank, also where only one of them met it.
+            message names it. Raised on every rank, even if only one of them found it.
     """
     failure: UserError | None = None
-    spoilt: list[str] = []
+    nonfinite: list[str] = []
     try:
-        spoilt = _fill_all(model, folder, dither)
+        nonfinite = _fill_all(model, folder, dither)
     except UserError as error:
         failure = error
-    known: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(known, (failure and (failure.happened, failure.remedy), spoilt))
-    for told, _ in known:
-        if told:
-            raise UserError(*told)
-    if spoilt := sorted({name for _, names in known for name in names}):
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, (failure and (failure.happened, failure.remedy), nonfinite))
+    for failed, _ in results:
+        if failed:
+            raise UserError(*failed)
+    if nonfinite := sorted({name for _, names in results for name in names}):
         raise UserError(
-            f"{spoilt[0]} holds NaN or infinite numbers"
-            + (f", and so do {len(spoilt) - 1} tensors more." if spoilt[1:] else "."),
+            f"{nonfinite[0]} holds NaN or infinite numbers"
+            + (f", and so do {len(nonfinite) - 1} tensors more." if nonfinite[1:] else "."),
             "Fetch or convert the weights again.",
         )
 
 
 def _fill_all(model: PreTrainedModel, folder: Path, dither: Dither | None) -> list[str]:
-    """Fill this rank's shards; returns the tensors whose rows here hold NaN or infinities."""
-    spoilt = []
+    """Fill this rank's shards; returns the tensors with NaN or infinite numbers in its rows."""
+    nonfinite = []
     parameters = dict(model.named_parameters())
     for name, entry in stored.tensors(folder).items():
         if name in parameters:
-            # Opened anew for each tensor: what was read of a mapped file counts as resident.
+            # Reopened for each tensor: pages read from a mapped file count as resident memory.
             with safe_open(entry.path, framework="pt") as file:
                 parameter = parameters.pop(name)
                 _fill(name, parameter, file.get_slice(name), entry.path, dither)
             if not finite(parameter.to_local()):
-                spoilt.append(f"{entry.path}: {name}")
+                nonfinite.append(f"{entry.path}: {name}")
     if parameters:
         raise UserError(
             f"{folder} lacks {len(parameters)} tensor(s), the first is {min(parameters)}.",
             "Is a shard missing? Convert the weights again.",
         )
-    return spoilt
+    return nonfinite
 
 
 def _fill(

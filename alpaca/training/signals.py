@@ -1,8 +1,8 @@
-"""Signals that ask a running job to save: SIGUSR1 to go on, SIGTERM and Ctrl-C to stop.
+"""Signals that make a running job save: on SIGUSR1 it continues, on SIGTERM or Ctrl-C it stops.
 
-A signal only leaves a mark; the loop looks at it between steps, together with the other ranks,
-because a checkpoint is written by all of them at once. After the last step there is nothing left
-to stop: the export goes on, and the run ends as if there had been no signal.
+A signal handler only sets a flag. All ranks check the flags together between steps, because they
+write a checkpoint together. After the last step there is nothing left to stop: the export
+continues, and the run ends as if there had been no signal.
 """
 
 import signal
@@ -15,19 +15,19 @@ class Requests:
     """What the signals received so far ask for: 0, SAVE or STOP."""
 
     def __init__(self) -> None:
-        """Take over the signals; a second Ctrl-C stops at once."""
+        """Install the signal handlers; a second Ctrl-C stops at once."""
         self._save = False
         self.number = 0  # of the signal that asked to stop
-        signal.signal(signal.SIGUSR1, self._mark)
-        signal.signal(signal.SIGTERM, self._mark)
-        signal.signal(signal.SIGINT, self._mark)
+        signal.signal(signal.SIGUSR1, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
 
     @property
     def wanted(self) -> int:
-        """The most that was asked for."""
+        """The strongest request so far."""
         return STOP if self.number else SAVE if self._save else 0
 
-    def _mark(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self._save = True
             return
@@ -36,7 +36,7 @@ class Requests:
         self.number = number
 
     def saving(self) -> None:
-        """A save begins: a wish for one is fulfilled, one to stop remains."""
+        """Call when a save begins: a pending save is cleared, a pending stop is kept."""
         self._save = False
 
 
@@ -44,6 +44,6 @@ class StoppedError(Exception):
     """The job saved a checkpoint because a signal asked it to stop."""
 
     def __init__(self, number: int, step: int) -> None:
-        """`number` is the signal's; another rank's where it is 0."""
+        """`number` is the signal's; 0 where another rank received it."""
         super().__init__(f"stopped after step {step}")
         self.exit_code = 128 + (number or signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""`--report_to`: the log's lines for TensorBoard, Weights & Biases or Trackio as well.
+"""`--report_to`: sends the log's lines to TensorBoard, Weights & Biases or Trackio as well.
 
-`log.jsonl` is written in any case. Only rank 0 reports; each library is imported when asked for.
+`log.jsonl` is always written. Only rank 0 reports. A library is imported only if it is used.
 """
 
 import secrets
@@ -12,12 +12,12 @@ PROJECT = "alpaca"
 
 
 class Tracker:
-    """Where log lines go: `log(numbers, step)`, and `close()` at the end."""
+    """Sends log lines to one library."""
 
     def __init__(
         self, log: Callable[[dict[str, float], int], object], close: Callable[[], object]
     ) -> None:
-        """Both are the library's own functions."""
+        """`log(numbers, step)` and `close()` are the library's own functions."""
         self._log = log
         self.close = close
 
@@ -36,15 +36,15 @@ def open_tracker(
 ) -> Tracker | None:
     """Start to report a run whose output is in `folder`; None for "none".
 
-    A resumed run goes on under the name it had.
+    A resumed run keeps its name.
     """
     makers = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
     if name not in makers:
         return None
-    known = folder / "run_name"
-    if not (resumed and known.exists()):
-        known.write_text(f"{folder.name}-{secrets.token_hex(4)}")
-    return makers[name](folder, known.read_text(), settings)
+    name_file = folder / "run_name"
+    if not (resumed and name_file.exists()):
+        name_file.write_text(f"{folder.name}-{secrets.token_hex(4)}")
+    return makers[name](folder, name_file.read_text(), settings)
 
 
 def _tensorboard(folder: Path, name: str, settings: dict[str, Any]) -> Tracker:

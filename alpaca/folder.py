@@ -1,0 +1,112 @@
+"""A model folder: written complete, checked before it is used, its tokenizer loaded. No torch.
+
+A folder is what transformers reads: `config.json`, safetensors shards, a tokenizer. Importing torch
+takes seconds, which a wrong path or a damaged folder should not wait for.
+"""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alpaca import atomic, stored
+from alpaca.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STAGING = ".model.partial"
+READY = ".ready"
+
+
+def staging(folder: Path) -> Path:
+    """Create an empty folder inside `folder` to write a model into; `install` then moves its files.
+
+    A training folder also holds a log and checkpoints, so it can't be replaced as a whole.
+    """
+    inner = folder / STAGING
+    if inner.exists():
+        shutil.rmtree(inner)
+    inner.mkdir(parents=True)
+    return inner
+
+
+def install(inner: Path, folder: Path) -> None:
+    """Move a complete model from its staging folder to `folder`, replacing an older one.
+
+    Until it has finished, `check_folder` refuses `folder`. An interrupted move can be repeated.
+    """
+    atomic.sync_tree(inner)
+    (inner / READY).touch()
+    atomic.sync(inner)
+    names = {path.name for path in inner.iterdir()} - {READY}
+    for old in folder.glob("*.safetensors*"):
+        if old.name not in names:
+            old.unlink()
+    for name in sorted(names):
+        (inner / name).replace(folder / name)
+    atomic.sync(folder)
+    shutil.rmtree(inner)
+
+
+def finish_install(folder: Path) -> None:
+    """Repeat an interrupted `install`; delete a staging folder whose model is incomplete."""
+    inner = folder / STAGING
+    if (inner / READY).exists():
+        install(inner, folder)
+    elif inner.exists():
+        shutil.rmtree(inner)
+
+
+def check_folder(folder: Path, what: str = "model") -> dict[str, stored.Entry]:
+    """Raise UserError unless `folder` is a complete model folder; returns its tensors."""
+    if (folder / STAGING / READY).exists():
+        raise UserError(
+            f"{folder} was being replaced when its writer was stopped.",
+            "Run the same training command again: it finishes at once.",
+        )
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no {what} folder {folder}.",
+            "Put base weights into unconverted-weights/ and run ./convert_weights.sh; "
+            "./script/demo makes a small one to try.",
+        )
+    stored.check_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a model folder: it has no config.json.",
+            "Name the folder that holds config.json and the *.safetensors files.",
+        )
+    return stored.tensors(folder)
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model or tokenizer folder; raises UserError if there is none.
+
+    It is loaded as tokenizer.json defines it. For some model types, AutoTokenizer of transformers 5
+    would use its own class instead: a Qwen2 model with DeepSeek's tokenizer would get Qwen2's word
+    splitting and EOS.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"There is no tokenizer in {folder} (no tokenizer.json).",
+            "Run ./convert_weights.sh, which writes one into the model folder "
+            "and into weights/tokenizer.",
+        )
+    stored.check_pointer(folder / "tokenizer.json")
+    from transformers import PreTrainedTokenizerFast  # a second, for a folder that is there
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into a UserError with the folder and `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"The disk of {folder} is full.", remedy) from None

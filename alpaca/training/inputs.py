@@ -1,0 +1,120 @@
+"""What a run reads, opened and shown before torch is imported.
+
+Importing torch and transformers' models takes seconds. A wrong path, a damaged data set or a
+tokenizer of another model is reported before that, and the examples are shown meanwhile.
+"""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alpaca.folder import check_folder, load_tokenizer
+from alpaca.plan.planner import CACHE
+from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.corpus import Corpus, no_targets_left, open_corpus, split
+from alpaca.tokens import Codec
+
+
+@dataclass(frozen=True)
+class Data:
+    """Indices of `corpus` to train on, and of `other` to evaluate on."""
+
+    corpus: Corpus
+    train: Sequence[int]
+    other: Corpus
+    held_out: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tokenizer, and the data set as token ids."""
+
+    codec: Codec
+    data: Data
+
+
+def read(arguments: Arguments) -> Inputs:
+    """Open tokenizer and data; the first rank shows what it will train on.
+
+    Raises:
+        UserError: no model folder, no tokenizer, or a data set that cannot be trained on.
+    """
+    check_folder(arguments.model_name_or_path)
+    codec = Codec(load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path))
+    data = _split(arguments, codec)
+    if os.environ.get("RANK", "0") == "0":
+        _show(arguments, data, codec)
+    return Inputs(codec, data)
+
+
+def _open(arguments: Arguments, data: Path, codec: Codec) -> Corpus:
+    limit, joint = arguments.model_max_length, arguments.joint_tokenization
+    return open_corpus(data, codec, CACHE, limit, joint=joint)
+
+
+def _split(arguments: Arguments, codec: Codec) -> Data:
+    """The data set, with what is held out of it or read from a file of its own."""
+    corpus = _open(arguments, arguments.data_path, codec)
+    train, held_out = split(corpus, arguments.eval_fraction, arguments.seed)
+    if not train:
+        raise no_targets_left(arguments.data_path, arguments.model_max_length)
+    if arguments.eval_data_path:
+        other = _open(arguments, arguments.eval_data_path, codec)
+        evaluated, _ = split(other, 0.0, arguments.seed)
+        if not evaluated:
+            raise no_targets_left(arguments.eval_data_path, arguments.model_max_length)
+        return Data(corpus, train, other, evaluated)
+    return Data(corpus, train, corpus, held_out)
+
+
+def _show(arguments: Arguments, data: Data, codec: Codec) -> None:
+    """Print what was noticed in the data, and an example of each kind."""
+    corpus = data.corpus
+    for notice in dict.fromkeys([*corpus.notices, *data.other.notices]):
+        print(f"train: {notice}")
+    for kind, name in enumerate(("without input", "with input")):
+        shown = next((i for i in data.train if corpus.kinds[i] == kind), None)
+        if shown is not None:
+            text = show_example(corpus, shown, codec)
+            print(f"--- an example {name}, as it is trained on\n{text}\n")
+    if data.other is not corpus and data.other.without_targets:
+        print(
+            f"train: {data.other.without_targets} of {len(data.other)} examples of "
+            f"{arguments.eval_data_path} have no answer token left (not evaluated)"
+        )
+    if corpus.empty_outputs:
+        print(
+            f"train: {corpus.empty_outputs} example(s) have an empty output and teach to answer "
+            "with nothing, as in 2023; a copy without them: python -m alpaca audit "
+            f"{arguments.data_path} --leave_out empty_output --write-clean clean.json"
+        )
+    print(
+        f"train: {len(data.train)} examples; {corpus.truncated} example(s) cut at "
+        f"{arguments.model_max_length} tokens, {corpus.without_targets} of them left without an "
+        "answer token (not trained on)",
+        flush=True,
+    )
+
+
+def show_example(corpus: Corpus, index: int, codec: Codec) -> str:
+    """One example as the model sees it, each token by the tokenizer's name for it.
+
+    First the masked prompt, then, in brackets, what is trained on; EOS ends it unless it was cut.
+    """
+    ids = [int(i) for i in corpus.example(index)]
+    names = codec.tokenizer.convert_ids_to_tokens(ids)
+    prompt = int(corpus.prompt_lengths[index])
+    trained = [f"[{name}]" for name in names[prompt:]]
+    if ids[-1] != codec.eos:
+        trained.append("(cut off here)")
+    shared = corpus.prefix_lengths[int(corpus.kinds[index])]
+    return (
+        f"masked ({prompt} tokens, the first {shared} shared within a pack):\n"
+        f"{_wrapped(names[:prompt])}\ntrained ({len(ids) - prompt} tokens):\n{_wrapped(trained)}"
+    )
+
+
+def _wrapped(words: list[str]) -> str:
+    return textwrap.fill(" ".join(words), 100, break_long_words=False, break_on_hyphens=False)
