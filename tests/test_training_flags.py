@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from training_runs import lines, train
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
 from alpaca.folder import load_tokenizer
+from alpaca.recipe import rules
 from alpaca.recipe.arguments import Arguments, check_packages, parse
-from alpaca.training import command, compatibility
+from alpaca.training import compatibility
 
 
 @pytest.mark.parametrize(
@@ -44,18 +44,18 @@ def test_whether_bf16_was_asked_for_or_refused_is_known(
 @pytest.mark.parametrize(
     ("wanted", "fast", "gpu", "expected"),
     [
-        (None, torch.bfloat16, True, torch.bfloat16),
-        (None, torch.float32, True, torch.float32),  # a GPU before Ampere
-        (None, torch.bfloat16, False, torch.float32),
-        (True, torch.bfloat16, False, torch.bfloat16),
-        (True, torch.float32, True, torch.float32),
-        (False, torch.bfloat16, True, torch.float32),
+        (None, True, True, True),
+        (None, False, True, False),  # a GPU before Ampere
+        (None, True, False, False),
+        (True, True, False, True),
+        (True, False, True, False),
+        (False, True, True, False),
     ],
 )
 def test_gpus_compute_in_bf16_unless_told_otherwise_and_cpus_when_told(
-    wanted: bool | None, fast: torch.dtype, gpu: bool, expected: torch.dtype
+    wanted: bool | None, fast: bool, gpu: bool, expected: bool
 ) -> None:
-    assert command.computing(wanted, fast, gpu=gpu) == expected
+    assert rules.computes_bf16(wanted, fast=fast, cuda=gpu) is expected
 
 
 def test_a_missing_package_stops_training_and_no_plan() -> None:
