@@ -63,7 +63,7 @@ def dockerfile() -> str:
     """What cog.yaml becomes: the same environment, command and copy as `cog build` writes."""
     cog = yaml.safe_load((ROOT / "cog.yaml").read_text())
     file, _, name = cog["run"].partition(":")
-    assert schema.Source(ROOT / file).entry(name, "run")
+    assert schema.RunnerSource(ROOT / file).entry(name, "run")
     concurrency = schema.find(ROOT, cog["run"], "run").concurrency
     given = "\n".join(f"ENV {pair}" for pair in cog["environment"])
     return f"""
