@@ -36,9 +36,9 @@ class Failing(SlotModel):
 
     def run(self, batch: Batch) -> torch.Tensor:
         self.gate.wait()
-        if any(self.poison in ids for _, ids in batch.pieces):
+        if any(self.poison in ids for _, ids in batch.chunks):
             raise RuntimeError("poison")
-        if any(self.deadly in ids for _, ids in batch.pieces):
+        if any(self.deadly in ids for _, ids in batch.chunks):
             raise SystemExit
         return super().run(batch)
 
