@@ -111,7 +111,7 @@ def test_on_a_real_model_dithered_masters_learn_what_fp32_learns(
     smollm: Path, tmp_path: Path
 ) -> None:
     command = [
-        sys.executable, "bench/precision.py", "--model", smollm, "--steps", "50", "--rates", "5e-6",
+        sys.executable, "bench/precision.py", "--model", smollm, "--steps", "12", "--rates", "2e-5",
         "--ways", "fp32,plain,dithered", "--batch", "2", "--held_out", "24",
         "--results", tmp_path / "cells.jsonl",
     ]  # fmt: skip
@@ -121,7 +121,7 @@ def test_on_a_real_model_dithered_masters_learn_what_fp32_learns(
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert row["fp32_decrease"] > 0.02
     assert 0.9 < row["dithered"] < 1.1
-    assert row["plain"] < 0.7  # at 2e-5 plain masters have caught up to 0.85 by then
+    assert row["plain"] < 0.7  # after 50 steps they have caught up to 0.85
 
 
 def test_the_first_step_is_that_of_the_base_model_bit_for_bit(
