@@ -1,7 +1,7 @@
 """Turn base LLaMA-family weights into an instruction-following model, and serve it.
 
-Five verbs, one room each: convert, training, serving and dataset stand on the shared
-modules (model, tokens, passport, records), which stand on prompt, atomic and errors.
+One package per task: convert, training, plan, serving, dataset and doctor import the shared modules
+(model, tokens, passport, recipe and others), which import prompt, layout, atomic and errors.
 """
 
 __version__ = "0.1.0"

@@ -17,12 +17,9 @@ from alpaca import stored
 from alpaca.errors import UserError
 from alpaca.folder import check_folder
 from alpaca.recipe import rules
+from alpaca.shards import NAMES
 
-TYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}  # by safetensors' names
+TYPES = {name: kind for kind, name in NAMES.items()}  # by safetensors' names
 
 
 def check_weights(folder: Path) -> dict[str, stored.Entry]:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.errors import UserError
-from alpaca.layout import INDEX
+from alpaca.layout import INDEX, ITEM_BYTES
 
-FLOATS = {"BF16": 2, "F16": 2, "F32": 4}  # types of plain weights -> bytes per number
 PIECE = 1 << 20  # bytes compared at a time
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -271,9 +270,10 @@ def tensors(folder: Path) -> dict[str, Entry]:
 def check_types(found: dict[str, Entry]) -> None:
     """Refuse weights that are not bf16, fp16 or fp32."""
     for name, entry in found.items():
-        if entry.dtype not in FLOATS and not name.endswith(BUFFERS):
+        if entry.dtype not in ITEM_BYTES and not name.endswith(BUFFERS):
             raise UserError(
-                f"{entry.path}: {name} is {entry.dtype}; weights are {', '.join(FLOATS)}.", PLAIN
+                f"{entry.path}: {name} is {entry.dtype}; weights are {', '.join(ITEM_BYTES)}.",
+                PLAIN,
             )
 
 
@@ -378,7 +378,7 @@ def header(path: Path) -> dict[str, Entry]:
             found[name] = Entry(path, str(entry["dtype"]), shape, 8 + length + start, end - start)
         wanted = 8 + length
         for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].size)):
-            bytes_each = FLOATS.get(entry.dtype)
+            bytes_each = ITEM_BYTES.get(entry.dtype)
             if entry.start != wanted or (bytes_each and entry.elements * bytes_each != entry.size):
                 raise ValueError(f"the place of {name} does not fit its shape and the others'")
             wanted += entry.size

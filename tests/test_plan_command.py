@@ -110,3 +110,16 @@ def test_recipe_and_plan_import_no_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_data_and_server_are_opened_without_torch() -> None:
+    """A mistake in a path or a data set is named before torch is imported, which takes seconds."""
+    code = (
+        "import sys\n"
+        "import alpaca.serving.command, alpaca.training.inputs\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"

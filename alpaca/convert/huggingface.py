@@ -22,14 +22,13 @@ from alpaca.errors import UserError
 from alpaca.layout import INDEX
 from alpaca.shards import SHORT_NAMES
 from alpaca.stored import (
+    BUFFERS,
     check_pointer,
     check_types,
     differing_head,
     entries,
     weight_files,
 )
-
-BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 
 
 def open_folder(folder: Path, name: str) -> Source:

@@ -24,7 +24,7 @@ from alpaca.recipe.steps import Schedule
 from alpaca.tokens import Codec
 from alpaca.training import compatibility, identity, inputs, run_log, sharding
 from alpaca.training.export import Rounding, export, rehearse
-from alpaca.training.identity import Hashes, Start
+from alpaca.training.identity import Start
 from alpaca.training.inputs import Data
 from alpaca.training.loop import Trainer
 from alpaca.training.loss import TargetLoss
@@ -96,7 +96,7 @@ def prepare(arguments: Arguments, given: inputs.Inputs) -> Run:
         return steps.schedule(arguments, len(data.train), ranks)
 
     def begin() -> Start:
-        hashes = Hashes.of(arguments, codec)
+        hashes = identity.hash_inputs(arguments, codec)
 
         def described(other: Arguments) -> dict[str, Any]:
             return identity.describe(hashes, other, schedule(other), compute)

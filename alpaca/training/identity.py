@@ -9,7 +9,7 @@ stay the same, so accumulation follows the ranks.
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,30 +92,26 @@ class Start:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Hashes:
+def hash_inputs(arguments: Arguments, codec: Codec) -> Identity:
     """SHA-256 of what a run reads; the same whatever the number of ranks."""
-
-    values: dict[str, str | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, arguments: Arguments, codec: Codec) -> "Hashes":
-        """Read them."""
-        tokenizer = codec.tokenizer.backend_tokenizer.to_str()
-        held_out = arguments.eval_data_path
-        return cls({
-            "data_sha256": sha256(arguments.data_path),
-            "eval_data_sha256": sha256(held_out) if held_out else None,
-            "base_sha256": passport.fingerprint(arguments.model_name_or_path),
-            "tokenizer_sha256": passport.text_sha256(tokenizer),
-            "template_sha256": template_hash(),
-        })  # fmt: skip
+    tokenizer = codec.tokenizer.backend_tokenizer.to_str()
+    held_out = arguments.eval_data_path
+    return {
+        "data_sha256": sha256(arguments.data_path),
+        "eval_data_sha256": sha256(held_out) if held_out else None,
+        "base_sha256": passport.fingerprint(arguments.model_name_or_path),
+        "tokenizer_sha256": passport.text_sha256(tokenizer),
+        "template_sha256": template_hash(),
+    }
 
 
 def describe(
-    hashes: Hashes, arguments: Arguments, schedule: Schedule, compute: torch.dtype
+    hashes: Identity, arguments: Arguments, schedule: Schedule, compute: torch.dtype
 ) -> Identity:
-    """What makes two runs the same run, whatever the number of ranks and the paths."""
+    """What makes two runs the same run, whatever the number of ranks and the paths.
+
+    `hashes` is what `hash_inputs` returned.
+    """
     planned = dataclasses.asdict(schedule)
     # Settings that came later are named only where they are not the defaults, so that a run begun
     # by an earlier version is recognized.
@@ -127,7 +123,7 @@ def describe(
         "dither_masters": sharding.Dither.of(arguments, compute) is not None or None,
     }  # fmt: skip
     return {
-        **hashes.values,
+        **hashes,
         "compute": str(compute).removeprefix("torch."),
         **planned,
         "eval_fraction": arguments.eval_fraction,
