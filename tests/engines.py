@@ -1,6 +1,7 @@
 """Small engines to test with: three model families with decisive random weights."""
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from alpaca.serving import loading
 from alpaca.serving.cache import Capacity
 from alpaca.serving.engine import Engine, Limits
 from alpaca.serving.forward import SlotModel
+from alpaca.serving.graphs import GraphModel
 from alpaca.serving.request import Answer, Request, Sampling
 from alpaca.serving.stream import token_bytes
 from alpaca.tokens import Codec
 
+# `cuda` tests the GPU's engine: ALPACA_TEST_DEVICE=cuda pytest tests/test_serving_engine.py
+DEVICE = os.environ.get("ALPACA_TEST_DEVICE", "cpu")
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -50,7 +54,8 @@ def tiny(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 
 def engine_of(model: PreTrainedModel, codec: Codec, slots: int = 16, **limits: int) -> Engine:
-    slot_model = SlotModel(copy.deepcopy(model))
+    kind = GraphModel if DEVICE == "cuda" else SlotModel
+    slot_model = kind(copy.deepcopy(model).to(DEVICE))
     slot_model.allocate(slot_model.probe(), Capacity(slots, 2048))
     table = token_bytes(codec.tokenizer)
     engine = Engine(slot_model, table, frozenset([codec.eos]), Limits(**limits))
