@@ -109,7 +109,8 @@ class Bench:
             module = TargetLoss(loaded.train())
         else:
             folder = self.options.model
-            module = sharding.build(folder, self.mesh, compute, CPU, arguments)
+            dither = sharding.Dither.of(arguments, compute)
+            module = sharding.build(folder, self.mesh, compute, CPU, arguments, dither)
         if way in ("matrices", "layers"):
             keep_base(module, self.options.model, embeddings=way == "layers")
         schedule = steps.schedule(arguments, len(self.data.train), 1)

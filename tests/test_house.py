@@ -151,3 +151,20 @@ def test_help_is_one_screen(command: list[str]) -> None:
     assert done.returncode == 0
     assert 5 < done.stdout.count("\n") <= 64
     assert not done.stderr
+
+
+# Every other module takes the group of flags that it reads (`recipe/arguments.py`).
+ALL_FLAGS = {
+    "recipe/fsdp_config.py", "training/command.py", "training/identity.py",
+    "plan/plan.py", "plan/planner.py", "plan/remedies.py",
+}  # fmt: skip
+
+
+def test_few_modules_take_all_flags() -> None:
+    name = "alpaca.recipe.arguments.Arguments"
+    found = {
+        path.relative_to(ROOT / "alpaca").as_posix()
+        for path in sources()
+        if path.is_relative_to(ROOT / "alpaca") and name in imports(path)
+    }
+    assert found == ALL_FLAGS

@@ -4,7 +4,7 @@ from alpaca import layout
 from alpaca.plan.shapes import Shape
 from alpaca.plan.workload import Workload
 from alpaca.recipe import rules
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import SavingFlags
 from alpaca.recipe.steps import steps_per_epoch
 
 
@@ -14,18 +14,18 @@ def checkpoint_bytes(shape: Shape, moments: float) -> int:
     return round(state) + 4 * len(shape.tensors())
 
 
-def disk_bytes(arguments: Arguments, work: Workload, checkpoint: int, exported: int) -> int:
+def disk_bytes(flags: SavingFlags, work: Workload, checkpoint: int, exported: int) -> int:
     """Peak disk use: while a checkpoint, or the export, is written next to older checkpoints.
 
     A run writes a checkpoint at its end, and before that those that `save_strategy` asks for. If a
     signal stops it, it writes one more. An older one is deleted when the next is complete.
     """
-    if arguments.save_strategy == "no":
+    if flags.save_strategy == "no":
         return exported
     per_epoch = steps_per_epoch(work.examples, work.batch)
-    period = rules.period(arguments.save_strategy, arguments.save_steps, per_epoch)
+    period = rules.period(flags.save_strategy, flags.save_steps, per_epoch)
     written = -(-work.steps // period) + 1
-    limit = arguments.save_total_limit
+    limit = flags.save_total_limit
     return max(min(limit + 1, written) * checkpoint, min(limit, written) * checkpoint + exported)
 
 

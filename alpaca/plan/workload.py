@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from alpaca.prompt import PREFIXES, render
 from alpaca.recipe import packing
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import PackingFlags
 from alpaca.recipe.corpus import Corpus
 from alpaca.recipe.steps import Schedule
 from alpaca.records import Record
@@ -65,7 +65,7 @@ class Workload:
 
 
 def count(
-    corpus: Corpus, train: Sequence[int], schedule: Schedule, arguments: Arguments,
+    corpus: Corpus, train: Sequence[int], schedule: Schedule, flags: PackingFlags,
     world_size: int, *, exact: bool = True, most: int = MOST_PLACED,
 ) -> Workload:  # fmt: skip
     """Make the packs of every step, or of evenly spaced steps if they have over `most` examples.
@@ -80,11 +80,11 @@ def count(
     targets = lengths - corpus.prompt_lengths.astype(np.int64)
     for step in chosen:
         chunk = [train[i] for i in schedule.indices(step)]
-        packs = _packs(corpus, chunk, arguments, world_size)
+        packs = _packs(corpus, chunk, flags, world_size)
         tokens, keys, pack_targets, attended = _measure(
-            corpus, packs, lengths, targets, arguments.packing
+            corpus, packs, lengths, targets, flags.packing
         )
-        padded = packing.padded_tokens(corpus, chunk, arguments.per_device_train_batch_size)
+        padded = packing.padded_tokens(corpus, chunk, flags.per_device_train_batch_size)
         real = lengths[chunk].sum()
         pack_count = len(packs) // world_size
         total += (tokens.sum(), real, padded, pack_targets.sum(), attended, pack_count)
@@ -93,9 +93,9 @@ def count(
         if tokens[top] > largest.tokens:
             largest = LargestPack(int(tokens[top]), int(keys[top]), int(pack_targets.max()))
         largest = replace(largest, repeated=repeated)
-    if arguments.packing and (stride > 1 or arguments.torch_compile):
+    if flags.packing and (stride > 1 or flags.torch_compile):
         # compiled layers get packs that are filled up with padding
-        largest = largest.filled(arguments.pack_tokens)
+        largest = largest.filled(flags.pack_tokens)
     scaled = [int(value) * schedule.steps // max(1, len(chosen)) for value in total]
     return Workload(
         examples=len(train), steps=schedule.steps, batch=schedule.batch, tokens=scaled[0],
@@ -108,13 +108,13 @@ Ints = npt.NDArray[np.int64]
 
 
 def _packs(
-    corpus: Corpus, example_ids: Sequence[int], arguments: Arguments, world_size: int
+    corpus: Corpus, example_ids: Sequence[int], flags: PackingFlags, world_size: int
 ) -> list[Ints]:
     """The packs of one step, of all ranks."""
-    if arguments.packing:
-        by_rank = packing.distribute(corpus, example_ids, arguments.pack_tokens, world_size)
+    if flags.packing:
+        by_rank = packing.distribute(corpus, example_ids, flags.pack_tokens, world_size)
     else:
-        by_rank = packing.batches(example_ids, arguments.per_device_train_batch_size, world_size)
+        by_rank = packing.batches(example_ids, flags.per_device_train_batch_size, world_size)
     in_order = (pack for packs in zip(*by_rank, strict=True) for pack in packs)
     return [np.asarray(pack, dtype=np.int64) for pack in in_order]
 
@@ -146,10 +146,10 @@ def _measure(
     return found[0], found[1], found[2], attended
 
 
-def estimated(records: Sequence[Record], arguments: Arguments, examples: int = 0) -> Corpus:
+def estimated(records: Sequence[Record], flags: PackingFlags, examples: int = 0) -> Corpus:
     """A corpus without tokens: lengths from the texts' bytes, repeated to `examples` examples."""
     number = examples or len(records)
-    limit = arguments.model_max_length
+    limit = flags.model_max_length
     texts = [render(record.instruction, record.input) for record in records]
     prompts = np.asarray([min(limit, _tokens(text)) for text in texts])
     answers = np.asarray([_tokens(record.output) + 1 for record in records])

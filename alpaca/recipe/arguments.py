@@ -29,67 +29,97 @@ def flag(default: Any, text: str, *choices: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """All settings of a training run; the defaults are the published recipe."""
+class Seed:
+    """What every random choice depends on: the order of examples, held-out ones, dithering."""
+
+    seed: int = flag(42, "decides the order of the data")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """Whether layers are compiled; packs are then padded to one of a few lengths."""
+
+    torch_compile: bool = flag(False, "compile the decoder layers (packs get one of eight lengths)")
+
+
+@dataclass(frozen=True)
+class DataFlags(Seed):
+    """Which examples are read, and how they become tokens."""
 
     model_name_or_path: Path = flag(Path("weights/smollm2-135m"), "folder with the base model")
     data_path: Path = flag(Path("data/seed_tasks.jsonl"), "Alpaca-format JSON or JSONL")
-    output_dir: Path = flag(Path("alpaca_out"), "folder for the trained model")
-    overwrite_output_dir: bool = flag(False, "replace another run's model in output_dir")
     tokenizer_name_or_path: Path | None = flag(None, "tokenizer folder, if not the model's")
     model_max_length: int = flag(512, "longest example in tokens; more is cut off and counted")
     joint_tokenization: bool = flag(False, "tokenize prompt and answer as one text, as in 2023")
+    eval_data_path: Path | None = flag(None, "held-out examples")
+    eval_fraction: float = flag(0.0, "share of data_path to hold out instead")
+
+
+@dataclass(frozen=True)
+class PackingFlags(DataFlags, Compilation):
+    """How the examples of a step are divided into forward passes."""
+
+    per_device_train_batch_size: int = flag(4, "examples a device takes at once")
+    packing: bool = flag(True, "pack examples without padding; False pads as in 2023")
+    max_tokens_per_pack: int = flag(0, "0: per_device_train_batch_size x model_max_length")
+
+    @property
+    def pack_tokens(self) -> int:
+        """The most tokens in one forward pass; this bounds the memory."""
+        batch = self.per_device_train_batch_size * self.model_max_length
+        return self.max_tokens_per_pack or batch
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """AdamW's settings."""
+
+    optim: str = flag("adamw_torch_fused", "optimizer", *OPTIMIZERS)
+    learning_rate: float = flag(2e-5, "peak of the schedule")
+    weight_decay: float = flag(0.0, "AdamW's weight decay (not on norms and biases)")
+    adam_beta1: float = flag(0.9, "AdamW's; as --adam_beta2 [0.999] and --adam_epsilon [1e-08]")
+    adam_beta2: float = flag(0.999, "")
+    adam_epsilon: float = flag(1e-8, "")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: they are not")
+
+    @property
+    def moments_8bit(self) -> bool:
+        """Whether AdamW's moments take 8 bits each, not 32."""
+        return self.optim == "adamw_8bit"
+
+
+@dataclass(frozen=True)
+class ScheduleFlags(PackingFlags, OptimizerFlags):
+    """How many steps a run takes, of how many examples, at which learning rates."""
 
     num_train_epochs: float = flag(3.0, "passes over the data")
     max_steps: int = flag(-1, "stop after this many optimizer steps instead")
-    per_device_train_batch_size: int = flag(4, "examples a device takes at once")
     gradient_accumulation_steps: int = flag(8, "batches that make one optimizer step")
-    learning_rate: float = flag(2e-5, "peak of the schedule")
     lr_scheduler_type: str = flag(
         "cosine", "schedule; settings: --lr_scheduler_kwargs JSON", *SHAPES
     )
     lr_scheduler_kwargs: str = flag("", "")
     warmup_ratio: float = flag(0.03, "share of all steps in which the learning rate rises")
     warmup_steps: float = flag(0.0, "the same as a number of steps, or a share below 1; wins")
-    weight_decay: float = flag(0.0, "AdamW's weight decay (not on norms and biases)")
-    adam_beta1: float = flag(0.9, "AdamW's; as --adam_beta2 [0.999] and --adam_epsilon [1e-08]")
-    adam_beta2: float = flag(0.999, "")
-    adam_epsilon: float = flag(1e-8, "")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: they are not")
-    seed: int = flag(42, "decides the order of the data")
 
-    eval_data_path: Path | None = flag(None, "held-out examples")
-    eval_fraction: float = flag(0.0, "share of data_path to hold out instead")
-    eval_strategy: str = flag("no", "when to evaluate", "no", "steps", "epoch")
-    eval_steps: int = flag(500, "steps between evaluations")
-    logging_steps: int = flag(1, "steps between lines of log.jsonl")
-    report_to: str = flag("none", "log elsewhere too", "none", "tensorboard", "wandb", "trackio")
+    @property
+    def schedule_settings(self) -> dict[str, Any]:
+        """The settings in `lr_scheduler_kwargs`; raises UserError if the schedule rejects them."""
+        return schedules.settings(
+            self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate
+        )
 
-    bf16: bool | None = flag(
-        None, "compute in bf16 where the hardware is fast at it; not given: on such a GPU"
-    )
-    dither_masters: bool = flag(
-        True, "where bf16 is computed: fp32 masters keep updates too small for bf16"
-    )
-    export_dtype: str = flag("bf16", "type of the exported weights", "bf16", "fp16", "fp32")
-    tf32: bool = flag(False, "allow TF32 matrix products (Ampere and newer GPUs)")
+
+@dataclass(frozen=True)
+class ShardingFlags(Compilation):
+    """How weights, gradients and moments are spread over ranks, and what is kept in memory."""
+
     fsdp: str = flag("full_shard auto_wrap", "how to shard; see below")
     fsdp_transformer_layer_cls_to_wrap: str = flag(
         "", "checked against the model's own layer class"
     )
     fsdp_config: str = flag("", "JSON file or text with FSDP settings, as transformers reads it")
     gradient_checkpointing: bool = flag(False, "compute activations again to save memory")
-    torch_compile: bool = flag(False, "compile the decoder layers (packs get one of eight lengths)")
-    optim: str = flag("adamw_torch_fused", "optimizer", *OPTIMIZERS)
-
-    skip_plan: bool = flag(False, "start even if the plan says that the run cannot fit")
-
-    save_strategy: str = flag("steps", "when to write a checkpoint", "no", "steps", "epoch")
-    save_steps: int = flag(500, "steps between checkpoints")
-    save_total_limit: int = flag(1, "how many checkpoints to keep")
-
-    packing: bool = flag(True, "pack examples without padding; False pads as in 2023")
-    max_tokens_per_pack: int = flag(0, "0: per_device_train_batch_size x model_max_length")
 
     @property
     def sharding(self) -> str:
@@ -102,24 +132,73 @@ class Arguments:
         """Whether weights, gradients and moments are kept in host memory."""
         return "offload" in self.fsdp.split()
 
-    @property
-    def moments_8bit(self) -> bool:
-        """Whether AdamW's moments take 8 bits each, not 32."""
-        return self.optim == "adamw_8bit"
 
-    @property
-    def schedule_settings(self) -> dict[str, Any]:
-        """The settings in `lr_scheduler_kwargs`; raises UserError if the schedule rejects them."""
-        return schedules.settings(
-            self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate
-        )
+@dataclass(frozen=True)
+class PrecisionFlags(Seed):
+    """The number types of the computation, the master weights and the exported model."""
 
-    @property
-    def pack_tokens(self) -> int:
-        """The most tokens in one forward pass; this bounds the memory."""
-        batch = self.per_device_train_batch_size * self.model_max_length
-        return self.max_tokens_per_pack or batch
+    bf16: bool | None = flag(
+        None, "compute in bf16 where the hardware is fast at it; not given: on such a GPU"
+    )
+    dither_masters: bool = flag(
+        True, "where bf16 is computed: fp32 masters keep updates too small for bf16"
+    )
+    export_dtype: str = flag("bf16", "type of the exported weights", "bf16", "fp16", "fp32")
+    tf32: bool = flag(False, "allow TF32 matrix products (Ampere and newer GPUs)")
 
+
+@dataclass(frozen=True)
+class SavingFlags:
+    """When checkpoints are written, and how many are kept."""
+
+    save_strategy: str = flag("steps", "when to write a checkpoint", "no", "steps", "epoch")
+    save_steps: int = flag(500, "steps between checkpoints")
+    save_total_limit: int = flag(1, "how many checkpoints to keep")
+
+
+@dataclass(frozen=True)
+class ReportingFlags:
+    """When the held-out loss is measured, and where the log goes."""
+
+    eval_strategy: str = flag("no", "when to evaluate", "no", "steps", "epoch")
+    eval_steps: int = flag(500, "steps between evaluations")
+    logging_steps: int = flag(1, "steps between lines of log.jsonl")
+    report_to: str = flag("none", "log elsewhere too", "none", "tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True)
+class LoopFlags(PackingFlags, OptimizerFlags, SavingFlags, ReportingFlags):
+    """What the training loop reads."""
+
+    output_dir: Path = flag(Path("alpaca_out"), "folder for the trained model")
+
+
+@dataclass(frozen=True)
+class Arguments(LoopFlags, ScheduleFlags, ShardingFlags, PrecisionFlags):
+    """All settings of a training run; the defaults are the published recipe.
+
+    Each part of the trainer names in its signature the class above that holds what it reads.
+    """
+
+    overwrite_output_dir: bool = flag(False, "replace another run's model in output_dir")
+    skip_plan: bool = flag(False, "start even if the plan says that the run cannot fit")
+
+
+# The order of --help.
+PARTS = (
+    DataFlags,
+    LoopFlags,
+    Arguments,
+    ScheduleFlags,
+    OptimizerFlags,
+    PackingFlags,
+    Seed,
+    ReportingFlags,
+    PrecisionFlags,
+    ShardingFlags,
+    Compilation,
+    SavingFlags,
+)
 
 # Values that need a package which the image lacks, and the extra of pyproject.toml that pins it.
 OPTIONAL = {
@@ -181,8 +260,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _flags() -> list[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Name, type and description of each flag, in the order of `--help`."""
     hints = get_type_hints(Arguments)
-    return [(spec.name, hints[spec.name], spec) for spec in dataclasses.fields(Arguments)]
+    described = {spec.name: spec for spec in dataclasses.fields(Arguments)}
+    names = [name for part in PARTS for name in part.__annotations__]
+    return [(name, hints[name], described[name]) for name in names]
 
 
 def _reader(kind: Any) -> dict[str, Any]:

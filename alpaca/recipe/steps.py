@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import ScheduleFlags
 from alpaca.recipe.schedules import SHAPES, WITHOUT_WARMUP
 
 
@@ -60,25 +60,23 @@ def _order(seed: int, epoch: int, examples: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
-def schedule(arguments: Arguments, examples: int, world_size: int) -> Schedule:
+def schedule(flags: ScheduleFlags, examples: int, world_size: int) -> Schedule:
     """The schedule of a run over `examples` examples on `world_size` devices."""
-    batch = (
-        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size
-    )
+    batch = flags.per_device_train_batch_size * flags.gradient_accumulation_steps * world_size
     per_epoch = steps_per_epoch(examples, batch)
-    steps = arguments.max_steps
+    steps = flags.max_steps
     if steps < 0:
-        steps = math.ceil(arguments.num_train_epochs * per_epoch)
-    share = arguments.warmup_steps if arguments.warmup_steps < 1 else 0.0
-    warmup = int(arguments.warmup_steps) or math.ceil((share or arguments.warmup_ratio) * steps)
-    shape = arguments.lr_scheduler_type
+        steps = math.ceil(flags.num_train_epochs * per_epoch)
+    share = flags.warmup_steps if flags.warmup_steps < 1 else 0.0
+    warmup = int(flags.warmup_steps) or math.ceil((share or flags.warmup_ratio) * steps)
+    shape = flags.lr_scheduler_type
     return Schedule(
         examples=examples,
         batch=batch,
         steps=steps,
         warmup=0 if shape in WITHOUT_WARMUP else warmup,
-        seed=arguments.seed,
-        peak=arguments.learning_rate,
+        seed=flags.seed,
+        peak=flags.learning_rate,
         shape=shape,
-        settings=arguments.schedule_settings,
+        settings=flags.schedule_settings,
     )

@@ -29,6 +29,7 @@ from alpaca.training.inputs import Data
 from alpaca.training.loop import Trainer
 from alpaca.training.loss import TargetLoss
 from alpaca.training.rendezvous import on_first_rank
+from alpaca.training.sharding import Dither
 from alpaca.training.signals import StoppedError
 
 AGAIN = "Free some space and run the same command again: it resumes from the last checkpoint."
@@ -119,8 +120,9 @@ def execute(run: Run) -> None:
     if main:
         _announce(run)
     rounded = Rounding.of(arguments.export_dtype, run.compute, arguments.seed)
+    dither = Dither.of(arguments, run.compute)
     module = sharding.build(
-        arguments.model_name_or_path, run.mesh, run.compute, run.device, arguments
+        arguments.model_name_or_path, run.mesh, run.compute, run.device, arguments, dither
     )
     once = sharding.reduces_once(module, run.mesh, arguments)
     trainer = Trainer(

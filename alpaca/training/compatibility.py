@@ -8,12 +8,12 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from alpaca.errors import UserError
 from alpaca.folder import load_tokenizer
 from alpaca.model import check_weights
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import DataFlags
 
 
-def check(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> None:
+def check(flags: DataFlags, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError unless the model takes this tokenizer's ids and sees whole examples."""
-    folder = arguments.model_name_or_path
+    folder = flags.model_name_or_path
     check_weights(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     vocabulary = tokenizer.get_vocab()
@@ -23,7 +23,7 @@ def check(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{config.vocab_size} of them.",
             "They are not of the same model; without --tokenizer_name_or_path its own is used.",
         )
-    given = arguments.tokenizer_name_or_path
+    given = flags.tokenizer_name_or_path
     own = folder / "tokenizer.json"
     other = given and own.is_file() and not own.samefile(given / own.name)
     if other and load_tokenizer(folder).get_vocab() != vocabulary:
@@ -32,10 +32,10 @@ def check(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> None:
             "Leave --tokenizer_name_or_path out: the model's own is used.",
         )
     window = getattr(config, "sliding_window", None)
-    if window and arguments.model_max_length > window:
+    if window and flags.model_max_length > window:
         raise UserError(
             f"The model of {folder} sees {window} tokens back (sliding_window in its config.json), "
             f"which is not trained here beyond that; --model_max_length is "
-            f"{arguments.model_max_length}.",
+            f"{flags.model_max_length}.",
             f"Give --model_max_length {window}, or less.",
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from alpaca.folder import check_folder, load_tokenizer
 from alpaca.plan.planner import CACHE
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import DataFlags
 from alpaca.recipe.corpus import Corpus, no_targets_left, open_corpus, split
 from alpaca.tokens import Codec
 
@@ -35,41 +35,41 @@ class Inputs:
     data: Data
 
 
-def read(arguments: Arguments) -> Inputs:
+def read(flags: DataFlags) -> Inputs:
     """Open tokenizer and data; the first rank shows what it will train on.
 
     Raises:
         UserError: no model folder, no tokenizer, or a data set that cannot be trained on.
     """
-    check_folder(arguments.model_name_or_path)
-    codec = Codec(load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path))
-    data = _split(arguments, codec)
+    check_folder(flags.model_name_or_path)
+    codec = Codec(load_tokenizer(flags.tokenizer_name_or_path or flags.model_name_or_path))
+    data = _split(flags, codec)
     if os.environ.get("RANK", "0") == "0":
-        _show(arguments, data, codec)
+        _show(flags, data, codec)
     return Inputs(codec, data)
 
 
-def _open(arguments: Arguments, data: Path, codec: Codec) -> Corpus:
-    limit, joint = arguments.model_max_length, arguments.joint_tokenization
+def _open(flags: DataFlags, data: Path, codec: Codec) -> Corpus:
+    limit, joint = flags.model_max_length, flags.joint_tokenization
     return open_corpus(data, codec, CACHE, limit, joint=joint)
 
 
-def _split(arguments: Arguments, codec: Codec) -> Data:
+def _split(flags: DataFlags, codec: Codec) -> Data:
     """The data set, with what is held out of it or read from a file of its own."""
-    corpus = _open(arguments, arguments.data_path, codec)
-    train, held_out = split(corpus, arguments.eval_fraction, arguments.seed)
+    corpus = _open(flags, flags.data_path, codec)
+    train, held_out = split(corpus, flags.eval_fraction, flags.seed)
     if not train:
-        raise no_targets_left(arguments.data_path, arguments.model_max_length)
-    if arguments.eval_data_path:
-        other = _open(arguments, arguments.eval_data_path, codec)
-        evaluated, _ = split(other, 0.0, arguments.seed)
+        raise no_targets_left(flags.data_path, flags.model_max_length)
+    if flags.eval_data_path:
+        other = _open(flags, flags.eval_data_path, codec)
+        evaluated, _ = split(other, 0.0, flags.seed)
         if not evaluated:
-            raise no_targets_left(arguments.eval_data_path, arguments.model_max_length)
+            raise no_targets_left(flags.eval_data_path, flags.model_max_length)
         return Data(corpus, train, other, evaluated)
     return Data(corpus, train, corpus, held_out)
 
 
-def _show(arguments: Arguments, data: Data, codec: Codec) -> None:
+def _show(flags: DataFlags, data: Data, codec: Codec) -> None:
     """Print what was noticed in the data, and an example of each kind."""
     corpus = data.corpus
     for notice in dict.fromkeys([*corpus.notices, *data.other.notices]):
@@ -82,17 +82,17 @@ def _show(arguments: Arguments, data: Data, codec: Codec) -> None:
     if data.other is not corpus and data.other.without_targets:
         print(
             f"train: {data.other.without_targets} of {len(data.other)} examples of "
-            f"{arguments.eval_data_path} have no answer token left (not evaluated)"
+            f"{flags.eval_data_path} have no answer token left (not evaluated)"
         )
     if corpus.empty_outputs:
         print(
             f"train: {corpus.empty_outputs} example(s) have an empty output and teach to answer "
             "with nothing, as in 2023; a copy without them: python -m alpaca audit "
-            f"{arguments.data_path} --leave_out empty_output --write-clean clean.json"
+            f"{flags.data_path} --leave_out empty_output --write-clean clean.json"
         )
     print(
         f"train: {len(data.train)} examples; {corpus.truncated} example(s) cut at "
-        f"{arguments.model_max_length} tokens, {corpus.without_targets} of them left without an "
+        f"{flags.model_max_length} tokens, {corpus.without_targets} of them left without an "
         "answer token (not trained on)",
         flush=True,
     )

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from alpaca.errors import UserError
 from alpaca.recipe import packing, rules
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import LoopFlags
 from alpaca.recipe.corpus import Corpus
 from alpaca.recipe.progress import Progress
 from alpaca.recipe.steps import Schedule
@@ -48,7 +48,7 @@ class Trainer:
 
     def __init__(
         self,
-        arguments: Arguments,
+        flags: LoopFlags,
         module: TargetLoss,
         data: Data,
         schedule: Schedule,
@@ -62,7 +62,7 @@ class Trainer:
 
         `reduces_once`: each rank adds up whole gradients and reduces them with the last pack.
         """
-        self.arguments = arguments
+        self.flags = flags
         self.module = module
         self.data = data
         self.schedule = schedule
@@ -70,13 +70,13 @@ class Trainer:
         self.compute = compute
         self.meta = meta
         self.reduces_once = reduces_once
-        self.optimizer = optimizer.build(module, arguments)
+        self.optimizer = optimizer.build(module, flags)
         self.sample = UpdateSample(module, compute)
         self.requests = Requests()
         self.progress = Progress()
         self.model_flops = flops.ModelFlops.of(module.model)
         self.peak = flops.peak(device, compute)
-        self.lengths = packing.lengths(arguments.pack_tokens) if arguments.torch_compile else ()
+        self.lengths = packing.lengths(flags.pack_tokens) if flags.torch_compile else ()
 
     def train(self, newest: Path | None) -> Progress:
         """Train to the last step; resume from the checkpoint `newest` if there is one.
@@ -85,7 +85,7 @@ class Trainer:
             StoppedError: a signal asked the run to stop; a checkpoint was written.
             UserError: the loss or the gradient's norm is NaN or infinite.
         """
-        folder = self.arguments.output_dir
+        folder = self.flags.output_dir
         if newest is not None:
             meta = checkpoint.load(newest, self.module, self.optimizer)
             self.progress = Progress(**meta["progress"])
@@ -105,12 +105,12 @@ class Trainer:
                 if line["lr"] and (warning := watch.warning(counts)):
                     run_log.warn(warning)
                 self.progress = self.progress.after(line, earlier + time.monotonic() - started)
-                run_log.step(line, write=(step + 1) % self.arguments.logging_steps == 0)
-                if self.due(self.arguments.eval_strategy, self.arguments.eval_steps, last=True):
+                run_log.step(line, write=(step + 1) % self.flags.logging_steps == 0)
+                if self.due(self.flags.eval_strategy, self.flags.eval_steps, last=True):
                     self.evaluate(run_log)
-                saves = self.arguments.save_strategy
+                saves = self.flags.save_strategy
                 # The last step is saved whatever the period, because the export may still fail.
-                if wanted or self.due(saves, self.arguments.save_steps, last=saves != "no"):
+                if wanted or self.due(saves, self.flags.save_steps, last=saves != "no"):
                     self.requests.saving()
                     self.save()
                 if wanted == STOP and self.progress.steps < self.schedule.steps:
@@ -168,13 +168,13 @@ class Trainer:
             (mean * dist.get_world_size()).backward()
             total += mean.detach()
             tokens += pack.tokens
-            counted = pack if self.arguments.packing else packing.build(corpus, members)
+            counted = pack if self.flags.packing else packing.build(corpus, members)
             work += self.model_flops.of_pack(counted)
         return Computed(total.item(), tokens, work)
 
     def update(self, step: int) -> tuple[float, float]:
         """Clip the gradients and run AdamW's step; returns their norm and the learning rate."""
-        norm = clip(self.module, self.arguments.max_grad_norm)
+        norm = clip(self.module, self.flags.max_grad_norm)
         rate = self.schedule.learning_rate(step)
         optimizer.set_rate(self.optimizer, rate)
         self.optimizer.step()
@@ -187,7 +187,7 @@ class Trainer:
         """The log line of a step, without its rates."""
         corpus = self.data.corpus
         real = sum(corpus.length(i) for i in example_ids)
-        batch = self.arguments.per_device_train_batch_size
+        batch = self.flags.per_device_train_batch_size
         return {
             "step": step + 1,
             "loss": computed.loss,
@@ -202,11 +202,11 @@ class Trainer:
 
     def packs(self, corpus: Corpus, example_ids: Sequence[int]) -> list[list[int]]:
         """The examples of each of this rank's packs."""
-        arguments, ranks = self.arguments, dist.get_world_size()
-        if arguments.packing:
-            by_rank = packing.distribute(corpus, example_ids, arguments.pack_tokens, ranks)
+        flags, ranks = self.flags, dist.get_world_size()
+        if flags.packing:
+            by_rank = packing.distribute(corpus, example_ids, flags.pack_tokens, ranks)
         else:
-            by_rank = packing.batches(example_ids, arguments.per_device_train_batch_size, ranks)
+            by_rank = packing.batches(example_ids, flags.per_device_train_batch_size, ranks)
         return by_rank[dist.get_rank()]
 
     @cached_property
@@ -219,7 +219,7 @@ class Trainer:
     ) -> packing.Pack:
         """Build a pack; a rank without examples gets an idle one, to join every collective."""
         if members:
-            return packing.build(corpus, members, padded=not self.arguments.packing)
+            return packing.build(corpus, members, padded=not self.flags.packing)
         return packing.idle(corpus, example_ids[0])
 
     def evaluate(self, run_log: RunLog) -> None:
@@ -284,9 +284,9 @@ class Trainer:
         """The tracker that rank 0 also logs to, if any."""
         if dist.get_rank():
             return None
-        arguments = self.arguments
+        flags = self.flags
         return open_tracker(
-            arguments.report_to, arguments.output_dir, self.meta.get("run", {}), resumed=resumed
+            flags.report_to, flags.output_dir, self.meta.get("run", {}), resumed=resumed
         )
 
     @staticmethod
@@ -297,7 +297,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the steps done so far."""
         meta = {**self.meta, "progress": dataclasses.asdict(self.progress)}
-        keep, folder = self.arguments.save_total_limit, self.arguments.output_dir
+        keep, folder = self.flags.save_total_limit, self.flags.output_dir
         checkpoint.save(folder, self.progress.steps, self.module, self.optimizer, meta, keep)
 
     def due(self, strategy: str, every: int, *, last: bool = False) -> bool:

@@ -2,10 +2,10 @@
 
 import torch
 
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import OptimizerFlags
 
 
-def build(module: torch.nn.Module, arguments: Arguments) -> torch.optim.Optimizer:
+def build(module: torch.nn.Module, flags: OptimizerFlags) -> torch.optim.Optimizer:
     """AdamW over the parameters of `module`; no weight decay on norms and biases.
 
     In 8 bits, the two moments of a weight take 2 bytes instead of 8: blocks of 256 share a scale
@@ -15,13 +15,13 @@ def build(module: torch.nn.Module, arguments: Arguments) -> torch.optim.Optimize
     groups = [
         {
             "params": [p for p in parameters if p.ndim > 1],
-            "weight_decay": arguments.weight_decay,
+            "weight_decay": flags.weight_decay,
         },
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    rate, epsilon = arguments.learning_rate, arguments.adam_epsilon
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    if arguments.moments_8bit:
+    rate, epsilon = flags.learning_rate, flags.adam_epsilon
+    betas = (flags.adam_beta1, flags.adam_beta2)
+    if flags.moments_8bit:
         from torchao.optim import AdamW8bit
 
         made: torch.optim.Optimizer = AdamW8bit(groups, lr=rate, betas=betas, eps=epsilon)

@@ -31,7 +31,7 @@ from alpaca import ram, rounding, stored
 from alpaca.errors import UserError
 from alpaca.folder import check_folder
 from alpaca.recipe import rules
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import PrecisionFlags, ShardingFlags
 from alpaca.shards import finite
 from alpaca.training import attention
 from alpaca.training.loss import TargetLoss
@@ -73,15 +73,18 @@ def build(
     mesh: DeviceMesh,
     dtype: torch.dtype,
     device: torch.device,
-    arguments: Arguments | None = None,
+    flags: ShardingFlags | None = None,
+    dither: "Dither | None" = None,
 ) -> TargetLoss:
     """Build, shard and load the model of `folder`: fp32 master weights, computing in `dtype`.
+
+    With `dither`, trainable parameters become dithered masters of the values in the files.
 
     Raises:
         UserError: no model folder, weights that do not fit its config.json, or a layer class
             that the model does not have.
     """
-    arguments = arguments or Arguments()
+    flags = flags or ShardingFlags()
     check_folder(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.dtype = torch.float32
@@ -90,29 +93,29 @@ def build(
     model.tie_weights()
     module = TargetLoss(model.float().train())
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    shard(module, mesh, dtype, arguments)
-    module.to_empty(device=torch.device("cpu") if arguments.offload else device)
+    shard(module, mesh, dtype, flags)
+    module.to_empty(device=torch.device("cpu") if flags.offload else device)
     for name, buffer in buffers.items():  # rotary frequencies: computed, not stored in the files
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, buffer.to(device))  # the compute device
-    load(model, folder, Dither.of(arguments, dtype))
+    load(model, folder, dither)
     return module
 
 
-def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, arguments: Arguments) -> None:
+def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, flags: ShardingFlags) -> None:
     """Shard a model in place, layer by layer, as the flags say; it may be on the meta device."""
-    if arguments.gradient_checkpointing:
+    if flags.gradient_checkpointing:
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        "reshard_after_forward": rules.regathers(arguments.sharding),
+        "reshard_after_forward": rules.regathers(flags.sharding),
     }
-    if arguments.offload:
+    if flags.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     torch._dynamo.config.recompile_limit = 64  # eight lengths, training and evaluating
-    for layer in decoder_layers(module.model, arguments.fsdp_transformer_layer_cls_to_wrap):
-        if arguments.torch_compile:
+    for layer in decoder_layers(module.model, flags.fsdp_transformer_layer_cls_to_wrap):
+        if flags.torch_compile:
             layer.compile(dynamic=False)  # else a second length compiles slower, general code
         fully_shard(layer, **options)
     fully_shard(module, **options)
@@ -129,7 +132,7 @@ def reshard(module: torch.nn.Module) -> None:
             part.reshard()
 
 
-def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> bool:
+def reduces_once(module: TargetLoss, mesh: DeviceMesh, flags: ShardingFlags) -> bool:
     """Whether every rank has memory for whole fp32 gradients, so that a step reduces them once.
 
     A collective call: if one rank has too little, all ranks reduce gradients with every pack.
@@ -140,7 +143,7 @@ def reduces_once(module: TargetLoss, mesh: DeviceMesh, arguments: Arguments) -> 
     else:
         memory = ram.total() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     shards = mesh.size(mesh.ndim - 1)
-    once = rules.reduces_once(parameters, shards, memory, offload=arguments.offload)
+    once = rules.reduces_once(parameters, shards, memory, offload=flags.offload)
     agreed = torch.tensor(int(once), device=mesh.device_type)
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return bool(agreed.item())
@@ -168,10 +171,10 @@ class Dither:
     seed: int
 
     @classmethod
-    def of(cls, arguments: Arguments, compute: torch.dtype) -> "Dither | None":
+    def of(cls, flags: PrecisionFlags, compute: torch.dtype) -> "Dither | None":
         """None where the run computes in its masters' own type, or the user turned dither off."""
-        wanted = arguments.dither_masters and compute != torch.float32
-        return cls(compute, arguments.seed) if wanted else None
+        wanted = flags.dither_masters and compute != torch.float32
+        return cls(compute, flags.seed) if wanted else None
 
 
 @torch.no_grad()
