@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     problems = sealed(folder, recorded) + files(folder, recorded)
     golden = recorded.get("golden")
     if not problems and golden and not arguments.no_golden:
+        count = len(recorded["files"])
+        print(f"{folder}: {count} files have the passport's hashes; computing logits", flush=True)
         problems = golden_logits(folder, recorded)
     if problems:
         raise UserError(
