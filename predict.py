@@ -12,7 +12,7 @@ from typing import Any
 import cog
 from cog import Input
 
-from alpaca.serving import cancellation, loading
+from alpaca.serving import cancellation, listeners, loading
 from alpaca.serving import weights as serving_weights
 from alpaca.serving.engine import Engine
 from alpaca.serving.request import Answer, CanceledError, Job, Request, Sampling
@@ -92,7 +92,7 @@ class Runner(cog.BaseRunner):
         # A plain generator, because Cog sends each piece it yields at once. The output of an async
         # generator is sent only after the generator has ended.
         if stream and n == 1:
-            return pieces(job, self.scope)
+            return pieces(job, self.scope, listeners.prediction_id())
         answers = await job.answers()
         record(self.scope, job, answers)
         return (answer.text for answer in answers)
@@ -111,10 +111,11 @@ async def tokens_of(engine: Engine, codec: Codec, prompt: str, given: str) -> tu
     return tuple(await asyncio.to_thread(codec.prompt, prompt, given))
 
 
-def pieces(job: Job, scope: Any) -> Iterator[str]:
+def pieces(job: Job, scope: Any, prediction: str | None) -> Iterator[str]:
     """Yield the text of a job's only completion in pieces; runs on one of Cog's threads."""
     [completion] = job.completions
     try:
+        listeners.check(prediction)
         yield from completion
         record(scope, job, [completion.result.result()])
     except CanceledError:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,30 @@ def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
             name = line.removeprefix("event: ")
         elif line.startswith("data: "):
             yield name, json.loads(line.removeprefix("data: "))
+
+
+def leave(port: int, index: int, *, stream: bool) -> None:
+    """Ask for what would take minutes, and close the connection within a second.
+
+    A third of the clients leave within a millisecond, a third as soon as they receive anything.
+    """
+    choose = random.Random(index)
+    body = json.dumps({"input": {**LONG, "stream": stream}})
+    accept = "Accept: text/event-stream\r\n" if stream else ""
+    head = (
+        "POST /predictions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"{accept}Content-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall((head + body).encode())
+        if index % 3 == 0:
+            time.sleep(choose.random() / 1000)
+        elif index % 3 == 1:
+            client.settimeout(choose.random())
+            with suppress(TimeoutError):
+                client.recv(1)
+        else:
+            time.sleep(choose.random())
 
 
 class Server(Door):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from http_server import LONG, ROOT, Server, events, varied
+from http_server import LONG, ROOT, Server, events, leave, varied
 
 from alpaca.serving import schema
 
@@ -129,6 +129,13 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
     request, accept = {"input": {**LONG, "stream": True}}, {"accept": "text/event-stream"}
     with httpx.stream("POST", path, json=request, headers=accept) as response:
         next(data for name, data in events(response) if name == "output")
+    assert server.idle()
+
+
+def test_clients_that_leave_a_stream_at_once_free_their_slots(server: Server) -> None:
+    """Cog tells the worker that they left before their predictions have begun there."""
+    for index in range(0, 60, 3):
+        leave(server.port, index, stream=True)
     assert server.idle()
 
 

@@ -11,7 +11,7 @@ from queue import Empty, Queue
 
 import psutil
 import pytest
-from http_server import LONG, Server, receiver, serving, varied
+from http_server import LONG, SETTINGS, Server, leave, receiver, serving, varied
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +73,25 @@ def test_a_thousand_requests_with_cancels_lose_and_mix_up_nothing(server: Server
     assert server.idle()
     assert server.health() == "READY"
     assert memory(server) < before + 50 * 2**20
+
+
+def test_two_hundred_clients_that_leave_their_streams_leave_no_slot_taken(server: Server) -> None:
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda index: leave(server.port, index, stream=True), range(200)))
+    began = time.monotonic()
+    assert server.idle()
+    assert time.monotonic() - began < 2
+
+
+def test_two_hundred_clients_that_leave_plain_requests_take_slots_for_a_limited_time(
+    endless_model: Path, tmp_path: Path
+) -> None:
+    """Cog does not say that a client left within the first milliseconds; the time limit remains."""
+    settings = {**SETTINGS, "ALPACA_MAX_SECONDS": "5"}
+    with serving(endless_model, tmp_path, **settings) as server:
+        with ThreadPoolExecutor(10) as pool:
+            list(pool.map(lambda index: leave(server.port, index, stream=False), range(200)))
+        assert server.idle()
 
 
 def test_schemathesis_finds_no_5xx(tiny_model: Path, tmp_path: Path) -> None:

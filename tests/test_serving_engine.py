@@ -126,6 +126,15 @@ def test_n_completions_share_a_prompt_and_the_first_is_that_of_n_1(
     assert len(set(texts)) == 5
 
 
+def test_an_answer_ends_when_it_has_had_its_time(bpe: PreTrainedTokenizerBase) -> None:
+    codec = Codec(bpe)
+    engine = engine_of(tiny("llama", bpe), codec, seconds=0)
+    answer = answer_of(engine, codec.prompt("Tell a story."), max_new_tokens=30)
+    engine.stop()
+    assert (answer.reason, answer.tokens) == ("time", 1)
+    assert answer.text
+
+
 def test_every_way_to_end_is_named(served: tuple[Engine, Codec]) -> None:
     engine, codec = served
     prompt = codec.prompt("Tell a story.")

@@ -8,6 +8,7 @@ so this module replaces it, to return a future that reports both kinds of cancel
 """
 
 import asyncio
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
@@ -46,12 +47,18 @@ def on_cancel(callback: Callable[[], None]) -> None:
 
 
 class _NotifyingFuture(Future[Any]):
-    """Wraps the future of a submitted coroutine; fires `signal` when it is cancelled."""
+    """Wraps the future of a submitted coroutine; fires `signal` when it is cancelled.
+
+    It also fires when the future is deleted, which is when Cog drops it: at the end of the
+    prediction. Cog's exception can be raised before the first line of `result`, so that Cog gives
+    the prediction up while the coroutine goes on.
+    """
 
     def __init__(self, inner: Future[Any], signal: _CancelSignal) -> None:
         super().__init__()
         self.inner = inner
         self.signal = signal
+        weakref.finalize(self, signal.fire)
 
     def cancel(self) -> bool:
         self.signal.fire()

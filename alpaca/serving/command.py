@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         "COG_TRAIN_TYPE_STUB": TRAIN,
         "COG_MAX_CONCURRENCY": environment.get("COG_MAX_CONCURRENCY", str(entry.concurrency)),
         "PORT": str(arguments.port),
+        "ALPACA_HOST": arguments.host,
         # The server starts its worker as `python`, which must be this interpreter.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
     }

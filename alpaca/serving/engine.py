@@ -5,6 +5,7 @@ waiting prompts, so a long prompt slows the others a little but never stalls the
 of a request share the pass over its prompt. All public methods are thread-safe.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -39,12 +40,13 @@ class Limits:
     """Limits of the queue and of a step, and when the engine counts as unhealthy.
 
     At most `waiting` requests queue for a slot, and a step computes at most `prefill_tokens` prompt
-    tokens. The engine is unhealthy during a step of more than `stuck_seconds`, or after `failures`
-    failed steps in a row.
+    tokens. An answer that has had its slot for `seconds` ends there. The engine is unhealthy during
+    a step of more than `stuck_seconds`, or after `failures` failed steps in a row.
     """
 
     waiting: int = 256
     prefill_tokens: int = 128
+    seconds: float = math.inf
     stuck_seconds: float = 60.0
     failures: int = 5
 
@@ -66,7 +68,7 @@ class Engine:
         self.limits = limits or Limits()
         self.capacity = model.cache.capacity
         self._most_text = SHRINKING * self.capacity.length * max(map(len, self.table))
-        self._scheduler = Scheduler(model.cache, self.limits.prefill_tokens)
+        self._scheduler = Scheduler(model.cache, self.limits.prefill_tokens, self.limits.seconds)
         self._seen = torch.zeros(
             self.capacity.slots, model.vocabulary, dtype=torch.bool, device=model.device
         )
@@ -228,7 +230,6 @@ class Engine:
         for sequence, token in zip(sequences, tokens, strict=True):
             try:
                 if token == NO_TOKEN:
-                    self.model.cache.erase(sequence.slot, sequence.length)  # for its next user
                     raise ArithmeticError("The model's logits for this request are not numbers.")
                 sequence.accept(token, self.ends)
             except Exception as error:  # a request that fails here fails alone

@@ -15,9 +15,18 @@ class Generation:
     """
 
     def __init__(
-        self, job: Job, index: int, slot: int, table: Sequence[bytes], slot_length: int
+        self,
+        job: Job,
+        index: int,
+        slot: int,
+        table: Sequence[bytes],
+        slot_length: int,
+        seconds: float,
     ) -> None:
-        """Completion `index` of `job` in `slot`; a slot holds `slot_length` tokens."""
+        """Completion `index` of `job` in `slot`, which holds `slot_length` tokens.
+
+        It ends when it has had the slot for `seconds`.
+        """
         request = job.request
         self.job = job
         self.slot = slot
@@ -26,7 +35,7 @@ class Generation:
         self.length = 0
         self.token = -1
         self.reason = ""
-        self._outcome: Answer | BaseException
+        self._outcome: Answer | BaseException | None = None
         self._completion: Completion = job.completions[index]
         self._text = TextStream(table, request.stop)
         self._random = generator(request.sampling.seed, index)
@@ -34,11 +43,17 @@ class Generation:
         self.uniform = self._random.random()
         self._pieces: list[str] = []
         self._generated = 0
+        self._deadline = time.monotonic() + seconds
         allowed = request.total_tokens - len(request.prompt)
         if request.max_new_tokens is not None:
             allowed = min(allowed, request.max_new_tokens)
         fits = slot_length - len(request.prompt)
         self._limit, self._limited_by = (fits, "context") if fits < allowed else (allowed, "length")
+
+    @property
+    def failed(self) -> bool:
+        """Whether the completion ended with an error."""
+        return isinstance(self._outcome, BaseException)
 
     @property
     def wants_tokens(self) -> bool:
@@ -60,6 +75,8 @@ class Generation:
             self.end("stop")
         elif self._generated >= self._limit:
             self.end(self._limited_by)
+        elif time.monotonic() > self._deadline:
+            self.end("time")
 
     def end(self, reason: str = "") -> None:
         """End the completion; without a reason, its limit allowed no tokens at all."""
@@ -74,6 +91,7 @@ class Generation:
 
     def finish(self) -> None:
         """Deliver the answer or error; called once the slot is free again."""
+        assert self._outcome is not None
         self._completion.finish(self._outcome)
 
     def _emit(self, piece: str) -> None:

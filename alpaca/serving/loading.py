@@ -2,7 +2,7 @@
 
 Environment variables: ALPACA_SLOTS (requests decoded together) and ALPACA_CONTEXT (most tokens of
 one request) set the size of the cache; ALPACA_DTYPE (float32, bfloat16) overrides the compute
-type.
+type; ALPACA_MAX_SECONDS ends answers that take longer.
 """
 
 import os
@@ -29,6 +29,7 @@ from alpaca.tokens import Codec
 CONTEXT = 8192  # default of ALPACA_CONTEXT; with longer slots, fewer fit into memory
 SLOTS = {"cpu": 16, "cuda": 64}
 PIECE_TOKENS = {"cpu": 128, "cuda": 2048}  # prompt tokens per step; they about double its cost
+SECONDS = 3600  # default of ALPACA_MAX_SECONDS
 MIN_SLOTS = 5  # the n completions of a request are decoded together, and n is at most 5
 
 
@@ -86,7 +87,8 @@ def make_engine(
     context = min(model.context, _number(environment, "ALPACA_CONTEXT", CONTEXT))
     tokens = fitting_tokens(shapes)
     model.allocate(shapes, plan_capacity(tokens, context, slots, min(slots, MIN_SLOTS)))
-    limits = Limits(prefill_tokens=PIECE_TOKENS[kind])
+    seconds = _number(environment, "ALPACA_MAX_SECONDS", SECONDS)
+    limits = Limits(prefill_tokens=PIECE_TOKENS[kind], seconds=seconds)
     engine = Engine(model, token_bytes(codec.tokenizer), ends, limits)
     engine.start(shared_prefixes(codec))
     return engine

@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished completion; `reason` is eos, stop, length, context or canceled.
+    """A finished completion; `reason` is eos, stop, length, context or time.
 
     `tokens` counts the generated tokens, including the end token.
     """

@@ -42,11 +42,13 @@ class Prompt:
 class Scheduler:
     """For the engine's thread only; other threads may read `waiting` and `free_slots`."""
 
-    def __init__(self, cache: SlotCache, prefill_tokens: int) -> None:
-        """One pass computes at most `prefill_tokens` prompt tokens."""
+    def __init__(self, cache: SlotCache, prefill_tokens: int, seconds: float) -> None:
+        """One pass computes at most `prefill_tokens` prompt tokens; an answer takes `seconds`."""
         self._cache = cache
         self._prefill_tokens = prefill_tokens
+        self._seconds = seconds
         self._free = list(range(cache.capacity.slots))
+        self._written = [0] * cache.capacity.slots  # tokens that passes wrote for the slot's user
         self._queue: deque[Job] = deque()
         self._prompts: list[Prompt] = []
         self._decoding: list[Generation] = []
@@ -87,10 +89,10 @@ class Scheduler:
         admitted = []
         while self._queue and len(self._free) >= self._queue[0].request.n:
             job = self._queue.popleft()
-            slot_length = self._cache.capacity.length
+            limits = self._cache.capacity.length, self._seconds
             slots = sorted(self._free)[: job.request.n]
             try:
-                sequences = [Generation(job, *at, table, slot_length) for at in enumerate(slots)]
+                sequences = [Generation(job, *at, table, *limits) for at in enumerate(slots)]
                 fits = sequences[0].wants_tokens
                 prompt = Prompt(sequences, self._reuse(sequences[0]) if fits else 0)
             except Exception as error:  # a request that fails here fails alone
@@ -102,6 +104,8 @@ class Scheduler:
                     sequence.finish()
                 continue
             self._free = [slot for slot in self._free if slot not in slots]
+            for slot in slots:
+                self._written[slot] = 0
             self._prompts.append(prompt)
             admitted += sequences
         return admitted
@@ -118,6 +122,8 @@ class Scheduler:
     def batch(self) -> tuple[Batch | None, list[tuple[int, Generation]]]:
         """The next pass, and for each row of its logits the sequences that sample from it."""
         decoding = [(s.slot, s.length, s.token) for s in self._decoding]
+        for slot, position, _ in decoding:
+            self._written[slot] = position + 1
         chunks, offset = [], len(decoding)
         wanted = list(range(offset))
         sampled = list(enumerate(self._decoding))
@@ -125,7 +131,7 @@ class Scheduler:
         self._in_pass = [prompt for prompt, _ in divided]
         for prompt, count in divided:
             chunk = PrefillChunk(prompt.sequences[0].slot, prompt.done, prompt.done + count)
-            prompt.chunk_end = chunk.last
+            prompt.chunk_end = self._written[chunk.slot] = chunk.last
             chunks.append((chunk, prompt.ids[chunk.first : chunk.last]))
             offset += count
             if count == prompt.left:
@@ -169,6 +175,7 @@ class Scheduler:
             first, *others = prompt.sequences
             for sequence in others:
                 self._cache.copy(first.slot, sequence.slot, prompt.done)
+                self._written[sequence.slot] = prompt.done
             for sequence in prompt.sequences:
                 sequence.length = prompt.done
             self._decoding = sorted([*self._decoding, *prompt.sequences], key=lambda s: s.slot)
@@ -177,8 +184,16 @@ class Scheduler:
     def release(self, sequence: Generation) -> None:
         """Free the slot of a finished sequence, then deliver its outcome."""
         self._decoding.remove(sequence)
-        self._free.append(sequence.slot)
+        if sequence.failed:
+            self._discard(sequence)
+        else:
+            self._free.append(sequence.slot)
         sequence.finish()
+
+    def _discard(self, sequence: Generation) -> None:
+        """Free the slot of a failed or cancelled sequence, which may hold NaN keys."""
+        self._cache.erase(sequence.slot, self._written[sequence.slot])
+        self._free.append(sequence.slot)
 
     def drop_canceled(self) -> list[Job]:
         """Remove cancelled jobs, queued or running; their slots become free at once."""
@@ -187,7 +202,7 @@ class Scheduler:
         for sequence in [*self._decoding, *(s for p in self._prompts for s in p.sequences)]:
             if sequence.job.canceled:
                 dropped[id(sequence.job)] = sequence.job
-                self._free.append(sequence.slot)
+                self._discard(sequence)
         self._decoding = [s for s in self._decoding if not s.job.canceled]
         self._prompts = [p for p in self._prompts if not p.sequences[0].job.canceled]
         self._suspects = [p for p in self._suspects if p in self._prompts]
@@ -208,8 +223,8 @@ class Scheduler:
             self._decoding = []
         self._prompts = [p for p in self._prompts if p not in new]
         self._suspects = [p for p in self._suspects if p not in new]
-        self._free += [s.slot for s in failed]
         for sequence in failed:
+            self._discard(sequence)
             sequence.fail(error)
             sequence.finish()
 
