@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from engines import answer_of, engine_of, tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import predict
@@ -33,9 +35,13 @@ class Failing(SlotModel):
         self.allocate(self.probe(), Capacity(8, 512))
         self.gate = threading.Event()
         self.gate.set()
+        self.left = -1  # passes until the gate closes by itself; below 0: it stays open
 
     def run(self, batch: Batch) -> torch.Tensor:
         self.gate.wait()
+        self.left -= 1
+        if self.left == 0:
+            self.gate.clear()
         if any(self.poison in ids for _, ids in batch.chunks):
             raise RuntimeError("poison")
         if any(self.deadly in ids for _, ids in batch.chunks):
@@ -128,6 +134,57 @@ def test_logits_that_are_not_numbers_fail_one_request_and_leave_a_clean_slot(
     model.gate.set()
     assert [job.completions[0].result.result(60) for job in jobs] == alone
     assert engine.idle_slots == 8
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_slot_keeps_what_a_failed_or_cancelled_request_left(
+    failing: tuple[Failing, Engine, Request], draw: st.DataObject
+) -> None:
+    """NaN keys, failing passes, neighbours and cancels in any order: good requests answer alike."""
+    model, engine, good = failing
+    wanted = {
+        length: engine.submit(of_length(good, length)).completions[0].result.result(60)
+        for length in LENGTHS
+    }
+    lengths = st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=6)
+    broken = st.lists(st.sampled_from(BROKEN_LENGTHS), min_size=1, max_size=6)
+    for length in draw.draw(broken, "broken requests"):
+        tokens = [*range(5, 5 + length)]
+        fault = st.sampled_from([Failing.nothing, Failing.nothing, Failing.poison])
+        tokens[draw.draw(st.integers(0, length - 1), "place")] = draw.draw(fault, "fault")
+        bad = Request(tuple(tokens), n=draw.draw(st.integers(1, 4), "n"))
+        passes = draw.draw(st.integers(0, 3), "passes before its cancel")
+        for completion in submit_and_cancel(model, engine, bad, passes).completions:
+            assert completion.result.exception(60)
+        others = draw.draw(lengths, "beside")
+        model.gate.clear()  # so that they are decoded together
+        beside = [engine.submit(of_length(good, length)) for length in others]
+        model.gate.set()
+        for job in beside:
+            assert job.completions[0].result.result(60) == wanted[len(job.request.prompt)]
+
+
+LENGTHS = (100, 160, 200)  # near enough that slots are read together, to the longest
+BROKEN_LENGTHS = (20, 200, 400)  # computed in one to four passes
+
+
+def submit_and_cancel(model: Failing, engine: Engine, request: Request, passes: int) -> Job:
+    """Submit a request to an idle engine, and cancel it after some passes, if it still runs."""
+    model.left = passes
+    if not passes:
+        model.gate.clear()
+    job = engine.submit(request)
+    while model.gate.is_set() and not all(one.result.done() for one in job.completions):
+        time.sleep(0.001)
+    job.cancel()
+    model.left = -1
+    model.gate.set()
+    return job
+
+
+def of_length(good: Request, length: int) -> Request:
+    return Request(tuple(range(5, 5 + length)), max_new_tokens=5, sampling=good.sampling)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
