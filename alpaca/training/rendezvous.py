@@ -39,6 +39,25 @@ def on_first_rank(body: Callable[[], T]) -> T:
     return result
 
 
+def on_every_rank(body: Callable[[], T]) -> list[T]:
+    """Run `body` on every rank; returns the results of all, in order of rank, on each.
+
+    Raises:
+        UserError, OSError: on every rank, where `body` raises it on one of them.
+    """
+    mine: Any
+    try:
+        mine = body(), None
+    except (UserError, OSError) as error:
+        mine = None, error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, mine)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
 def meet(store: Store, rank: int, world_size: int, timeout: float = TIMEOUT_SECONDS) -> Store:
     """A part of `store` that only this attempt of the job uses; every rank calls this.
 
