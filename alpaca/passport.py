@@ -61,7 +61,7 @@ def json_numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def add_beside(folder: Path, names: list[str]) -> None:
+def add_extras(folder: Path, names: list[str]) -> None:
     """Add the hashes of files written after the model (log, plots) to its passport.
 
     These files are optional: a copy of the folder may lack them, but a changed one is detected.
@@ -75,7 +75,7 @@ def add_beside(folder: Path, names: list[str]) -> None:
     atomic.write_text(folder / NAME, render(passport))
 
 
-def forget_beside(folder: Path) -> None:
+def forget_extras(folder: Path) -> None:
     """Remove those files from the passport, because they are about to change."""
     passport = read(folder)
     if passport is not None and passport.pop("beside", None):

@@ -28,7 +28,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = golden.tensor_hashes(folder / "model.safetensors")
     passport.write(folder, "test", golden=golden.record(folder), tensors=tensors)
     (folder / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
-    passport.add_beside(folder, ["log.jsonl", "loss.png"])
+    passport.add_extras(folder, ["log.jsonl", "loss.png"])
     return folder
 
 

@@ -10,7 +10,7 @@ from alpaca.recipe.progress import Progress
 
 MOMENTS = {
     "loss": "the loss",
-    "turn": "the first moment of the backward pass",
+    "backward start": "the first moment of the backward pass",
     "layer": "the backward pass of a layer",
     "root": "the backward pass of the embedding",
 }

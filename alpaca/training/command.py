@@ -213,7 +213,7 @@ def _illustrate(folder: Path) -> None:
     found = passport.read(folder)
     if found is not None and "beside" not in found and (folder / "log.jsonl").is_file():
         run_log.draw(folder)
-        passport.add_beside(folder, ["log.jsonl", "loss.png", "loss.svg"])
+        passport.add_extras(folder, ["log.jsonl", "loss.png", "loss.svg"])
 
 
 def _base(arguments: Arguments) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def begin(arguments: Arguments, ranks: int, described: Callable[[Arguments], Ide
         return start
     _check_continues(start, newest, meta, model)
     if model is not None:
-        passport.forget_beside(folder)  # the log is about to grow
+        passport.forget_extras(folder)  # the log is about to grow
     return _continued(start, newest, meta)
 
 
@@ -302,9 +302,9 @@ def differences(old: Identity, new: Identity) -> tuple[list[str], list[str]]:
 
 
 def _another_model(folder: Path, differing: list[str]) -> UserError:
-    told = ":\n    " + "\n    ".join(differing) if differing else "."
+    details = ":\n    " + "\n    ".join(differing) if differing else "."
     return UserError(
-        f"{folder} already holds another model{told}",
+        f"{folder} already holds another model{details}",
         "Choose another --output_dir, or give --overwrite_output_dir to replace it.",
     )
 
