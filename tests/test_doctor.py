@@ -91,7 +91,7 @@ def test_a_port_for_root_alone_is_red_to_others() -> None:
     code = "import os; from alpaca.doctor import host; os.setuid(65534); print(host.port(80, ''))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           check=False)  # fmt: skip
-    assert "ok=False, message='is for root alone'" in done.stdout, done.stderr
+    assert "ok=False, message='is reserved for root'" in done.stdout, done.stderr
 
 
 def test_an_old_python_and_missing_shared_memory_are_red(
@@ -140,7 +140,7 @@ def test_devices_of_a_driver_without_its_program_are_red(
     assert devices.driver(tmp_path).fault == ""
     (tmp_path / "nvidia0").touch()
     found = devices.driver(tmp_path)
-    assert "nvidia0 there, but no nvidia-smi" in found.fault
+    assert "nvidia0 exists, but nvidia-smi is missing" in found.fault
     assert not devices.cuda({"torch": "2.13.0", "cuda": "13.0"}, found).ok
 
 

@@ -47,7 +47,7 @@ def test_slots_fit_into_the_budget(tokens: int, wanted: Capacity) -> None:
 
 
 def test_too_little_memory_is_said() -> None:
-    with pytest.raises(UserError, match="holds 600 tokens"):
+    with pytest.raises(UserError, match="room for 600 tokens"):
         plan_capacity(600, 1000, 16, 5)
 
 

@@ -64,8 +64,8 @@ def plan_capacity(tokens: int, context: int, slots: int, at_least: int) -> Capac
     length = min(context, tokens // (fitting + 1))
     if length < min(256, context):
         raise UserError(
-            f"Free memory holds {tokens} tokens of keys and values, too few to serve.",
-            "Free memory, take a machine with more, or a smaller model.",
+            f"Free memory has room for {tokens} tokens of keys and values, too few to serve.",
+            "Free memory, or use a machine with more or a smaller model.",
         )
     return Capacity(fitting, length)
 
