@@ -25,17 +25,17 @@ LARGEST = 9007199254740991  # 2^53 - 1: JSON parsers may round larger integers
 # Descriptions that a web form shows next to each input. Each must be one string literal, because
 # `cog build` reads no other expression.
 PROMPT = "What to do, in plain words. It is put into the template the model was trained with."
-INPUT = "A text that the instruction is about, such as one to summarize. Empty if there is none."
-ANSWERS = "How many answers to make, 1 to 5; each is drawn for itself."
-TOTAL_TOKENS = "The most tokens prompt and answer may have together; a word is one or a few."
-MAX_NEW_TOKENS = "The most tokens an answer may have. Left out, only total_tokens limits it."
-TEMPERATURE = "How freely to choose, 0 to 5. 0 always takes the likeliest token, 5 nearly any one."
-TOP_P = "Choose only among the likeliest tokens that together reach this probability. 1: all."
-TOP_K = "Choose only among this many of the likeliest tokens. 0, the default, allows all."
-REPETITION_PENALTY = "Above 1, tokens of the prompt or answer so far get less likely. 1 is neutral."
-STOP = "Up to 16 texts at which an answer ends, of at most 1,000 characters; not part of it."
-SEED = "Repeats an answer: the same seed and inputs give the same text. Left out, it is random."
-STREAM = "Send pieces of text while they are written, instead of whole answers. Needs n to be 1."
+INPUT = "A text for the instruction, such as one to summarize. Empty if there is none."
+ANSWERS = "How many answers to make, 1 to 5; each is sampled separately."
+TOTAL_TOKENS = "Most tokens in prompt and answer together; a word is one or a few."
+MAX_NEW_TOKENS = "Most tokens in an answer. Left out, only total_tokens limits it."
+TEMPERATURE = "How freely to choose, 0 to 5: 0 always takes the likeliest token, 5 nearly any."
+TOP_P = "Choose among the likeliest tokens that together reach this probability; 1 allows all."
+TOP_K = "Choose among this many of the likeliest tokens; 0, the default, allows all."
+REPETITION_PENALTY = "Above 1, tokens already in prompt or answer become less likely. 1 is neutral."
+STOP = "Up to 16 texts that end an answer, of up to 1,000 characters each; not part of it."
+SEED = "Repeats an answer: the same seed and inputs give the same text. Random if left out."
+STREAM = "Send pieces of text as they are generated, instead of whole answers. Needs n to be 1."
 
 
 class Runner(cog.BaseRunner):

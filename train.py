@@ -24,10 +24,12 @@ async def train(
     base: str = Input(description="Folder of the base model.", default="weights/smollm2-135m"),
     epochs: float = Input(description="Passes over the data.", default=3.0, ge=0.01, le=100),
     learning_rate: float = Input(description="Peak learning rate.", default=2e-5, ge=0, le=1),
-    batch_size: int = Input(description="Examples a device takes at once.", default=4, ge=1),
-    accumulation: int = Input(description="Batches in an optimizer step.", default=8, ge=1),
+    batch_size: int = Input(description="Examples per device in one batch.", default=4, ge=1),
+    accumulation: int = Input(description="Batches per optimizer step.", default=8, ge=1),
     max_length: int = Input(description="Longest example in tokens.", default=512, ge=16),
-    seed: int = Input(description="Decides the order of the data.", default=42, ge=0, le=LARGEST),
+    seed: int = Input(
+        description="Random seed for the order of the data.", default=42, ge=0, le=LARGEST
+    ),
 ) -> Path:
     """Fine-tune on all GPUs (or two CPU ranks); returns a tar file for `setup(weights)`.
 

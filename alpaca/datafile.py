@@ -64,9 +64,9 @@ def read_raw(path: Path) -> list[Any]:
     items, shape = read_any(path)
     if shape:
         raise UserError(
-            f"{path} is JSON in another shape: {shape}.",
-            "A data set is one list of objects, or one object a line (JSONL). "
-            f"To write it so:\n    {audit_command(path, '--leave_out', 'invalid')}",
+            f"{path} is JSON in the wrong shape: {shape}.",
+            "A data set is one list of objects, or one object per line (JSONL). "
+            f"To convert it:\n    {audit_command(path, '--leave_out', 'invalid')}",
         )
     return items
 
@@ -82,10 +82,10 @@ def read_any(path: Path) -> tuple[list[Any], str]:
     except FileNotFoundError:
         raise UserError(
             f"There is no data file {path}.",
-            "Name an Alpaca-format JSON or JSONL file; data/seed_tasks.jsonl is one to try.",
+            "Give an Alpaca-format JSON or JSONL file, for example data/seed_tasks.jsonl.",
         ) from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder.", "Name the JSON or JSONL file in it.") from None
+        raise UserError(f"{path} is a folder.", "Give the JSON or JSONL file in it.") from None
     _check_kind(path, raw)
     text = _decode(path, raw)
     try:
@@ -96,7 +96,7 @@ def read_any(path: Path) -> tuple[list[Any], str]:
         digits = len(found[0]) if found else MAX_DIGITS + 1
         raise UserError(
             f"{path}, line {where}: a number of {digits:,} digits.",
-            "Write it as text, in quotes, or leave its key out.",
+            "Write it as text, in quotes, or remove its key.",
         ) from None
     except RecursionError:
         raise _nested(path) from None
@@ -164,7 +164,7 @@ def _check_kind(path: Path, raw: bytes) -> None:
     if b"\x00" in raw[:1000] or raw.startswith((b"%PDF", b"\x89PNG", b"\x80\x02", b"\x80\x04")):
         raise UserError(
             f"{path} is a binary file: it begins with {raw[:12]!r}.",
-            "A data set is a JSON list of objects, or one object a line (JSONL), in UTF-8.",
+            "A data set is a JSON list of objects, or one object per line (JSONL), in UTF-8.",
         )
 
 
@@ -172,7 +172,7 @@ def _other_kind(path: Path, what: str, suffix: str, command: str) -> UserError:
     reader = next((name for name in PACKAGES if name in command), None)
     needs = PANDAS.format(PACKAGES[reader]) if reader else ""
     return UserError(
-        f"{path} is {what}.", f"Make JSON of it{needs}:\n    {_filled(command, path, suffix)}"
+        f"{path} is {what}.", f"Convert it to JSON{needs}:\n    {_filled(command, path, suffix)}"
     )
 
 
@@ -181,14 +181,16 @@ def _zip(path: Path) -> UserError:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile:
-        return UserError(f"{path} is a zip archive that is cut off.", "Download it again.")
+        return UserError(f"{path} is a truncated zip archive.", "Download it again.")
     if any(name.startswith("xl/") for name in names):
         command = TABLE.replace("{reader}", "read_excel")
         return _other_kind(path, "an Excel workbook (XLSX)", ".jsonl", command)
     inside = next((name for name in names if name.endswith((".json", ".jsonl"))), None)
     if inside is None:
         shown = ", ".join(names[:5])
-        return UserError(f"{path} is a zip archive of {shown}.", "No JSON or JSONL file is in it.")
+        return UserError(
+            f"{path} is a zip archive of {shown}.", "It contains no JSON or JSONL file."
+        )
     command = f"unzip -p {{old}} {shlex.quote(inside)} > {{new}}"
     return _other_kind(path, "a zip archive", Path(inside).suffix, command)
 
@@ -221,25 +223,24 @@ def _not_utf8(path: Path, raw: bytes, error: UnicodeDecodeError) -> UserError:
     at, line = error.start, raw.count(b"\n", 0, error.start) + 1
     if error.end == len(raw) and error.reason == "unexpected end of data":
         return UserError(
-            f"{path} ends in the middle of a character.", "Was it cut off? Download it again."
+            f"{path} ends in the middle of a character.",
+            "It may have been cut off: download it again.",
         )
     lenient = raw.decode("utf-8-sig", "replace")
     wrong = lenient.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
     right = sum(not letter.isascii() for letter in lenient) - lenient.count("\ufffd")
     if right > 10 * wrong:
         return UserError(
-            f"{path} is UTF-8 but for {wrong} byte(s), the first in line {line}, byte {at}.",
-            "Fix that line in an editor; it may be from a file in another encoding.",
+            f"{path} is UTF-8 except for {wrong} byte(s), the first in line {line}, byte {at}.",
+            "Fix that line in an editor; it may come from a file in another encoding.",
         )
     read = {name: text for name in LEGACY if (text := _in(name, raw)) is not None}
     shown = [f"{name:<8}{_around(raw, at, name)}" for name in read]
     best = _likeliest(read)
     command = _filled(f"iconv -f {best} -t UTF-8 {{old}} > {{new}}", path, path.suffix)
     return UserError(
-        f"{path} is not UTF-8: byte {at}, in line {line}. That line reads, as\n    "
-        + "\n    ".join(shown),
-        f"{best} is the likeliest; where none reads right, it is another one (`iconv -l`):\n"
-        f"    {command}",
+        f"{path} is not UTF-8: byte {at}, in line {line}. Decoded as\n    " + "\n    ".join(shown),
+        f"{best} is the most likely; if none reads right, try others (`iconv -l`):\n    {command}",
     )
 
 
@@ -336,17 +337,17 @@ def _parse(path: Path, text: str) -> tuple[list[Any], str]:
         kind = next((name for kind, name in ((list, "lists"), (dict, "objects"))
                      if all(isinstance(value, kind) for value in values)), "values")  # fmt: skip
         several = f"{len(values)} {kind} one after another"
-        several += ", not one a line" if kind == "objects" else ""
+        several += ", not one per line" if kind == "objects" else ""
         shape = f"{several}; {shape}" if shape else several
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return _unwrapped(path, items, shape or "one object over several lines")
+    return _unwrapped(path, items, shape or "one object spread over several lines")
 
 
 def _values(text: str) -> tuple[list[Any], str]:
     """The consecutive JSON values of a text, and what is unusual about it; empty if it has none."""
     cleaned = TRAILING.sub(lambda found: found[1] or "", text)
     comma = "a comma after the last record or field" if cleaned != text else ""
-    for decoder, unusual in ((STRICT, ""), (LENIENT, "line ends inside texts")):
+    for decoder, unusual in ((STRICT, ""), (LENIENT, "line breaks inside texts")):
         found: list[Any] = []
         try:
             at = _gap(cleaned, 0)
@@ -383,7 +384,7 @@ def _python_literal(text: str) -> tuple[list[Any], str]:
 def _broken(path: Path, text: str, error: json.JSONDecodeError) -> UserError:
     message = f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
     if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated"):
-        return UserError(f"{message}, where it ends.", "Was it cut off while being downloaded?")
+        return UserError(f"{message}, where the file ends.", "The download may have been cut off.")
     near = text[max(0, error.pos - 30) : error.pos + 30]
     return UserError(f"{message}, near {near!r}.", "Fix it there in an editor.")
 
@@ -404,7 +405,7 @@ def _lines(path: Path, text: str) -> list[Any]:
         listed = "\n    ".join([*shown, *([f"... and {more:,} more"] if more else [])])
         raise UserError(
             f"{path}: {len(problems)} line(s) are not JSON:\n    {listed}",
-            "A data file is a JSON list of objects, or one object a line (JSONL).",
+            "A data file is a JSON list of objects, or one object per line (JSONL).",
         )
     return items
 
@@ -423,7 +424,7 @@ def _not_json(path: Path, text: str) -> UserError:
             ))  # fmt: skip
     return UserError(
         f"{path} is not JSON: it begins with {first[:60]!r}.",
-        "A data set is a JSON list of objects, or one object a line (JSONL).",
+        "A data set is a JSON list of objects, or one object per line (JSONL).",
     )
 
 

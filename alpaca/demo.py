@@ -52,7 +52,7 @@ START_SECONDS = 120
 def parser() -> argparse.ArgumentParser:
     """Flags of the verb."""
     made = argparse.ArgumentParser(
-        description="Fetch, convert, train, serve and ask: the whole way on any machine."
+        description="Fetch, convert, train, serve and ask: the whole pipeline on any machine."
     )
     made.add_argument("--keep", action="store_true", help="leave the server running at the end")
     made.add_argument("--port", type=int, default=5000, help="port to serve on (%(default)s)")
@@ -100,7 +100,7 @@ class Demo:
     def convert(self) -> None:
         """Write weights/smollm2-135m/ unless it is complete; weights/tokenizer/ is not touched."""
         if passport.read(ROOT / BASE) is not None:
-            print(f"{BASE} is there already")
+            print(f"{BASE} already exists")
             return
         words = ["--input_dir", str(FOLDER), "--model_size", BASE.name, "--no-tokenizer"]
         command("convert", *words)
@@ -138,7 +138,7 @@ class Demo:
             if not kept:
                 stop(process)
         if kept:
-            print(f"\nThe server goes on; stop it with: kill {process.pid}")
+            print(f"\nThe server keeps running; stop it with: kill {process.pid}")
 
     def wait(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
         """Wait until the health check reports READY."""
@@ -193,7 +193,7 @@ class Demo:
         atomic.write_text(ROOT / OUT / "demo.json", text + "\n")
         spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         print(f"\n=== Done: held-out loss {before:.3f} before, {after:.3f} after ({spent})")
-        print(f"The model is in {OUT}/, the facts are in {OUT}/demo.json.")
+        print(f"The model is in {OUT}/, the figures are in {OUT}/demo.json.")
         if self.keep:
             body = json.dumps({"input": {"prompt": "Name a colour.", **LIMITS}})
             print(f"Ask it: {self.curl_line(body)}")
@@ -219,7 +219,9 @@ def execute(words: list[str]) -> None:
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
-        raise UserError("The demo stops here; the reason stands above.", "Then run it again.")
+        raise UserError(
+            "The demo stopped; the reason is above.", "Fix it, then run the demo again."
+        )
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:

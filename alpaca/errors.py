@@ -31,6 +31,6 @@ def exit_code(program: str, body: Callable[[], None]) -> int:
         print(f"{program}: error: {error.filename}: permission denied", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{program}: stopped; run the same command again to go on", file=sys.stderr)
+        print(f"\n{program}: stopped; run the same command again to resume", file=sys.stderr)
         return 130
     return 0

@@ -64,7 +64,7 @@ def check_folder(folder: Path, what: str = "model") -> dict[str, stored.Entry]:
     """Raise UserError unless `folder` is a complete model folder; returns its tensors."""
     if (folder / STAGING / READY).exists():
         raise UserError(
-            f"{folder} was being replaced when its writer was stopped.",
+            f"{folder} was being replaced when training stopped.",
             "Run the same training command again: it finishes at once.",
         )
     if not folder.is_dir():

@@ -53,7 +53,7 @@ def record(folder: Path) -> list[dict[str, Any]] | None:
     if reason is None and seconds > PATIENCE:
         reason = f"they would take {seconds / 60:.0f} minutes here"
     if reason is not None:
-        print(f"note: no golden logits are kept: {reason}")
+        print(f"note: no golden logits were saved: {reason}")
         return None
     with all_cores():
         return answers(folder, weights)
@@ -110,7 +110,7 @@ def differences(kept: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]])
         ]
         for what, was, now in [*pairs, ("sum of all logits", old["sum"], new["sum"])]:
             if now is None or not math.isclose(was, now, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
-                shown = "not among the likeliest now" if now is None else f"{now:.12g} now"
+                shown = "no longer among the likeliest" if now is None else f"{now:.12g} now"
                 lines.append(f"golden prompt {number}: {what} was {was:.12g}, is {shown}")
                 break
     if len(kept) != len(found):
@@ -193,14 +193,14 @@ def checked(name: str, tensor: Tensor) -> Tensor:
 def unsupported(config: dict[str, Any]) -> str | None:
     """Why this model is not supported here, or None."""
     if config.get("model_type") not in KINDS:
-        return f"models of type {config.get('model_type')} are not computed here"
+        return f"models of type {config.get('model_type')} are not supported"
     if config.get("hidden_act") != "silu":
-        return f"the activation {config.get('hidden_act')} is not computed here"
+        return f"the activation {config.get('hidden_act')} is not supported"
     window = config.get("sliding_window")
     if window and window < TOKENS and config.get("use_sliding_window", True):
-        return f"a sliding window of {window} tokens is not computed here"
+        return f"a sliding window of {window} tokens is not supported"
     kind = rope_kind(rope(config))
-    return None if kind in ROPES else f"rotary positions of type {kind} are not computed here"
+    return None if kind in ROPES else f"rotary positions of type {kind} are not supported"
 
 
 @torch.no_grad()

@@ -34,7 +34,8 @@ def check_weights(folder: Path) -> dict[str, stored.Entry]:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # a wrong entry can make transformers raise anything
         raise UserError(
-            f"{folder / 'config.json'} describes no model that transformers can build: {error}",
+            f"{folder / 'config.json'} does not describe a model that transformers can "
+            f"build: {error}",
             "Fetch the file again.",
         ) from None
     model.tie_weights()

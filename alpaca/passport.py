@@ -61,7 +61,7 @@ def json_numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def add_beside(folder: Path, names: list[str]) -> None:
+def add_extras(folder: Path, names: list[str]) -> None:
     """Add the hashes of files written after the model (log, plots) to its passport.
 
     These files are optional: a copy of the folder may lack them, but a changed one is detected.
@@ -75,7 +75,7 @@ def add_beside(folder: Path, names: list[str]) -> None:
     atomic.write_text(folder / NAME, render(passport))
 
 
-def forget_beside(folder: Path) -> None:
+def forget_extras(folder: Path) -> None:
     """Remove those files from the passport, because they are about to change."""
     passport = read(folder)
     if passport is not None and passport.pop("beside", None):
@@ -107,7 +107,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         passport: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if passport["format"] > FORMAT:
             raise UserError(
-                f"{path} has format {passport['format']}; this program knows {FORMAT}.",
+                f"{path} has format {passport['format']}; this program reads up to {FORMAT}.",
                 "Use the version of the program that wrote it, or a newer one.",
             )
         _check(passport)
@@ -121,18 +121,18 @@ def _check(passport: dict[str, Any]) -> None:
     """Raise KeyError or ValueError if a part is missing or names a file outside the folder."""
     for name in ("made_by", "template_sha256", SEAL):
         if not isinstance(passport[name], str):
-            raise ValueError(f"{name} is no text")
+            raise ValueError(f"{name} is not text")
     for name, value in [*passport["files"].items(), *passport.get("beside", {}).items()]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not isinstance(value, str):
-            raise ValueError(f"{name!r} is no file of a model folder")
+            raise ValueError(f"{name!r} is not a file of a model folder")
 
 
 def check_template(folder: Path, passport: dict[str, Any] | None) -> None:
     """Refuse a folder that was trained with other templates than this program's."""
     if passport is not None and passport["template_sha256"] != template_hash():
         raise UserError(
-            f"{folder} was made with other prompt templates than this program's.",
+            f"{folder} was made with prompt templates that differ from this program's.",
             "Serve it with the version that trained it, or train it again.",
         )
 
@@ -148,7 +148,7 @@ def check_loaded(folder: Path) -> dict[str, Any] | None:
     """
     passport = read(folder)
     if passport is None:
-        print(f"note: {folder} has no passport: how it was made is not known", flush=True)
+        print(f"note: {folder} has no passport, so how it was made is unknown", flush=True)
         return None
     for name, wanted in passport["files"].items():
         path = folder / name
@@ -157,7 +157,7 @@ def check_loaded(folder: Path) -> dict[str, Any] | None:
         if path.stat().st_size <= SMALL and sha256(path) != wanted:
             raise UserError(
                 f"{path} was changed after it was written.",
-                f"See what else was: python -m alpaca verify {folder}",
+                f"See what else changed: python -m alpaca verify {folder}",
             )
     return passport
 

@@ -37,26 +37,26 @@ ASKED_ABOUT = (
     "instructioncontext", "ctx", "sourcetext", "sentence",
 )  # fmt: skip
 CHANGES_MEANING = {
-    "history": "what was said before, which the template has no place for",
-    "chathistory": "what was said before, which the template has no place for",
-    "previou": "what was said before, which the template has no place for",
-    "previousturn": "what was said before, which the template has no place for",
-    "prevturn": "what was said before, which the template has no place for",
-    "systeminstruction": "how to behave, which the template has no place for",
-    "imagepath": "a picture, which a model of text does not see",
-    "conversation": "what was said before, which the template has no place for",
-    "message": "what was said before, which the template has no place for",
-    "dialog": "what was said before, which the template has no place for",
-    "dialogue": "what was said before, which the template has no place for",
-    "system": "how to behave, which the template has no place for",
-    "systemprompt": "how to behave, which the template has no place for",
-    "systemmessage": "how to behave, which the template has no place for",
-    "persona": "how to behave, which the template has no place for",
+    "history": "earlier turns, which the template has no place for",
+    "chathistory": "earlier turns, which the template has no place for",
+    "previou": "earlier turns, which the template has no place for",
+    "previousturn": "earlier turns, which the template has no place for",
+    "prevturn": "earlier turns, which the template has no place for",
+    "systeminstruction": "a system prompt, which the template has no place for",
+    "imagepath": "a picture, which a text model cannot see",
+    "conversation": "earlier turns, which the template has no place for",
+    "message": "earlier turns, which the template has no place for",
+    "dialog": "earlier turns, which the template has no place for",
+    "dialogue": "earlier turns, which the template has no place for",
+    "system": "a system prompt, which the template has no place for",
+    "systemprompt": "a system prompt, which the template has no place for",
+    "systemmessage": "a system prompt, which the template has no place for",
+    "persona": "a system prompt, which the template has no place for",
     "chosen": "a preferred answer: one of a pair",
     "rejected": "a rejected answer: one of a pair",
-    "image": "a picture, which a model of text does not see",
-    "video": "a video, which a model of text does not see",
-    "audio": "a sound, which a model of text does not hear",
+    "image": "a picture, which a text model cannot see",
+    "video": "a video, which a text model cannot see",
+    "audio": "a sound, which a text model cannot hear",
     "tool": "functions to call, which the template has no place for",
     "function": "functions to call, which the template has no place for",
     "toolcall": "functions to call, which the template has no place for",
@@ -96,7 +96,7 @@ def to_stderr(notice: str) -> None:
 
 
 def read_records(path: Path, notice: Callable[[str], None] = to_stderr) -> list[Record]:
-    """Read a data set: a JSON list, or JSONL with one object a line; UTF-8, a BOM is allowed.
+    """Read a data set: a JSON list, or JSONL with one object per line; UTF-8, a BOM is allowed.
 
     An input of null or NaN means no input. Numbers and booleans are read as text, as written in the
     file. `notice` is called with a message about those, and about the keys that are not read.
@@ -141,7 +141,7 @@ def faults(item: Any) -> list[str]:
     if not isinstance(item, dict):
         return [f"is {_kind(item)}, not an object"]
     if isinstance(item, DuplicateKeys):
-        return [f"{item.duplicate}: is there more than once"]
+        return [f"{item.duplicate}: occurs more than once"]
     return [f"{name}: {why}" for name in FIELDS if (why := _fault(name, item))]
 
 
@@ -159,7 +159,7 @@ def _fault(name: str, item: dict[str, Any]) -> str | None:
     if not text.strip() and name == "instruction":
         return "is empty"
     if text and not text.strip() and name == "output":
-        return "is empty but for white space"
+        return "is empty except for white space"
     return None
 
 
@@ -192,7 +192,7 @@ def _meaning(key: str, item: dict[str, Any]) -> str | None:
         rejects = verdict in REJECTS or (isinstance(value, int | float) and value <= 0)
         if not rejects or verdict == texts(item)["output"].strip().lower():  # a class label
             return None
-        return f"{_shown(value)}, which seems to reject the record (else: --drop {key})"
+        return f"{_shown(value)}, which seems to reject the record (if not: --drop {key})"
     if (
         _is_nothing(value)
         or value in ("", [], {})
@@ -284,7 +284,7 @@ def _check_form(path: Path, items: list[Any]) -> None:
              if isinstance(item, dict) and isinstance(item.get("output"), list)]  # fmt: skip
     if lists:
         raise UserError(
-            f"{path}: {len(lists):,} of {len(items):,} records, the first {lists[0]}, have a list "
+            f"{path}: {len(lists):,} of {len(items):,} records (first: {lists[0]}) have a list "
             "as output: several answers, or a preferred and a rejected one.",
             "A record has one answer: keep one of them as output, as text."
             + _leaving_out(path, items, "invalid,empty_instruction"),
@@ -298,7 +298,7 @@ def _check_form(path: Path, items: list[Any]) -> None:
     objects = [item for item in strange if isinstance(item, dict)]
     if len(objects) * 2 <= len(strange):
         raise UserError(
-            f"{path}: {len(strange):,} of {len(items):,} records are no objects, but like "
+            f"{path}: {len(strange):,} of {len(items):,} records are not objects, for example "
             f"{_shown(strange[0])}.",
             'Each record is {"instruction": text, "input": text, "output": text}.',
         )
@@ -342,12 +342,12 @@ def _form(path: Path, common: set[str]) -> tuple[str, str]:
         return form, f"Read {', '.join(pairs)}:\n    {audit_command(path, *flags)}"
     if "text" in by_letters:
         return "whole texts (under 'text')", (
-            "Split each into what is asked (instruction) and the answer (output): training has to "
+            "Split each into what is asked (instruction) and the answer (output): training must "
             "know where the answer begins."
         )
     return f"another data set, without {' and '.join(sorted(missing))}", (
-        'Each record is {"instruction": text, "input": text, "output": text}. A key by another '
-        "name: python -m alpaca audit --rename OLD=NEW"
+        'Each record is {"instruction": text, "input": text, "output": text}. For a key with '
+        "another name: python -m alpaca audit --rename OLD=NEW"
     )
 
 
@@ -366,7 +366,7 @@ def _check_keys(path: Path, items: list[Any]) -> None:
         for (key, why), count in counts.most_common(MAX_LISTED)
     ]
     renamed, dropped = _remedies(items, {key for key, _ in counts})
-    remedy = "Each key is read, or dropped, or its records are left out."
+    remedy = "Read or drop each key, or leave its records out."
     flags, how = [], []
     if renamed:
         flags += ["--rename", ",".join(f"{old}={new}" for old, new in renamed.items())]
@@ -381,7 +381,7 @@ def _check_keys(path: Path, items: list[Any]) -> None:
     remedy += _leaving_out(path, items, checks)
     if verdicts := sorted({key for key, _ in counts if letters(key) in VERDICTS}):
         command = audit_command(path, "--drop", ",".join(verdicts))
-        remedy += f"\n  Where {' and '.join(verdicts)} is a class and no verdict:\n    {command}"
+        remedy += f"\n  If {' and '.join(verdicts)} is a class, not a verdict:\n    {command}"
     raise UserError(
         f"{path}: keys that are not read change what records mean:\n    " + "\n    ".join(listed),
         remedy,

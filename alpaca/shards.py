@@ -161,4 +161,6 @@ def check(shards: Sequence[Shard[Any]], folder: Path) -> None:
             for tensor in shard.tensors
         }
         if found != wanted:
-            raise UserError(f"{shard.name} does not read back as it was written.", "Run it again.")
+            raise UserError(
+                f"{shard.name} reads back differently from what was written.", "Run it again."
+            )

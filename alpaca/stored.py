@@ -83,9 +83,9 @@ def check_config(config: dict[str, Any], where: Path) -> None:
         )
     if method := quantization(config):
         raise UserError(
-            f"{where} describes quantized weights ({method}): without their scales they are other "
-            "numbers.",
-            f"Make plain ones of them: python -m alpaca convert --input_dir {where.parent}"
+            f"{where} describes quantized weights ({method}): without their scales the numbers are "
+            "wrong.",
+            f"Dequantize them: python -m alpaca convert --input_dir {where.parent}"
             if method.endswith(CONVERTIBLE)
             else PLAIN,
         )
@@ -115,7 +115,7 @@ def _unsupported(config: dict[str, Any]) -> str:
 
 
 CONVERTIBLE = ("fp8", "compressed-tensors")  # only in formats with one number per weight
-PLAIN = "Take the folder it was quantized from, in bf16, fp16 or fp32."
+PLAIN = "Use the folder it was quantized from, in bf16, fp16 or fp32."
 
 
 def quantization(config: dict[str, Any]) -> str | None:
@@ -123,7 +123,7 @@ def quantization(config: dict[str, Any]) -> str | None:
     for key in ("quantization_config", "compression_config"):
         if settings := config.get(key):
             method = settings.get("quant_method") if isinstance(settings, dict) else None
-            return f"{key}: {method or 'of no name'}"
+            return f"{key}: {method or 'unnamed'}"
     return None
 
 
@@ -142,7 +142,7 @@ def check_rope(config: dict[str, Any]) -> None:
                 "pass, so it cannot be trained or served here.", ADVICE,
             )  # fmt: skip
         if kind not in (None, *ROPES):
-            raise UserError(f"The model's rotary embedding ({kind}) is not known here.", ADVICE)
+            raise UserError(f"The model's rotary embedding ({kind}) is not supported.", ADVICE)
 
 
 def is_tied(config: dict[str, Any]) -> bool:
@@ -172,14 +172,14 @@ def weight_files(folder: Path, stem: str = "model", ending: str = ".safetensors"
         raise UserError(
             f"{folder} holds two sets of weights: {single.name}, which transformers loads, and "
             f"{index.name} with {_several(listed)}, which vLLM loads.",
-            f"Delete the one that is not meant: {single.name}, or {index.name} and its files.",
+            f"Delete the one you do not want: {single.name}, or {index.name} and its files.",
         )
     missing = [name for name in listed if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"{index} names {len(listed)} files: {_several(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing.",
-            f"Put what is missing into {folder}.",
+            f"Put the missing files into {folder}.",
         )
     return [folder / name for name in listed]
 
@@ -191,9 +191,11 @@ def _listed(index: Path, ending: str) -> list[str]:
         raise UserError(f"{index} lists no files (weight_map).", "Fetch the file again.")
     for name in table.values():
         if not isinstance(name, str) or not name.endswith(ending) or "\0" in name:
-            raise UserError(f"{index} names {name!r}, which is no file.", "Fetch the file again.")
+            raise UserError(
+                f"{index} names {name!r}, which is not a file.", "Fetch the file again."
+            )
         if Path(name).name != name:
-            raise UserError(f"{index} names {name!r}, which leads out of {index.parent}.",
+            raise UserError(f"{index} names {name!r}, which is outside {index.parent}.",
                             "Fetch the file again.")  # fmt: skip
     return sorted(set(table.values()))
 
@@ -212,8 +214,8 @@ def _no_weights(folder: Path, single: str, index: str, ending: str) -> UserError
             f"Convert it first: python -m alpaca convert --input_dir {folder}",
         )
     return UserError(
-        f"{folder} holds {_several(found)}, but neither {single} nor {index}, so which of them "
-        "are the weights is not known.",
+        f"{folder} holds {_several(found)}, but neither {single} nor {index}, so it is unclear "
+        "which of them are the weights.",
         f"Fetch {index} as well; a single file with all weights must be named {single}.",
     )
 
@@ -281,9 +283,9 @@ def differing_head(folder: Path) -> tuple[str, str]:
     """Message and remedy for a tied output matrix that is stored and differs from the embedding."""
     return (
         f"{folder}: config.json says tie_word_embeddings, but the stored lm_head.weight is not "
-        "model.embed_tokens.weight: transformers 4 takes the second for both, transformers 5 each "
-        "for itself.",
-        'If both are meant, write "tie_word_embeddings": false into config.json.',
+        "model.embed_tokens.weight: transformers 4 uses the second for both, transformers 5 uses "
+        "each where it belongs.",
+        'To keep both, write "tie_word_embeddings": false into config.json.',
     )
 
 
@@ -299,7 +301,7 @@ def entries(folder: Path) -> dict[str, Entry]:
             if name in found:
                 raise UserError(
                     f"{found[name].path.name} and {path.name} in {folder} both hold {name}.",
-                    f"Delete {INDEX} and the files of the model that is not meant.",
+                    f"Delete {INDEX} and the files of the model that you do not want.",
                 )
             found[name] = entry
     return found
@@ -315,7 +317,7 @@ def check_fit(
     """
     if missing := [name for name in wanted if name not in found]:
         raise UserError(
-            f"{folder} lacks {len(missing)} tensor(s), the first is {min(missing)}.",
+            f"{folder} lacks {len(missing)} tensor(s) (first: {min(missing)}).",
             "Is a shard missing? Fetch or convert the weights again.",
         )
     for name, shape in wanted.items():
@@ -329,12 +331,12 @@ def check_fit(
     more = [name for name in found if name not in own and not name.endswith(BUFFERS)]
     if more := [name for name in more if not re.search(skipped, name)]:
         raise UserError(
-            f"{folder} holds {len(more)} tensor(s) that a model of its config.json does not have, "
-            f"the first is {min(more)}.", MISMATCH,
+            f"{folder} holds {len(more)} tensor(s) that a model of its config.json does not have "
+            f"(first: {min(more)}).", MISMATCH,
         )  # fmt: skip
 
 
-MISMATCH = "The weights and config.json are not of the same model."
+MISMATCH = "The weights and config.json belong to different models."
 
 
 def same(one: Entry, other: Entry) -> bool:
@@ -365,7 +367,7 @@ def header(path: Path) -> dict[str, Entry]:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(LONGEST_HEADER, size):
-                raise ValueError("it is cut short, or no safetensors file")
+                raise ValueError("it is cut short, or not a safetensors file")
             table = json.loads(file.read(length))
         found = {}
         for name, entry in table.items():
@@ -374,16 +376,16 @@ def header(path: Path) -> dict[str, Entry]:
             start, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
             if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
-                raise ValueError(f"{name} has an impossible shape or place")
+                raise ValueError(f"{name} has an impossible shape or offset")
             found[name] = Entry(path, str(entry["dtype"]), shape, 8 + length + start, end - start)
         wanted = 8 + length
         for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].size)):
             bytes_each = ITEM_BYTES.get(entry.dtype)
             if entry.start != wanted or (bytes_each and entry.elements * bytes_each != entry.size):
-                raise ValueError(f"the place of {name} does not fit its shape and the others'")
+                raise ValueError(f"the offsets of {name} do not fit its shape or the other tensors")
             wanted += entry.size
         if wanted != size:
-            raise ValueError(f"it has {size:,} bytes, its header says {wanted:,}")
+            raise ValueError(f"it has {size:,} bytes, but its header says {wanted:,}")
     except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged: {reason}.", "Copy or convert it again.") from None

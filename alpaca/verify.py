@@ -22,15 +22,15 @@ LOADED = {".safetensors", ".bin", ".json", ".model", ".jinja", ".py", ".txt", ".
 def parser() -> argparse.ArgumentParser:
     """Flags of the verb."""
     made = argparse.ArgumentParser(
-        description="Compare a model folder with its passport: every file's hash, and the logits "
-        "it answers three golden prompts with.",
-        epilog="Exit code 0: all as written. 2: something differs, and is named.",
+        description="Compare a model folder with its passport: every file's hash, and its "
+        "logits for three golden prompts.",
+        epilog="Exit code 0: all as written. 2: something differs; the output names it.",
     )
     made.add_argument("folder", type=Path, help="a model or tokenizer folder")
     made.add_argument("--no-golden", action="store_true", help="hashes only")
     made.add_argument(
         "--add-golden", action="store_true",
-        help="compute golden logits for a folder that has none, once its hashes are right",
+        help="compute golden logits for a folder that has none, if its hashes match",
     )  # fmt: skip
     return made
 
@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     recorded = passport.read(folder)
     if recorded is None:
         raise UserError(
-            f"{folder} has no passport: it was made by another program, or before there were any.",
+            f"{folder} has no passport: it was made by another program, or before "
+            "passports existed.",
             "Only folders written by convert and train.py can be verified.",
         )
     problems = sealed(folder, recorded) + files(folder, recorded)
@@ -58,8 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         problems = golden_logits(folder, recorded)
     if problems:
         raise UserError(
-            f"{folder} is not what its passport says:\n    " + "\n    ".join(problems),
-            "Copy, convert or train the folder again; nothing else can mend it.",
+            f"{folder} does not match its passport:\n    " + "\n    ".join(problems),
+            "Copy, convert or train the folder again; it cannot be fixed in place.",
         )
     if not golden and arguments.add_golden:
         golden = add_golden(folder, recorded)
@@ -168,6 +169,6 @@ def summary(folder: Path, recorded: dict[str, Any], *, checked: bool) -> str:
     size = sum((folder / name).stat().st_size for name in recorded["files"])
     logits = f", {len(recorded.get('golden') or [])} golden prompts" if checked else ""
     return (
-        f"{folder} is as it was written: {len(recorded['files'])} files, {size / 1e9:,.2f} GB"
+        f"{folder} is intact: {len(recorded['files'])} files, {size / 1e9:,.2f} GB"
         f"{logits} (made by {recorded['made_by']})"
     )

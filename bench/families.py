@@ -76,7 +76,7 @@ RECORDS = [
 ]
 PROMPTS = ["Name a colour.", "Repeat this: " + "one two three four five " * 140]
 NEW_TOKENS = 24
-UNPLANNED = "are not counted here"  # in a plan's error about tensors that it does not know
+UNPLANNED = "are not supported"  # in a plan's error about tensors that it does not know
 SPARE = 6  # rows beyond the tokenizer's, as many published models have
 
 

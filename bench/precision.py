@@ -242,7 +242,7 @@ COLUMNS = {
     "pure": "pure bf16",
     "sft": "SFTTrainer, bf16",
     "fp32_export_nearest": "fp32, exported to the nearest bf16",
-    "fp32_export_stochastic": "fp32, exported by chance",
+    "fp32_export_stochastic": "fp32, stochastic rounding",
 }
 
 

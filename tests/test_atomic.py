@@ -76,8 +76,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     ("raised", "code", "shown"),
     [
         (None, 0, ""),
-        (UserError("It broke.", "Mend it."), 2, "prog: error: It broke.\n  Mend it.\n"),
-        (KeyboardInterrupt(), 130, "\nprog: stopped; run the same command again to go on\n"),
+        (UserError("It broke.", "Fix it."), 2, "prog: error: It broke.\n  Fix it.\n"),
+        (KeyboardInterrupt(), 130, "\nprog: stopped; run the same command again to resume\n"),
     ],
 )
 def test_exit_codes(

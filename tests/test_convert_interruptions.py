@@ -200,7 +200,7 @@ def test_disk_that_loses_what_was_written_is_caught_by_reading_back(
         return source.tensors[-1].read(dtype)
 
     tensors = (*source.tensors[:-1], replace(source.tensors[-1], read=fault))
-    with pytest.raises(UserError, match="did not read back"):
+    with pytest.raises(UserError, match="reads back differently"):
         write_folder(replace(source, tensors=tensors), bench.output, layout)
     assert not (bench.output / NAME).exists()
     assert write_folder(source, bench.output, layout).is_dir()

@@ -103,7 +103,7 @@ def test_numbers_too_large_for_fp16_are_refused(tmp_path: Path) -> None:
     arguments = ("--input_dir", tmp_path / "7B", "--output_dir", tmp_path / "out")
     code, said = convert(*arguments, "--dtype", "fp16")
     assert code == 2
-    assert "model.norm.weight has numbers too large for fp16" in said
+    assert "model.norm.weight holds numbers too large for fp16" in said
     assert not (tmp_path / "out" / "llama-7b").exists()
 
 

@@ -75,7 +75,7 @@ def test_a_quantized_folder_converts_to_the_numbers_it_stands_for(
             "--input_dir", folder, "--output_dir", tmp_path / dtype, "--dtype", dtype
         )
         assert code == 0, said
-        assert "of 14 quantized tensors each times its scale" in said
+        assert "from 14 quantized tensors and their scales" in said
         written = load_file(tmp_path / dtype / "model/model.safetensors")
         assert written.keys() == real.keys()
         for name, tensor in real.items():
@@ -107,7 +107,7 @@ def test_other_quantizations_are_refused_by_name(
     code, said = convert("--input_dir", folder, "--output_dir", tmp_path / "out")
     assert code == 2
     assert told in said
-    assert "Take the folder it was quantized from" in said
+    assert "Use the folder it was quantized from" in said
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_no_number_of_a_folder_of_mixed_types_is_rounded(
     for name, tensor in held.items():
         assert torch.equal(written[name].float(), tensor.float()), name
     assert (
-        "4 tensor(s), the first is model.layers.0.post_attention_layernorm.weight, stay fp32"
+        "4 tensor(s) (first: model.layers.0.post_attention_layernorm.weight) are kept in fp32"
         in said
     )
     assert written["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16  # exact there
@@ -257,7 +257,7 @@ def test_an_end_that_is_the_beginning_is_not_believed(
     (source / "generation_config.json").unlink()
     change(source / "config.json", bos_token_id=0, eos_token_id=1, pad_token_id=-1)
     folder, said = converted(source)
-    assert "<s> ends no answer" in said
+    assert "does not end an answer, although config.json lists it: <s>" in said
     config = read(folder)
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
     assert config.get("pad_token_id") != -1
@@ -283,9 +283,9 @@ def test_keys_that_no_program_here_knows_are_named(
     change(source / "tokenizer_config.json", unheard_of=1)
     change(source / "generation_config.json", strange_penalty=2)
     folder, said = converted(source)
-    assert "no setting unsloth_fixed: copied from config.json" in said
-    assert "no setting strange_penalty: copied from generation_config.json" in said
-    assert "not taken over from tokenizer_config.json, not known here: unheard_of" in said
+    assert "copied from config.json but unknown to transformers: unsloth_fixed" in said
+    assert "copied from generation_config.json but unknown to transformers: strange_penalty" in said
+    assert "unknown keys of tokenizer_config.json, not copied: unheard_of" in said
     assert read(folder)["unsloth_fixed"] is True
     assert "auto_map" not in read(folder)  # no code of a folder is run, so none is asked for
     _, said = converted(shutil.copytree(folder, tmp_path / "again" / "m"))

@@ -48,7 +48,7 @@ def shell(message: str, folder: Path) -> Path:
     return made
 
 
-# ---- JSON in another shape
+# ---- JSON in the wrong shape
 
 
 def pretty(value: object) -> str:
@@ -78,7 +78,7 @@ SHAPES = {
         "\n".join(json.dumps(json.dumps(item)) for item in (ONE, TWO)), "encoded twice"),
     "Python": (repr([ONE, TWO]), "Python's spelling"),
     "lines of Python": (f"{ONE!r}\n{TWO!r}", "Python's spelling"),
-    "raw line ends": (SMALL.replace("\\n", "\n"), "line ends inside texts"),
+    "raw line ends": (SMALL.replace("\\n", "\n"), "line breaks inside texts"),
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_json_in_another_shape_is_named_once_and_the_proposed_command_writes_it_
 
 def test_one_pretty_printed_record_is_read_by_the_audit(tmp_path: Path) -> None:
     path = write(tmp_path, pretty(ONE))
-    assert "one object over several lines" in refusal(path)
+    assert "one object spread over several lines" in refusal(path)
     assert read_any(path)[0] == [ONE]
 
 
@@ -115,8 +115,8 @@ def test_one_of_several_lists_is_taken_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (SMALL[:-10], "where it ends.\n  Was it cut off while being downloaded?"),
-        (SMALL[:-1], "Was it cut off"),
+        (SMALL[:-10], "where the file ends.\n  The download may have been cut off."),
+        (SMALL[:-1], "The download may have been cut off"),
         (SMALL.replace('"output"', "output"), "near '"),
         (pretty(ONE)[:-20] + "\n" + pretty(TWO), "line(s) are not JSON:\n    line 1: "),
     ],
@@ -228,8 +228,8 @@ def test_other_kinds_of_file_are_told_by_their_content_and_the_command_makes_jso
         (b"PAR1\x15\x04\x15\xff", "a Parquet table", "pandas.read_parquet(sys.argv[1])"),
         (b"ARROW1\x00\x00", "an Arrow table", "pandas.read_feather(sys.argv[1])"),
         (zipped(xl__workbook_xml="x"), "an Excel workbook", "pip install pandas openpyxl"),
-        (zipped(a_txt="x"), "a zip archive of a.txt", "No JSON"),
-        (b"PK\x03\x04abc", "a zip archive that is cut off", "again"),
+        (zipped(a_txt="x"), "a zip archive of a.txt", "contains no JSON"),
+        (b"PK\x03\x04abc", "a truncated zip archive", "again"),
         (b"SQLite format 3\x00abc", "an SQLite database", "sqlite3 -json"),
         (b"\x00" * 4096, "zero bytes only", "again"),
         (b"%PDF-1.4", "a binary file", "JSON"),
@@ -266,11 +266,11 @@ def test_the_likeliest_encoding_is_proposed_with_a_line_of_each(
     item = {"instruction": said, "input": "", "output": "yes"}
     text = json.dumps([ONE, item], ensure_ascii=False, indent=1)
     message = refusal(write(tmp_path, text.encode(encoding)))
-    assert "in line 8. That line reads" in message
+    assert "in line 8. Decoded as\n" in message
     lines = [line for line in message.splitlines() if line.startswith("    ")]
     shown = dict(line.split(None, 1) for line in lines)
     assert said[:20].replace("\x81", "?") in shown[proposed]
-    assert f"{proposed} is the likeliest" in message
+    assert f"{proposed} is the most likely" in message
     made = shell(message, tmp_path)
     assert read_records(made)[1].instruction == said
 
@@ -278,6 +278,6 @@ def test_the_likeliest_encoding_is_proposed_with_a_line_of_each(
 def test_a_few_wrong_bytes_and_a_cut_character_are_no_other_encoding(tmp_path: Path) -> None:
     whole = json.dumps([{"instruction": CHINESE, "output": "x"}], ensure_ascii=False).encode()
     message = refusal(write(tmp_path, whole.replace("翻".encode(), b"\xff")))
-    assert "UTF-8 but for 1 byte(s), the first in line 1" in message
+    assert "UTF-8 except for 1 byte(s), the first in line 1" in message
     message = refusal(write(tmp_path, whole[: whole.index("句".encode()) + 2]))
     assert "ends in the middle of a character" in message

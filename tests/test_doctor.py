@@ -61,7 +61,7 @@ def test_a_small_a_full_and_a_read_only_file_system_are_red(tmp_path: Path) -> N
 def test_a_good_disk_is_green_and_its_speed_is_told(tmp_path: Path) -> None:
     found = host.disk(tmp_path, 1e6)
     assert found.ok
-    assert "MB/s" in found.told
+    assert "MB/s" in found.message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,7 +91,7 @@ def test_a_port_for_root_alone_is_red_to_others() -> None:
     code = "import os; from alpaca.doctor import host; os.setuid(65534); print(host.port(80, ''))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           check=False)  # fmt: skip
-    assert "ok=False, told='is for root alone'" in done.stdout, done.stderr
+    assert "ok=False, message='is reserved for root'" in done.stdout, done.stderr
 
 
 def test_an_old_python_and_missing_shared_memory_are_red(
@@ -140,7 +140,7 @@ def test_devices_of_a_driver_without_its_program_are_red(
     assert devices.driver(tmp_path).fault == ""
     (tmp_path / "nvidia0").touch()
     found = devices.driver(tmp_path)
-    assert "nvidia0 there, but no nvidia-smi" in found.fault
+    assert "nvidia0 exists, but nvidia-smi is missing" in found.fault
     assert not devices.cuda({"torch": "2.13.0", "cuda": "13.0"}, found).ok
 
 
@@ -149,12 +149,12 @@ def test_programs_that_are_missing_are_red(tmp_path: Path, monkeypatch: pytest.M
     outside = tmp_path / "no-dockerenv"
     for found in (host.curl(), host.docker(outside), host.cog(outside)):
         assert not found.ok
-        assert "not on PATH" in found.told
+        assert "not on PATH" in found.message
         assert found.remedy
 
 
 @pytest.mark.parametrize(
-    ("commands", "ok", "told"),
+    ("commands", "ok", "message"),
     [
         ("  build    B\n  exec   E\n  run   R\n", True, "`cog exec CMD`"),
         ("  build    B\n  predict   P\n  run   R\n", True, "`cog run CMD`"),
@@ -162,7 +162,7 @@ def test_programs_that_are_missing_are_red(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_what_this_cog_calls_its_commands_is_told(
-    commands: str, ok: bool, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: str, ok: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "cog"
     program.write_text(
@@ -171,7 +171,7 @@ def test_what_this_cog_calls_its_commands_is_told(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = host.cog(tmp_path / "no-dockerenv")
-    assert (found.ok, told in found.told) == (ok, True)
+    assert (found.ok, message in found.message) == (ok, True)
 
 
 def test_a_docker_without_an_engine_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +187,8 @@ def test_a_package_of_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "requirements.txt").write_text("numpy==0.1\nnosuchpackage==1.0\n")
     found = host.pins(tmp_path / "requirements.txt")
     assert not found.ok
-    assert "pinned 0.1" in found.told
-    assert "nosuchpackage absent" in found.told
+    assert "pinned 0.1" in found.message
+    assert "nosuchpackage absent" in found.message
 
 
 def test_too_little_memory_is_red() -> None:
@@ -201,11 +201,11 @@ def test_ranks_that_die_or_add_wrong_are_named() -> None:
     assert [rank.errors for rank in died] == ["no device 0", "no device 1"]
     (torch,) = devices.findings(died, Driver())
     assert not torch.ok
-    assert "no device 0" in torch.told
+    assert "no device 0" in torch.message
     wrong = [Rank(GOOD, ""), Rank(GOOD | {"sum": 2.0}, "RuntimeError: unreachable")]
     found = devices.all_reduce(wrong)
     assert not found.ok
-    assert "rank(s) [1] failed: RuntimeError: unreachable" in found.told
+    assert "rank(s) [1] failed: RuntimeError: unreachable" in found.message
 
 
 def test_cards_drivers_and_peers_are_judged() -> None:
@@ -213,7 +213,7 @@ def test_cards_drivers_and_peers_are_judged() -> None:
                Rank(GOOD | {"peers": [0], "others": [0]}, "")], Driver("580", 2)))  # fmt: skip
     old = devices.gpu(0, GOOD | {"name": "T4", "capability": [7, 5]})
     assert not old.ok
-    assert "bf16 only emulated" in old.told
+    assert "bf16 only emulated" in old.message
     assert not devices.gpu(0, GOOD | {"free": 10**9}).ok
     assert not devices.peers([GOOD | {"peers": []}]).ok
     assert not devices.peers([GOOD, {}]).ok

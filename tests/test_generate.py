@@ -53,7 +53,7 @@ def test_500_instructions_come_out_and_every_paid_reply_is_used(
         spent = entries(output, "refused")
         assert len(spent) >= 3
         assert {(item["tokens_in"], item["tokens_out"]) for item in spent} == {(700, 300)}
-        assert "300 tokens went elsewhere (finish_reason length)" in spent[0]["why"]
+        assert "300 tokens held no answer (finish_reason length)" in spent[0]["why"]
         assert len({*teacher.asked}) == len(teacher.asked)  # none was asked, and paid, again
     if mode == "truncated reply":
         read = Counter(len(entry["tasks"]) for entry in entries(output, "judged"))
@@ -159,7 +159,7 @@ def test_a_server_that_is_gone_is_a_clear_error(
         (["--seed", "5"], "seed was 0 and is now 5"),
         (["--max_cost", "1"], "--price_in"),
         (["--concurrency", "1000"], "--concurrency"),
-        (["--teacher", "localhost"], "no URL"),
+        (["--teacher", "localhost"], "not a URL"),
     ],
 )
 def test_mistakes_are_named(
@@ -181,7 +181,7 @@ def test_replies_of_reasoning_alone_end_the_run_with_the_cause_and_are_never_pai
         for _ in range(2):
             assert generate(teacher, tmp_path / "data.json", "--concurrency", "3") == 2
             error = capfd.readouterr().err
-            assert "300 tokens went elsewhere (finish_reason length)" in error
+            assert "300 tokens held no answer (finish_reason length)" in error
             assert "Raise --max_tokens" in error
         assert 2 <= len(teacher.asked) <= 6
         assert len({*teacher.asked}) == len(teacher.asked)
@@ -190,8 +190,8 @@ def test_replies_of_reasoning_alone_end_the_run_with_the_cause_and_are_never_pai
 @pytest.mark.parametrize(
     ("code", "attempts", "remedy"),
     [
-        (502, 2, "failed 2 times at one request, last: HTTP 502: Provider returned error"),
-        ("overloaded", 2, "last: HTTP 500: Provider returned error"),
+        (502, 2, "failed 2 times on one request; last failure: HTTP 502: Provider returned error"),
+        ("overloaded", 2, "last failure: HTTP 500: Provider returned error"),
         (402, 1, "HTTP 402: Provider returned error\n  The account has no credit left"),
         ("401", 1, "HTTP 401: Provider returned error\n  Set OPENAI_API_KEY"),
     ],
@@ -227,7 +227,7 @@ def test_a_flipped_bit_anywhere_in_the_journal_is_found(
             journal.write_bytes(flipped)
             assert generate(teacher, tmp_path / "data.json", wanted=40) == 2
             line = whole.count(b"\n", 0, place) + 1
-            assert f"damaged: line {line} is not as it was written" in capfd.readouterr().err
+            assert f"damaged: line {line} was changed" in capfd.readouterr().err
         assert len(teacher.asked) == asked
 
 

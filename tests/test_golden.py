@@ -113,4 +113,4 @@ def test_a_model_of_another_kind_has_no_golden_logits_and_is_told(
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"llama"', '"gemma"'))
     assert golden.record(tmp_path) is None
-    assert "models of type gemma are not computed here" in capsys.readouterr().out
+    assert "models of type gemma are not supported" in capsys.readouterr().out

@@ -112,7 +112,7 @@ def test_other_templates_are_refused_and_no_passport_is_not(folder: Path) -> Non
     path = folder / passport.NAME
     found = json.loads(path.read_text())
     path.write_text(json.dumps(found | {"template_sha256": "0" * 64}))
-    with pytest.raises(UserError, match="other prompt templates"):
+    with pytest.raises(UserError, match="prompt templates that differ"):
         passport.check_template(folder, passport.read(folder))
 
 

@@ -238,7 +238,7 @@ def test_a_folder_whose_weights_are_not_those_of_its_config_is_refused(
     config = json.loads((tiny_model / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     (tmp_path / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"lacks 9 tensor\(s\), the first is model\.layers\.2"):
+    with pytest.raises(UserError, match=r"lacks 9 tensor\(s\) \(first: model\.layers\.2"):
         shapes.find(tmp_path)
 
 

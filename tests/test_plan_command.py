@@ -25,7 +25,7 @@ def test_a_named_model_on_a_named_card_needs_neither() -> None:
     assert "6,738,415,616 parameters, on 8 x A100 40 GB" in shown
     assert "609 steps of 256" in shown
     assert "It fits." in shown
-    assert "at 2 a device and hour" in shown
+    assert "at 2 per device and hour" in shown
 
 
 def test_what_does_not_fit_names_flags_that_make_it_fit() -> None:
@@ -54,8 +54,8 @@ def test_json_holds_the_whole_plan_of_a_real_folder(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--gpu", "voodoo2"], "No card is known as 'voodoo2'"),
-        (["--model_name_or_path", "llama-9b"], "no model is known by that name"),
+        (["--gpu", "voodoo2"], "Unknown card 'voodoo2'"),
+        (["--model_name_or_path", "llama-9b"], "no known model has that name"),
         (["--learning_rat", "1"], "Did you mean --learning_rate?"),
         (["--gpus", "0"], "--gpus must be at least 1"),
         (["--ram", "nan"], "--ram must be a number"),

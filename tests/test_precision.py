@@ -269,7 +269,7 @@ def test_a_dithered_run_stopped_and_resumed_ends_bit_for_bit_as_one_that_was_not
     assert 0 < int(checkpoint.found(out)[-1].name.removeprefix("checkpoint-")) < 50
     plain = train(*words, "--dither_masters", "False", **BF16)
     assert plain.returncode == 2
-    assert "dither_masters: True there, None here" in plain.stderr
+    assert "dither_masters: True before, None now" in plain.stderr
     assert train(*words, **BF16).returncode == 0
     assert losses(out) == losses(undisturbed)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, undisturbed))

@@ -128,7 +128,7 @@ def test_every_bad_record_is_named_with_index_field_and_reason(tmp_path: Path) -
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     twice = '{"instruction": "Say hi.", "output": "hi", "output": "ho"}'
     message = refusal(write(tmp_path, f"[{json.dumps(GOOD)}, {twice}]"))
-    assert "record 1: output: is there more than once" in message
+    assert "record 1: output: occurs more than once" in message
 
 
 @pytest.mark.parametrize("nothing", ["null", "NaN", '""'])
@@ -244,7 +244,7 @@ def test_a_key_is_never_read_over_another_text(
     with pytest.raises(SystemExit) as ended:
         main(["audit", str(path), "--rename", "context=input"])
     assert ended.value.code == 2
-    assert "1 record(s) have both keys, the first is 0" in capsys.readouterr().err
+    assert "1 record(s) have both keys (first: 0)" in capsys.readouterr().err
 
 
 # ---- records of another form
@@ -267,7 +267,7 @@ FORMS: list[tuple[Any, str, Record | None]] = [
     ({"text": "Below is ... ### Response: x"}, "whole texts (under 'text')", None),
     ({"title": "a", "body": "b"}, "another data set, without instruction and output", None),
     ({"instruction": "Pick.", "output": ["chosen", "rejected"]}, "have a list as output", None),
-    ("just text", "are no objects", None),
+    ("just text", "are not objects", None),
 ]  # fmt: skip
 
 
@@ -361,9 +361,9 @@ def test_a_class_that_looks_like_a_verdict_is_told_how_to_be_dropped(tmp_path: P
         for number, name in enumerate(("negative", "positive"))
     ]
     path = write(tmp_path, json.dumps(items), "classes.json")
-    with pytest.raises(UserError, match="Where label is a class and no verdict") as refused:
+    with pytest.raises(UserError, match="If label is a class, not a verdict") as refused:
         read_records(path)
-    assert "--drop label" in str(refused.value).rpartition("no verdict")[2]
+    assert "--drop label" in str(refused.value).rpartition("not a verdict")[2]
 
 
 def test_a_text_that_the_answer_holds_is_not_asked_about(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     "method": (gptq, {"quantization_config": {"quant_method": "gptq"}},
                "describes quantized weights (quantization_config: gptq)"),
     "old key": (fp8, {"compression_config": {"format": "dense"}},
-                "describes quantized weights (compression_config: of no name)"),
+                "describes quantized weights (compression_config: unnamed)"),
     "pointer": (pointer, {}, "model.safetensors is a Git LFS pointer"),
     "adapter": (adapter, {}, "holds an adapter (adapter_config.json)"),
     "missing shard": (missing_shard, {}, "model-00002-of-00002.safetensors is missing"),
@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     "longrope": (double, {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}},
                  "rotary embedding (longrope) changes"),
     "unknown": (double, {"rope_parameters": {"rope_type": "spiral"}},
-                "rotary embedding (spiral) is not known here"),
+                "rotary embedding (spiral) is not supported"),
 }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_other_files_that_are_git_lfs_pointers_are_named(
     [
         (lambda held: held.pop("model.layers.1.mlp.up_proj.weight"), "lacks 1 tensor"),
         (lambda held: held.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
-         "holds 1 tensor(s) that a model of its config.json does not have, the first is "
+         "holds 1 tensor(s) that a model of its config.json does not have (first: "
          "model.layers.0.self_attn.q_proj.bias"),
         (lambda held: held.update({"model.norm.weight": torch.ones(65)}),
          "model.norm.weight has shape [65], config.json implies [64]"),
@@ -382,7 +382,7 @@ def test_a_model_of_nan_is_refused_before_anything_is_written(
     assert "model.embed_tokens.weight holds NaN or infinite numbers" in said
     done = train(*flags(folder, tmp_path))
     assert done.returncode == 2
-    assert "holds NaN or infinite numbers, and so do 20 tensors more" in done.stderr
+    assert "holds NaN or infinite numbers, and so do 20 more tensors" in done.stderr
     for path in tmp_path.rglob("*.json"):
         json.loads(path.read_text(), parse_constant=pytest.fail)
 

@@ -40,5 +40,5 @@ def test_ranks_that_died_on_the_way_are_not_counted(store: dist.Store) -> None:
 
 
 def test_rank_0_says_how_many_did_not_come(store: dist.Store) -> None:
-    with pytest.raises(TimeoutError, match="2 of 3 ranks did not come"):
+    with pytest.raises(TimeoutError, match="2 of 3 ranks did not join"):
         meet(store, 0, 3, timeout=0.1)

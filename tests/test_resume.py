@@ -83,7 +83,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(
     job.send_signal(number)
     output, _ = job.communicate(timeout=120)
     assert job.returncode == code, output
-    assert "run the same command again to go on" in output
+    assert "run the same command again to resume" in output
     assert "Traceback" not in output
     saved = checkpoint.found(out)
     assert len(saved) == 1
@@ -188,7 +188,7 @@ def test_the_last_step_is_saved_whatever_the_period(
     out = tmp_path / "out"
     words = command(tiny_model, out, "--save_steps=100")
     output = finish(words)
-    assert f"no checkpoint is due before the last of {STEPS} steps" in output
+    assert f"no checkpoint is written before the last of {STEPS} steps" in output
     assert [path.name for path in checkpoint.found(out)] == [f"checkpoint-{STEPS}"]
     for path in [out / "passport.json", *out.glob("model*.safetensors"), out / "config.json"]:
         path.unlink()  # as if the export had failed
@@ -222,7 +222,7 @@ def test_another_run_is_refused_and_the_difference_is_named(
     out = tmp_path / "out"
     stopped_early(command(tiny_model, out), out)
     output = refused(command(tiny_model, out, "--weight_decay=0.1"))
-    assert "weight_decay: 0.0 there, 0.1 here" in output
+    assert "weight_decay: 0.0 before, 0.1 now" in output
     assert "--overwrite_output_dir" in output
     finish(command(tiny_model, out, "--weight_decay=0.1", "--overwrite_output_dir"))
 
@@ -293,7 +293,7 @@ def test_what_is_finished_is_not_relabelled(
     shutil.copytree(undisturbed, out)
     output = refused(command(tiny_model, out, "--learning_rate=0.002"))
     assert "already holds another model" in output
-    assert "--learning_rate: 0.01 there, 0.002 here" in output
+    assert "--learning_rate: 0.01 before, 0.002 now" in output
     (out / "passport.json").unlink()
     (out / "config.json").unlink()
     output = refused(command(tiny_model, out, "--max_steps=10"))
@@ -327,7 +327,7 @@ def test_the_same_command_on_another_number_of_ranks_keeps_the_batch(
     output = finish(command(tiny_model, out, *flags, ranks=second))
     now, often = (2, 1) if second else (1, 2)
     assert f"{now} rank(s), {max(1, first)} before: --gradient_accumulation_steps {often}" in output
-    assert "keeps 8 examples a step" in output
+    assert "keeps 8 examples per step" in output
     assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-5)
     assert distance(out, undisturbed, tmp_path) < 1e-5
     again = finish(command(tiny_model, out, *flags, ranks=second))

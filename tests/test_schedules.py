@@ -72,13 +72,13 @@ def test_every_rate_equals_that_of_transformers(
         ("warmup_stable_decay", "", "needs num_decay_steps.\n  For example: --lr_scheduler_kwargs"),
         ("cosine_with_min_lr", "", "needs one of min_lr and min_lr_rate"),
         ("cosine_with_min_lr", '{"min_lr": 1e-6, "min_lr_rate": 0.1}', "needs one of min_lr"),
-        ("cosine", '{"min_lr": 1e-6}', "cosine knows no min_lr.\n  It takes: num_cycles."),
+        ("cosine", '{"min_lr": 1e-6}', "cosine has no setting min_lr.\n  It takes: num_cycles."),
         ("constant", '{"power": 1}', "It takes: none."),
         ("polynomial", '{"power": "two"}', "power is 'two'.\n  Give a number of at least 0."),
         ("polynomial", '{"lr_end": 0.1}', "needs a --learning_rate above 0.1"),
         ("warmup_stable_decay", '{"num_decay_steps": 5, "decay_type": "log"}', "one of linear"),
         ("cosine", "{num_cycles: 1}", "is not JSON"),
-        ("cosine", "[1]", "is no JSON object"),
+        ("cosine", "[1]", "is not a JSON object"),
     ],
 )
 def test_settings_that_a_shape_cannot_take_are_refused(

@@ -20,7 +20,7 @@ from alpaca.serving.cache import (
     Capacity,
     LayerShape,
     SlotCache,
-    container_room,
+    container_memory_left,
     fitting_tokens,
     plan_capacity,
 )
@@ -47,7 +47,7 @@ def test_slots_fit_into_the_budget(tokens: int, wanted: Capacity) -> None:
 
 
 def test_too_little_memory_is_said() -> None:
-    with pytest.raises(UserError, match="holds 600 tokens"):
+    with pytest.raises(UserError, match="room for 600 tokens"):
         plan_capacity(600, 1000, 16, 5)
 
 
@@ -75,11 +75,13 @@ def test_the_memory_of_a_container_is_what_files_do_not_keep(tmp_path: Path) -> 
         return folder
 
     new, old = ("max", "current"), ("limit_in_bytes", "usage_in_bytes")
-    assert container_room(tmp_path) is None
-    assert container_room(write(tmp_path / "2", "2000", "1900", "inactive_file", new)) == 800
-    assert container_room(write(tmp_path / "no", "max", "1900", "inactive_file", new)) is None
+    assert container_memory_left(tmp_path) is None
+    assert container_memory_left(write(tmp_path / "2", "2000", "1900", "inactive_file", new)) == 800
+    assert (
+        container_memory_left(write(tmp_path / "no", "max", "1900", "inactive_file", new)) is None
+    )
     write(tmp_path / "1" / "memory", "2000", "1800", "total_inactive_file", old)
-    assert container_room(tmp_path / "1") == 900
+    assert container_memory_left(tmp_path / "1") == 900
 
 
 @given(st.data())

@@ -167,7 +167,7 @@ def test_what_cannot_be_served_is_refused(served: tuple[Engine, Codec]) -> None:
         with pytest.raises(UserError, match="tokens from 0 to 1023"):
             engine.submit(Request(impossible))
     for stop in (("a",) * 17, ("a" * 1001,)):
-        with pytest.raises(UserError, match="16 texts, each of at most 1000 characters"):
+        with pytest.raises(UserError, match="16 texts of up to 1000 characters each"):
             engine.submit(Request((5,), stop=stop))
 
 
@@ -195,7 +195,7 @@ def test_more_requests_than_slots_wait_and_too_many_are_refused(
     while engine.idle_slots:
         time.sleep(0.01)
     jobs = [engine.submit(Request(tuple(codec.prompt("b")), max_new_tokens=2)) for _ in range(8)]
-    with pytest.raises(BusyError, match="8 requests wait"):
+    with pytest.raises(BusyError, match="8 requests are already waiting"):
         engine.submit(Request((5,)))
     blocking.cancel()
     for job in jobs:

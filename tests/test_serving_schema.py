@@ -71,8 +71,11 @@ def test_optional_constants_lists_and_models(tmp_path: Path) -> None:
         ("def run(a: str): ...", "return type"),
         ("def run(a: str = cog.Input(default=int())) -> str: ...", "neither a literal"),
         ("def run(a: str | int) -> str: ...", "is not T or T | None"),
-        ("def run(a: complex) -> str: ...", "complex is no type"),
-        ("def run(a: str = cog.Input(description='x' 'y')) -> str: ...", "one-piece"),
+        ("def run(a: complex) -> str: ...", "complex is not a supported type"),
+        (
+            "def run(a: str = cog.Input(description='x' 'y')) -> str: ...",
+            "one plain string literal",
+        ),
         ("def run(a: str = cog.Input(choices=['b'])) -> str: ...", "choices"),
         ("def other() -> str: ...", "there is no run"),
     ],

@@ -95,5 +95,5 @@ def test_an_unknown_decoder_is_refused(bpe: PreTrainedTokenizerBase) -> None:
     from transformers import PreTrainedTokenizerFast
 
     plain = Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, unk_token="a"))
-    with pytest.raises(UserError, match="not known"):
+    with pytest.raises(UserError, match="not supported"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<e>"))

@@ -144,11 +144,11 @@ SHARD = "model-00001-of-00002.safetensors"
     [
         ([], "lists no files"),
         ({}, "lists no files"),
-        ({"a": 5, "b": SHARD}, "names 5, which is no file"),
-        ({"a": "x\0.safetensors"}, "which is no file"),
-        ({"a": "../model.safetensors"}, "leads out of"),
-        ({"a": "/etc/model.safetensors"}, "leads out of"),
-        ({"a": "pytorch_model.bin"}, "which is no file"),
+        ({"a": 5, "b": SHARD}, "names 5, which is not a file"),
+        ({"a": "x\0.safetensors"}, "which is not a file"),
+        ({"a": "../model.safetensors"}, "which is outside"),
+        ({"a": "/etc/model.safetensors"}, "which is outside"),
+        ({"a": "pytorch_model.bin"}, "which is not a file"),
         ({"a": SHARD}, "model-00001-of-00002.safetensors is missing"),
     ],
 )

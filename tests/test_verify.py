@@ -28,7 +28,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = golden.tensor_hashes(folder / "model.safetensors")
     passport.write(folder, "test", golden=golden.record(folder), tensors=tensors)
     (folder / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
-    passport.add_beside(folder, ["log.jsonl", "loss.png"])
+    passport.add_extras(folder, ["log.jsonl", "loss.png"])
     return folder
 
 
@@ -66,7 +66,7 @@ def test_an_untouched_folder_is_as_it_was_written(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(folder) == ""
-    assert "is as it was written: " in capsys.readouterr().out
+    assert "is intact: " in capsys.readouterr().out
 
 
 def test_one_flipped_bit_in_any_file_is_named(folder: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_passport_names_no_file_outside_its_folder(folder: Path, name: str) ->
     held["files"][name] = "0" * 64
     held["seal"] = passport.seal(held)
     (folder / "passport.json").write_text(passport.render(held))
-    assert "is no file of a model folder" in check(folder)
+    assert "is not a file of a model folder" in check(folder)
 
 
 def test_missing_and_added_files_are_named(folder: Path) -> None:

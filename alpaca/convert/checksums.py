@@ -37,10 +37,12 @@ def read_checklist(path: Path) -> dict[str, str]:
             continue
         match = LINE.fullmatch(line.rstrip())
         if match is None:
-            raise UserError(f"{path}, line {number}: not an MD5 and a file name: {line[:80]!r}.")
+            raise UserError(
+                f"{path}, line {number}: expected an MD5 and a file name, got {line[:80]!r}."
+            )
         name = match[2].removeprefix("./")
         if "/" in name or name in ("", ".", ".."):
-            raise UserError(f"{path}, line {number}: {name!r} is not a file of this folder.")
+            raise UserError(f"{path}, line {number}: {name!r} is not a file in this folder.")
         found[name] = match[1].lower()
     return found
 

@@ -9,16 +9,16 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
         description="Convert Meta checkpoints, GGUF files or old Hugging Face folders. "
-        "With no options and one model in unconverted-weights/ it just does the right thing.",
+        "Without options, it converts the one model in unconverted-weights/.",
         epilog="Writes OUTPUT_DIR/llama-7b for a folder named 7B, else a folder of the same name "
         "in lower case (Llama-2-7b: llama-2-7b), and OUTPUT_DIR/tokenizer. "
-        "Killed? Run it again: finished shards are kept.",
+        "If it is interrupted, run it again: finished shards are kept.",
     )
     options.add_argument(
         "--input_dir",
         type=Path,
         default=Path("unconverted-weights"),
-        help="where models lie, or one model's own folder (default: %(default)s)",
+        help="folder that holds models, or one model's own folder (default: %(default)s)",
     )
     options.add_argument("--model_size", help="folder below --input_dir, for example 7B")
     options.add_argument(
@@ -28,12 +28,12 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=["bf16", "fp16", "fp32", "keep"],
         default="keep",
-        help="type of the weights written (default: keep the source's; quantized become bf16)",
+        help="type of the written weights (default: the source's; bf16 for quantized ones)",
     )
     options.add_argument(
         "--instruct",
         action=argparse.BooleanOptionalAction,
-        help="Llama 3 from Meta: whether it is a chat model (default: the folder's name says so)",
+        help="Llama 3 from Meta: whether it is a chat model (default: by the folder's name)",
     )
     options.add_argument(
         "--max_shard_size",
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="write OUTPUT_DIR/tokenizer, which the command of 2023 names (default: yes)",
+        help="write OUTPUT_DIR/tokenizer, the path in the command of 2023 (default: yes)",
     )
     options.add_argument("--force", action="store_true", help="replace an existing folder")
     return options

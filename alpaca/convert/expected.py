@@ -32,7 +32,7 @@ def check_fit(source: Source) -> None:
     for name in sorted(set(wanted) | set(given)):
         if wanted.get(name) != given.get(name):
             raise UserError(
-                f"{name} is {list(given.get(name, ()))} in the weights, "
+                f"{name} has shape {list(given.get(name, ()))} in the weights, but "
                 f"{list(wanted.get(name, ()))} by the configuration.",
-                "The files are damaged, or not of one model.",
+                "The files are damaged, or belong to different models.",
             )

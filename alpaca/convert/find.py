@@ -23,12 +23,14 @@ def find(input_dir: Path, model_size: str | None) -> Path:
         UserError: there is no model, or there are several and `model_size` is not given.
     """
     if not input_dir.is_dir():
-        raise UserError(f"There is no folder {input_dir}.", "Name the one with your weights.")
+        raise UserError(
+            f"There is no folder {input_dir}.", "Set --input_dir to the folder with your weights."
+        )
     if model_size is not None:
         if "/" in model_size or model_size in ("", ".", ".."):
             raise UserError(
-                f"--model_size {model_size!r} is not a folder's name.",
-                f"It is the name of a folder below {input_dir}, for example 7B.",
+                f"--model_size {model_size!r} is not a folder name.",
+                f"It must be the name of a folder below {input_dir}, for example 7B.",
             )
         if not (input_dir / model_size).is_dir():
             raise UserError(f"There is no folder {input_dir / model_size}.", _listing(input_dir))
@@ -102,7 +104,7 @@ def open_source(input_dir: Path, folder: Path, *, instruct: bool | None = None) 
         return open_folder(folder, name)
     raise UserError(
         f"{folder} holds no weights: no *.pth, *.gguf, *.safetensors or pytorch_model*.bin.",
-        "unconverted-weights/README.md shows how a model lies there.",
+        "unconverted-weights/README.md shows the layout of a model folder.",
     )
 
 

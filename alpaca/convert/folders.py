@@ -18,8 +18,8 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(
-            f"{path} leads out of {folder}.",
-            "Put the file itself there (cp -L follows links), or name its own folder "
+            f"{path} points outside {folder}.",
+            "Put the file itself there (cp -L follows links), or give its real folder "
             "with --input_dir.",
         )
     return path

@@ -70,8 +70,9 @@ def _check_count(paths: list[Path], fields: Fields) -> None:
     count = fields.get("split.count", 1) or 1
     if len(paths) != count:
         raise UserError(
-            f"{paths[0].parent} holds {len(paths)} GGUF file(s); {paths[0].name} is of {count}.",
-            "Keep the files of one model in a folder, all of them.",
+            f"{paths[0].name} is one of {count} GGUF files, but "
+            f"{paths[0].parent} holds {len(paths)}.",
+            "Put all files of one model, and no others, into one folder.",
         )
 
 
@@ -81,8 +82,8 @@ def _tensors(path: Path, stored: dict[str, Any], config: dict[str, Any]) -> tupl
     missing = [gguf_name for gguf_name in wanted.values() if gguf_name not in stored]
     unknown = sorted(set(stored) - set(wanted.values()) - {ROPE_FACTORS})
     if missing or unknown:
-        fault = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which is not known"
-        raise UserError(f"{path} {fault}.", "It is damaged, or not a plain llama model.")
+        fault = f"lacks {missing[0]}" if missing else f"holds the unknown tensor {unknown[0]}"
+        raise UserError(f"{path} {fault}.", "The file is damaged, or not a plain llama model.")
     rows = names.rows(layers, tied)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     return tuple(

@@ -42,7 +42,9 @@ class Fields:
     def need(self, key: str) -> Any:
         """The value of a key; raises UserError if it is missing."""
         if key not in self._fields:
-            raise UserError(f"{self.path} lacks the metadata key {key}.", "Is it a model file?")
+            raise UserError(
+                f"{self.path} lacks the metadata key {key}.", "Check that it is a model file."
+            )
         return self.get(key)
 
 
@@ -53,7 +55,7 @@ def read_config(fields: Fields, stored: dict[str, Any]) -> dict[str, Any]:
         experts = " with experts" if architecture == "llama" else ""
         raise UserError(
             f"{fields.path} holds a model of architecture {architecture}{experts}.",
-            "From GGUF this program converts dense models of architecture llama.",
+            "Only dense models of architecture llama can be converted from GGUF.",
         )
     heads = fields.need("llama.attention.head_count")
     width = fields.need("llama.embedding_length")
@@ -83,12 +85,12 @@ def _scaling(fields: Fields, factors: Any, theta: float, head_dim: int) -> dict[
         divisors = np.array(factors.data, dtype=np.float64)
         scaling = llama3_scaling(float(divisors.max()))
         if not np.allclose(divisors, llama3_factors(scaling, theta, head_dim), rtol=1e-4):
-            raise UserError(f"{fields.path} scales RoPE in a way that is not Llama 3.1's.")
+            raise UserError(f"{fields.path} uses a RoPE scaling other than Llama 3.1's.")
         return scaling
     if kind == "none":
         return None
     if kind != "linear":
-        raise UserError(f"{fields.path} scales RoPE by the rule {kind}, which is not known.")
+        raise UserError(f"{fields.path} uses an unknown RoPE scaling: {kind}.")
     return {"rope_type": "linear", "factor": float(fields.need("llama.rope.scaling.factor"))}
 
 
@@ -107,13 +109,13 @@ def read_vocabulary(fields: Fields) -> Vocabulary:
     tokens = fields.need("tokenizer.ggml.tokens")
     kind = fields.need("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise UserError(f"{fields.path} has a tokenizer of kind {kind}, which is not known.")
+        raise UserError(f"{fields.path} has an unknown kind of tokenizer: {kind}.")
     backend = (_byte_level if kind == "gpt2" else _sentencepiece)(fields, tokens)
     roles = {
         role: _token(fields, role, tokens) for role in ("bos", "eos", "unknown", "padding", "eot")
     }
     if roles["eos"] is None:
-        raise UserError(f"{fields.path} does not say which token ends a text.")
+        raise UserError(f"{fields.path} does not define the token that ends a text.")
     return Vocabulary(
         backend,
         bos=roles["bos"],
@@ -128,7 +130,7 @@ def read_vocabulary(fields: Fields) -> Vocabulary:
 def _byte_level(fields: Fields, tokens: list[str]) -> Tokenizer:
     pattern = fields.get("tokenizer.ggml.pre", "default")
     if pattern not in PATTERNS:
-        raise UserError(f"{fields.path} cuts words by the rule {pattern}, which is not known.")
+        raise UserError(f"{fields.path} uses an unknown pre-tokenizer: {pattern}.")
     backend = byte_level(
         {token: index for index, token in enumerate(tokens)},
         [tuple(merge.split(" ", 1)) for merge in fields.need("tokenizer.ggml.merges")],

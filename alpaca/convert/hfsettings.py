@@ -80,7 +80,7 @@ def read_settings(folder: Path) -> Settings:
         ends=tuple(_ids(generation) + _ids(raw)),
         quantization=quantization,
         notes=tuple(
-            f"note: transformers has no setting {', '.join(keys)}: copied from {name}, not used"
+            f"note: copied from {name} but unknown to transformers: {', '.join(keys)}"
             for name, keys in unknown.items()
             if keys
         ),
@@ -104,7 +104,9 @@ def _config_keys(path: Path, config: dict[str, Any]) -> set[str]:
         made = AutoConfig.for_model(**deepcopy(config))
     except Exception as error:  # each architecture raises its own errors
         reason = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
-        raise UserError(f"{path} describes no model: {reason}", "Fetch the file again.") from None
+        raise UserError(
+            f"{path} does not describe a model: {reason}", "Fetch the file again."
+        ) from None
     config["tie_word_embeddings"] = bool(made.tie_word_embeddings)
     config["max_position_embeddings"] = made.max_position_embeddings
     old = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
@@ -124,5 +126,5 @@ def _ids(settings: dict[str, Any]) -> list[int]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; raises UserError if it is missing or not an object."""
     if not path.is_file():
-        raise UserError(f"{path} is missing.", "It belongs to a Hugging Face folder.")
+        raise UserError(f"{path} is missing.", "Every Hugging Face model folder needs it.")
     return stored.read_json(path)

@@ -85,8 +85,8 @@ def read_tokenizer(
     for key in REFUSED:
         if tokenizer_config.get(key):
             raise UserError(
-                f"{folder / 'tokenizer_config.json'} sets {key}, which is not done here.",
-                "Is it the tokenizer of a LLaMA, SmolLM, Mistral or Qwen model?",
+                f"{folder / 'tokenizer_config.json'} sets {key}, which is not supported.",
+                "Check that it is the tokenizer of a LLaMA, SmolLM, Mistral or Qwen model.",
             )
     base = _base(folder, tokenizer_config)
     for index, token in sorted(_added(parsed).items()):
@@ -101,12 +101,13 @@ def read_tokenizer(
     rows = settings.config["vocab_size"]
     if vocabulary.pieces > rows:
         raise UserError(
-            f"The tokenizer of {folder} has {vocabulary.pieces:,} tokens, the model {rows:,} rows.",
+            f"The tokenizer of {folder} has {vocabulary.pieces:,} tokens, but the model "
+            f"{rows:,} rows.",
             "Put this model's own tokenizer there.",
         )
     unknown = ", ".join(key for key in tokenizer_config if key not in KEYS and key not in REFUSED)
     if unknown:
-        notes += (f"note: not taken over from tokenizer_config.json, not known here: {unknown}",)
+        notes += (f"note: unknown keys of tokenizer_config.json, not copied: {unknown}",)
     return vocabulary, files, notes
 
 
@@ -193,7 +194,7 @@ def _with_roles(
     ends = [token for token in listed if token is not None and token not in never_ends]
     eos = named.get("eos_token") or base.eos or (ends[0] if ends else "")
     if not eos:
-        raise UserError(f"{folder} does not say which token ends a text (eos_token).")
+        raise UserError(f"{folder} does not define the token that ends a text (eos_token).")
     bos = named.get("bos_token", base.bos)
     if isinstance(adds, bool):
         adds_bos = adds and bos is not None
@@ -211,5 +212,5 @@ def _with_roles(
         stops=tuple(dict.fromkeys([eos, *base.stops, *ends])),
         sentencepiece=base.sentencepiece,
     )
-    wrong = f"note: {', '.join(refused)} ends no answer, whatever config.json says of its id"
+    wrong = f"note: does not end an answer, although config.json lists it: {', '.join(refused)}"
     return made, (wrong,) if refused else ()

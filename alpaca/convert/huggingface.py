@@ -59,9 +59,7 @@ def open_folder(folder: Path, name: str) -> Source:
     for _, tensor in stored.values():
         totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.numel()
     dtype = torch.bfloat16 if readers else max(totals, key=lambda kind: totals[kind])
-    quantized_note = (
-        f", of {len(readers)} quantized tensors each times its scale" if readers else ""
-    )
+    quantized_note = f" from {len(readers)} quantized tensors and their scales" if readers else ""
     count = sum(tensor.parameters for tensor in tensors)
     return Source(
         name=name,
@@ -118,9 +116,12 @@ def _tensors(
         if not torch.equal(head, table):
             raise UserError(*differing_head(folder))
     if missing:
-        raise UserError(f"{folder} lacks the tensor {missing[0]}.", "Is config.json its own?")
+        raise UserError(
+            f"{folder} lacks the tensor {missing[0]}.",
+            "Check that config.json belongs to this model.",
+        )
     if unknown:
-        raise UserError(f"{folder} holds the tensor {unknown[0]}, which is not known.")
+        raise UserError(f"{folder} holds the unknown tensor {unknown[0]}.")
     return tuple(
         Tensor(
             name,

@@ -47,7 +47,7 @@ class Manifest:
                 del self.hashes[shard.name]
         self._delete_others()
         if self.hashes:
-            print(f"Going on: {len(self.hashes)} of {len(planned)} shards are finished.")
+            print(f"Resuming: {len(self.hashes)} of {len(planned)} shards done.")
         return set(self.hashes)
 
     def add(self, name: str, digest: str) -> None:

@@ -74,8 +74,8 @@ def _rows(params: Params, vocabulary: Vocabulary, tokenizer: Path) -> int:
     rows = params.vocab if params.vocab > 0 else vocabulary.pieces
     if vocabulary.pieces != rows:
         raise UserError(
-            f"{tokenizer} has {vocabulary.pieces:,} pieces, the model's vocabulary {rows:,}.",
-            "Put this model's own tokenizer.model beside it.",
+            f"{tokenizer} has {vocabulary.pieces:,} pieces, but the model's vocabulary {rows:,}.",
+            "Put this model's own tokenizer.model there.",
         )
     return rows
 
@@ -125,11 +125,15 @@ def _check_names(opened: Shards, wanted: set[str], tied: bool) -> None:
     for path, shard in opened.items():
         missing, unknown = sorted(wanted - set(shard)), sorted(set(shard) - wanted - ignored)
         if missing:
-            raise UserError(f"{path} lacks the tensor {missing[0]}.", "Is params.json its own?")
+            raise UserError(
+                f"{path} lacks the tensor {missing[0]}.",
+                "Check that params.json belongs to this model.",
+            )
         if unknown:
             raise UserError(
-                f"{path} holds the tensor {unknown[0]}, which is not known.",
-                "Text models of the LLaMA family are converted; is params.json its own?",
+                f"{path} holds the unknown tensor {unknown[0]}.",
+                "Only text models of the LLaMA family can be converted; "
+                "check that params.json belongs to this one.",
             )
 
 
@@ -166,9 +170,9 @@ def _axis(
     for path, part in zip(paths, parts, strict=True):
         if list(part.shape) != expected:
             raise UserError(
-                f"{path}: {meta_name} has shape {list(part.shape)}; params.json and "
-                f"{len(parts)} shard(s) make it {expected}.",
-                "Is params.json this model's own, and is every shard there?",
+                f"{path}: {meta_name} has shape {list(part.shape)}, but params.json and "
+                f"{len(parts)} shard(s) imply {expected}.",
+                "Check that params.json belongs to this model and that no shard is missing.",
             )
     return axis
 
@@ -185,7 +189,7 @@ def _join(
     if axis is None and not all(torch.equal(parts[0], part) for part in parts[1:]):
         raise UserError(
             f"{meta_name} differs between the shards.",
-            "They are of different models: fetch them anew.",
+            "They belong to different models: fetch them again.",
         )
     if heads is None and (axis is None or len(parts) == 1):
         return parts[0].to(dtype).contiguous()

@@ -40,7 +40,8 @@ def shard_files(folder: Path, listed: Iterable[str], params: Params) -> list[Pat
         raise UserError(
             f"found {_spoken(sorted(found))} of a {count}-shard model: "
             f"{names} {'is' if len(missing) == 1 else 'are'} missing.",
-            f"Put what is missing into {folder}; or params.json is another model's.",
+            f"Put the missing files into {folder}, or replace params.json if it is "
+            "another model's.",
         )
     return [found[number] for number in range(count)]
 
@@ -72,7 +73,7 @@ def check_sizes(files: list[Path], params: Params, vocab: int) -> None:
         size = path.stat().st_size
         if size < least:
             raise UserError(
-                f"{path} is cut short: {size:,} bytes, where params.json and {len(files)} "
+                f"{path} is cut short: {size:,} bytes, but params.json and {len(files)} "
                 f"shard(s) imply at least {least:,}.",
                 "Fetch the file again.",
             )
@@ -90,13 +91,13 @@ def open_shards(files: list[Path], params: Params) -> dict[Path, dict[str, torch
         if original.startswith("consolidated.") and original != path.stem:
             raise UserError(
                 f"{path} was saved as {original}.pth: the shards are swapped.",
-                "Give each file its own name back.",
+                "Give each file its original name.",
             )
         table = tensors.get("rope.freqs")
         if table is not None and table.numel() != params.head_dim // 2:
             raise UserError(
-                f"{path} rotates {2 * table.numel()} channels a head, params.json says "
-                f"n_heads {params.heads}, which makes {params.head_dim}.",
-                "Is params.json this model's own?",
+                f"{path} rotates {2 * table.numel()} channels per head, but params.json says "
+                f"n_heads {params.heads}, which gives {params.head_dim}.",
+                "Check that params.json belongs to this model.",
             )
     return opened

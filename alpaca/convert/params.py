@@ -74,12 +74,14 @@ def read_params(path: Path) -> Params:
     raw = _read(path)
     for key, what in REFUSED.items():
         if raw.get(key) not in (None, False, -1):
-            raise UserError(f"{path} describes {what} ({key}).", "Text models are converted.")
+            raise UserError(
+                f"{path} describes {what} ({key}).", "Only plain text models can be converted."
+            )
     for key, kind in (NEEDED | OPTIONAL).items():
         _check_number(path, raw, key, kind)
     unknown = sorted(set(raw) - set(NEEDED) - set(OPTIONAL) - set(REFUSED))
     if unknown:
-        raise UserError(f"{path} holds {unknown[0]}, whose meaning is not known.")
+        raise UserError(f"{path} holds the unknown key {unknown[0]}.")
     params = Params(
         path=path,
         dim=raw["dim"],
@@ -98,7 +100,7 @@ def read_params(path: Path) -> Params:
         raise UserError(
             f"{path}: {params.dim} channels, {params.heads} heads and {params.kv_heads} key-value "
             "heads do not divide evenly.",
-            "The file is damaged, or not this model's.",
+            "The file is damaged, or belongs to another model.",
         )
     return params
 
@@ -106,7 +108,7 @@ def read_params(path: Path) -> Params:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
-            f"{path} is missing.", "It came with consolidated.00.pth; put it beside that file."
+            f"{path} is missing.", "It came with consolidated.00.pth; put it into the same folder."
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -160,7 +162,7 @@ def recognize(params: Params, tokenizer: Tokenizer, name: str) -> tuple[str, Pub
             f"{params.theta}; {one.family} {one.size}, of the same width and depth, has "
             f"{one.heads}, {one.kv_heads}, {one.intermediate}, {one.norm_eps}, "
             f"{families.THETA[tokenizer]}.",
-            "The file is damaged, or not this model's: fetch it again.",
+            "The file is damaged, or belongs to another model: fetch it again.",
         )
     return family, next((one for one in same if one.family == family), same[0])
 

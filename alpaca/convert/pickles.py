@@ -24,9 +24,9 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
     """
     if not is_zip(path):
         raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch file: "
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete PyTorch file: "
             "it is cut short, damaged, or older than PyTorch 1.6.",
-            "Fetch it again; a file that old must be saved again with a newer PyTorch.",
+            "Fetch it again; if it is that old, save it again with a newer PyTorch.",
         )
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
@@ -37,7 +37,7 @@ def open_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is damaged: {reason}", "Fetch it again.") from None
     if wanted:
         raise UserError(
-            f"{path} is refused: it wants to run {', '.join(sorted(wanted))}.",
+            f"{path} was refused: opening it would run {', '.join(sorted(wanted))}.",
             "Weights need no code. Do not open this file with anything else; get another copy.",
         )
     return _check_tensors(path, content)
@@ -53,7 +53,9 @@ def is_zip(path: Path) -> bool:
 
 def _check_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} holds no table of tensors.", "Is it a model's weights file?")
+        raise UserError(
+            f"{path} does not hold a dictionary of tensors.", "Check that it is a weights file."
+        )
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"{path} holds {name!r}, which is not a tensor.")
@@ -66,7 +68,7 @@ def check_type(path: Path, name: str, tensor: torch.Tensor) -> None:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise UserError(
             f"{path}: {name} is {kind}; weights are fp16, bf16 or fp32.",
-            "Quantized checkpoints are converted from GGUF only.",
+            "Quantized checkpoints can be converted only from GGUF.",
         )
 
 

@@ -47,7 +47,8 @@ def settings(raw: dict[str, Any], where: Path) -> dict[str, Any] | None:
     if kind not in CONVERTIBLE or wrong or other:
         what = ", ".join([*sorted(wrong), *other]) or method
         raise UserError(
-            f"{where} describes quantized weights ({what}), which are not made plain here.", PLAIN
+            f"{where} describes quantized weights ({what}), which cannot be dequantized here.",
+            PLAIN,
         )
     return dict(found)
 

@@ -37,12 +37,13 @@ def read_sentencepiece(path: Path, *, leading_space: bool | None = None) -> Voca
     pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
     # protobuf returns bytes where a string is not UTF-8
     if len({text for text, _, _ in pieces if isinstance(text, str)}) != len(pieces):
-        raise UserError(f"{path} is damaged: its pieces are not distinct texts.", "Fetch it again.")
+        raise UserError(f"{path} is damaged: it holds a piece twice.", "Fetch it again.")
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     plain = not rules.precompiled_charsmap and not rules.remove_extra_whitespaces
     if not pieces or trainer.model_type != BPE or not plain or not rules.escape_whitespaces:
         raise UserError(
-            f"{path} is not a plain SentencePiece BPE model, as LLaMA's is.", "Is it this model's?"
+            f"{path} is not a plain SentencePiece BPE model like LLaMA's.",
+            "Check that it belongs to this model.",
         )
     special = [
         pieces[index][0]
@@ -50,7 +51,7 @@ def read_sentencepiece(path: Path, *, leading_space: bool | None = None) -> Voca
         if 0 <= index < len(pieces) and pieces[index][2] in (UNKNOWN, CONTROL)
     ]
     if len(special) != 3:
-        raise UserError(f"{path} lacks <unk>, <s> or </s>.", "Is it this model's?")
+        raise UserError(f"{path} lacks <unk>, <s> or </s>.", "Check that it belongs to this model.")
     return Vocabulary(
         sentencepiece_bpe(
             pieces,

@@ -45,7 +45,7 @@ class Tensor:
             return value
         if dtype == torch.float16 and self.stored != dtype and finite(self.read(torch.float32)):
             raise UserError(
-                f"{self.name} has numbers too large for fp16.",
+                f"{self.name} holds numbers too large for fp16.",
                 "Convert with --dtype bf16 or fp32.",
             )
         raise UserError(

@@ -29,18 +29,28 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("data", type=Path, help="Alpaca-format JSON or JSONL")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="where tokenizer.json lies: counts tokens")
-    add("--max_length", type=int, default=512, help="tokens of an example that training keeps")
-    add("--near", type=float, default=NEAR, help="ROUGE-L from which two records are near")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with tokenizer.json, to count tokens",
+    )
+    add("--max_length", type=int, default=512, help="tokens of an example kept in training")
+    add(
+        "--near",
+        type=float,
+        default=NEAR,
+        help="ROUGE-L from which two records are near-duplicates",
+    )
     add("--json", action="store_true", help="print the report as JSON")
     add("--html", type=Path, metavar="FILE", help="write the report as one HTML page with plots")
     add("--write-clean", "--write_clean", type=Path, metavar="FILE", help="write a cleaned copy")
     add(
-        "--rename", type=_pairs, default={}, metavar="OLD=NEW,...", help="read these keys as others"
+        "--rename", type=_pairs, default={}, metavar="OLD=NEW,...", help="read OLD keys as NEW ones"
     )
-    add("--drop", type=_names, default=[], metavar="KEY,...", help="go without these keys")
+    add("--drop", type=_names, default=[], metavar="KEY,...", help="remove these keys")
     add("--leave_out", type=_checks, default=list(MEANINGS), metavar="CHECK,...",
-        help="what the cleaned copy goes without (default: every check)")  # fmt: skip
+        help="checks whose records are left out of the cleaned copy (default: all)")  # fmt: skip
     return made
 
 
@@ -50,7 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--near is {arguments.near}.", "Give a number from 0.5 to 1.")
     name, clean = str(arguments.data), arguments.write_clean
     if clean and clean.resolve() == arguments.data.resolve():
-        raise UserError("--write-clean names the data set itself.", "Give another file.")
+        raise UserError(
+            "--write-clean would overwrite the data set itself.", "Choose another file."
+        )
     items, shape = read_any(arguments.data)
     if not items:
         raise UserError(f"{name} holds no records.", "Give it at least one example.")
@@ -61,7 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{error.name} is missing.", "pip install -e '.[data]'") from None
     audit = examine(items, arguments.tokenizer, arguments.max_length, arguments.near)
     if shape:
-        audit.notices.insert(0, f"the file is JSON in another shape: {shape}; training refuses it")
+        audit.notices.insert(
+            0, f"the file is JSON in the wrong shape: {shape}; training refuses it"
+        )
     if arguments.json:
         print(json.dumps(report.as_json(audit, name)))
     else:
@@ -85,7 +99,7 @@ def _changed(items: list[Any], rename: dict[str, str], drop: Sequence[str]) -> l
     if both:
         listed = ", ".join(f"{old}={new}" for old, new in rename.items())
         raise UserError(
-            f"--rename {listed}: {len(both):,} record(s) have both keys, the first is {both[0]}.",
+            f"--rename {listed}: {len(both):,} record(s) have both keys (first: {both[0]}).",
             "Leave the pair out of --rename, or --drop one of the keys in a copy first.",
         )
     return [
@@ -148,7 +162,7 @@ def _pairs(text: str) -> dict[str, str]:
     if not all(old and new for old, _, new in pairs):
         raise argparse.ArgumentTypeError("is not OLD=NEW,...")
     if len({new for _, _, new in pairs}) < len(pairs):
-        raise argparse.ArgumentTypeError("gives two keys one name")
+        raise argparse.ArgumentTypeError("gives two keys the same name")
     return {old: new for old, _, new in pairs}
 
 
@@ -156,5 +170,5 @@ def _checks(text: str) -> list[str]:
     names = [name.strip() for name in _names(text) if name.strip()]
     unknown = [name for name in names if name not in MEANINGS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"knows no check {', '.join(unknown)}")
+        raise argparse.ArgumentTypeError(f"unknown check: {', '.join(unknown)}")
     return names

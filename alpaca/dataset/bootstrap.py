@@ -128,7 +128,7 @@ class Bootstrap:
         if self._useless >= MAX_USELESS:
             last = entry.get("why") or f"it begins with {text[:60]!r}"
             self._failure = UserError(
-                f"The last {MAX_USELESS} replies held no task to keep; of the last one: {last}.",
+                f"The last {MAX_USELESS} replies held no usable task; the last one: {last}.",
                 "Look at the reasons in the .dropped.jsonl file; a stronger --model may be needed.",
             )
             self.stop("failed")
@@ -183,7 +183,7 @@ class Bootstrap:
                 await self._write(found | paid)
             if not self._answered:
                 raise UserError(
-                    f"The teacher refuses the first requests: {error}",
+                    f"The teacher refused the first requests: {error}",
                     error.remedy
                     or "Change what is sent, for example: --extra '{\"max_tokens\": null}'",
                 ) from None

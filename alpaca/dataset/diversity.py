@@ -31,11 +31,11 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("data", type=Path, help="Alpaca-format JSON or JSONL")
     add("-o", "--output", type=Path, required=True, help="plot: .html (interactive), .png or .svg")
-    add("--compare", type=Path, metavar="OTHER", help="a second data set, shown beside it")
+    add("--compare", type=Path, metavar="OTHER", help="a second data set, shown next to it")
     add("--csv", type=Path, metavar="FILE", help="write every verb and object with its count")
     add("--neighbours", type=int, default=2000, metavar="N",
-        help="instructions drawn for the ROUGE-L distribution; 0 leaves it out")  # fmt: skip
-    add("--processes", type=int, help="parsing processes (default: one a core)")
+        help="instructions sampled for the ROUGE-L distribution; 0 skips it")  # fmt: skip
+    add("--processes", type=int, help="parsing processes (default: one per core)")
     add("--spacy_model", metavar="NAME", help="English model (default: the small one installed)")
     return made
 
@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     form = arguments.output.suffix.lower()
     if form not in FORMS:
         raise UserError(
-            f"--output {arguments.output} is no plot.", f"End it in {', '.join(FORMS)}."
+            f"--output {arguments.output} is not a plot file.",
+            f"End its name in {', '.join(FORMS)}.",
         )
     paths = [path for path in (arguments.data, arguments.compare) if path]
     sets = [(path.stem, _instructions(path)) for path in paths]

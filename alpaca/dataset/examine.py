@@ -121,6 +121,8 @@ def _token_counts(records: Sequence[Text], folder: Path) -> list[int]:
 def _too_long(counts: Sequence[int], max_length: int) -> Iterator[Finding]:
     for index, count in enumerate(counts):
         if count - 1 > max_length:
-            yield Finding("truncated", index, f"{count - 1} tokens and the EOS, {max_length} fit")
+            yield Finding(
+                "truncated", index, f"{count - 1} tokens and the EOS, but only {max_length} fit"
+            )
         if count > max_length:
             yield Finding("eos_cut", index, f"the EOS would be token {count} of {max_length}")

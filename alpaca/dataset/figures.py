@@ -54,7 +54,7 @@ class Diversity:
         lines = [
             f"{count:,} instructions; {self.with_verb:,} ({self.with_verb / count:.1%}) parse to a "
             f"root verb, {self.with_object:,} ({self.with_object / count:.1%}) to a verb and its "
-            f"direct object; {len(pairs(self.asked)):,} different pairs",
+            f"direct object; {len(pairs(self.asked)):,} distinct pairs",
             f"{len(tokens):,} words, {len(set(tokens)):,} different",
         ]
         if ratios:
@@ -62,7 +62,7 @@ class Diversity:
         if near:
             share = float(np.mean(np.asarray(near) >= 0.7))
             lines.append(
-                f"ROUGE-L to the nearest other instruction, {len(near):,} drawn: "
+                f"ROUGE-L to the nearest other instruction, {len(near):,} sampled: "
                 f"median {np.median(near):.3f}, {share:.1%} at 0.7 or above"
             )
         return lines

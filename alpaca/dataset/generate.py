@@ -18,28 +18,30 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `generate`."""
     made = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0].partition(": ")[2],
-        epilog="The key of the endpoint is read from OPENAI_API_KEY. Ctrl-C once waits for the "
-        "replies under way, twice gives them up; the same command then goes on.",
+        epilog="The endpoint's key is read from OPENAI_API_KEY. Ctrl-C once waits for the "
+        "requests in flight, twice abandons them; the same command then resumes.",
     )
     add = made.add_argument
-    add("--teacher", required=True, metavar="URL", help="OpenAI-compatible endpoint, to /v1")
-    add("--model", required=True, help="the teacher's name at that endpoint")
-    add("--num_instructions", type=_positive, required=True, help="tasks wanted, seeds not counted")
+    add("--teacher", required=True, metavar="URL", help="OpenAI-compatible endpoint, up to /v1")
+    add("--model", required=True, help="the teacher's model name at that endpoint")
+    add(
+        "--num_instructions", type=_positive, required=True, help="tasks to generate, without seeds"
+    )
     add("--output", type=Path, default=Path("alpaca_data.json"))
     add("--seed_tasks", type=Path, default=Path("data/seed_tasks.jsonl"))
     add("--endpoint", choices=["chat", "completion"], default="chat")
-    add("--per_request", type=_positive, default=20, help="tasks asked for in one request")
+    add("--per_request", type=_positive, default=20, help="tasks per request")
     add("--concurrency", type=_positive, default=8, help="requests in flight")
-    add("--max_cost", type=float, help="money to spend at most; needs the two prices")
-    add("--price_in", type=float, help="price of a million tokens sent")
-    add("--price_out", type=float, help="price of a million tokens received")
-    add("--max_total_tokens", type=_positive, help="tokens to spend at most, both ways")
-    add("--timeout", type=float, default=600, help="seconds one attempt may take")
-    add("--retries", type=int, default=8, help="attempts after a passing failure")
-    add("--seed", type=int, default=0, help="draws the examples shown in each request")
+    add("--max_cost", type=float, help="most money to spend; needs both prices")
+    add("--price_in", type=float, help="price per million tokens sent")
+    add("--price_out", type=float, help="price per million tokens received")
+    add("--max_total_tokens", type=_positive, help="most tokens to use, sent and received")
+    add("--timeout", type=float, default=600, help="timeout of one attempt in seconds")
+    add("--retries", type=int, default=8, help="retries after a transient failure")
+    add("--seed", type=int, default=0, help="random seed for the examples in each request")
     add("--temperature", type=float, default=1.0)
     add("--top_p", type=float, default=1.0)
-    add("--max_tokens", type=_positive, default=4096, help="tokens of one reply at most")
+    add("--max_tokens", type=_positive, default=4096, help="most tokens in one reply")
     add("--extra", type=_object, default={}, metavar="JSON",
         help="object merged into the request body; null removes a key")  # fmt: skip
     return made

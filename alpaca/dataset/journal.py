@@ -89,7 +89,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"Another run is writing {self.path}.", "Wait for it, or give another --output."
+                f"Another run is writing {self.path}.", "Wait for it, or choose another --output."
             ) from None
 
     def _whole_lines(self) -> list[bytes]:
@@ -114,7 +114,7 @@ class Journal:
             sound = isinstance(value, dict) and (not checked or value.get("format") == UNCHECKED)
         if not sound or not isinstance(value, dict):
             raise UserError(
-                f"{self.path} is damaged: line {number} is not as it was written.",
+                f"{self.path} is damaged: line {number} was changed.",
                 "Restore the file from a copy, or move it away to start over (and pay again).",
             )
         return value
@@ -123,7 +123,7 @@ class Journal:
         if begun.get("entry") != "run" or begun.get("format") not in (FORMAT, UNCHECKED):
             raise UserError(
                 f"{self.path} is not a journal this version can resume from.",
-                "Move it away, or give another --output.",
+                "Move it away, or choose another --output.",
             )
         differing = [
             f"{name} was {begun['settings'].get(name)!r} and is now {value!r}"
@@ -132,8 +132,8 @@ class Journal:
         ]
         if differing:
             raise UserError(
-                f"{self.path} was begun with other settings: {'; '.join(differing)}.",
-                "Give the same settings to resume, or another --output to start over.",
+                f"{self.path} was started with other settings: {'; '.join(differing)}.",
+                "Use the same settings to resume, or another --output to start over.",
             )
 
 

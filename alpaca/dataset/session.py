@@ -76,8 +76,8 @@ async def _until_done(bootstrap: Bootstrap) -> None:
             return
         bootstrap.stop("interrupted")
         tqdm.write(
-            f"stopping: {len(bootstrap.in_flight)} request(s) under way are already being paid for "
-            "and waited for; Ctrl-C again gives them up",
+            f"stopping: waiting for {len(bootstrap.in_flight)} request(s) in flight, which are "
+            "already paid for; Ctrl-C again abandons them",
             file=sys.stderr,
         )
 
@@ -134,7 +134,7 @@ def _key() -> str:
     """The endpoint's key, from the environment only, so that it is in no shell history."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY holds characters no key has.", "Set it again.")
+        raise UserError("OPENAI_API_KEY holds characters that no key can have.", "Set it again.")
     return key
 
 
@@ -171,7 +171,7 @@ def _summary(run: Bootstrap, output: Path) -> str:
         f"spent: {about}{run.tokens_in:,} tokens in, {run.tokens_out:,} out, cost {run.cost:.4f}",
     ]
     if run.ended == "budget":
-        lines.append("stopped at the budget; raise it and run the same command to go on")
+        lines.append("stopped at the budget; raise it and run the same command to resume")
     return "\n".join(lines)
 
 

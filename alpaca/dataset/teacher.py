@@ -127,8 +127,8 @@ class Teacher:
                     await self.wasted(why, error.usage)
                 await self._after(error, attempt)
         raise UserError(
-            f"The teacher failed {self.retries + 1} times at one request, last: {why}.",
-            "Nothing is lost: run the same command again when the endpoint is well.",
+            f"The teacher failed {self.retries + 1} times on one request; last failure: {why}.",
+            "Nothing is lost: run the same command again when the endpoint is back.",
         )
 
     async def close(self) -> None:
@@ -141,7 +141,7 @@ class Teacher:
         if seconds > self.patience:
             raise UserError(
                 f"The teacher asks to wait {seconds:.0f} s ({self._redact(str(error))}).",
-                "Nothing is lost: run the same command again then.",
+                "Nothing is lost: run the same command again after that.",
             )
         if error.after is not None:
             self._paused_until = max(self._paused_until, self.clock() + seconds)
@@ -202,12 +202,12 @@ class Teacher:
             401: "Set OPENAI_API_KEY to a key this endpoint accepts.",
             403: "The key may not use this model: check both.",
             404: "Check --teacher (it usually ends in /v1), --model and --endpoint.",
-            402: "The account has no credit left; run the same command again when it has.",
+            402: "The account has no credit left; run the same command again when it has some.",
             413: "Ask for less at once: a smaller --per_request.",
-            429: "The account's quota is used up; run the same command again when it is not.",
+            429: "The account's quota is used up; run the same command again when it is renewed.",
         }
         return UserError(
-            f"The teacher at {self.url} refuses: {detail}",
+            f"The teacher at {self.url} refused: {detail}",
             remedy.get(status, "Check --teacher, --model and OPENAI_API_KEY."),
         )
 
@@ -226,7 +226,7 @@ def base_url(text: str) -> str:
     """The endpoint's URL; one without a path gets /v1. Raises UserError when it is not a URL."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UserError(f"--teacher {text} is no URL.", "Example: http://localhost:8000/v1")
+        raise UserError(f"--teacher {text} is not a URL.", "Example: http://localhost:8000/v1")
     return text if parts.path.strip("/") else text.rstrip("/") + "/v1"
 
 
@@ -295,9 +295,9 @@ def _text(content: Any) -> str:
 
 def _without_text(message: Any, content: Any, finish: Any, usage: Usage) -> tuple[str, str]:
     """Why a reply has no text, and the remedy; "" and "" where a retry may give one."""
-    thinking = 'Less thinking, for example: --extra \'{"reasoning_effort": "low"}\''
+    thinking = 'Reduce thinking, for example: --extra \'{"reasoning_effort": "low"}\''
     if finish == "length":
-        return f"its {usage.tokens_out:,} tokens went elsewhere (finish_reason length)", (
+        return f"its {usage.tokens_out:,} tokens held no answer (finish_reason length)", (
             f"Raise --max_tokens, and give another --output. {thinking}."
         )
     if finish == "content_filter":
@@ -305,11 +305,11 @@ def _without_text(message: Any, content: Any, finish: Any, usage: Usage) -> tupl
     if getattr(message, "refusal", None):
         return f"the model declined ({message.refusal})", ""
     if getattr(message, "tool_calls", None):
-        return "it calls a tool", "Ask a model or an endpoint that has no tools."
+        return "it calls a tool", "Use a model or an endpoint without tools."
     if any(getattr(message, name, None) for name in ("reasoning_content", "reasoning")):
-        return "it holds reasoning alone", f"{thinking}; give another --output."
+        return "it holds only reasoning", f"{thinking}; give another --output."
     if content and not isinstance(content, str):
-        return f"its content is {str(content)[:80]}", "Ask an endpoint that answers with text."
+        return f"its content is {str(content)[:80]}", "Use an endpoint that answers with text."
     return "", ""
 
 

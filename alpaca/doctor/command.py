@@ -1,4 +1,4 @@
-"""`python -m alpaca doctor`: one line a check, green or red, with the remedy.
+"""`python -m alpaca doctor`: one line per check, green or red, with the remedy.
 
 The ranks that test the devices start first and import torch while the other checks run.
 """
@@ -26,13 +26,15 @@ def parser() -> argparse.ArgumentParser:
         "--folder", type=Path, default=Path("alpaca_out"), metavar="FOLDER",
         help="where models will be written (%(default)s)",
     )  # fmt: skip
-    made.add_argument("--disk", type=float, default=5, metavar="GB", help="needed (%(default)s)")
-    made.add_argument("--ram", type=float, default=2, metavar="GB", help="needed (%(default)s)")
+    made.add_argument(
+        "--disk", type=float, default=5, metavar="GB", help="space needed (%(default)s)"
+    )
+    made.add_argument("--ram", type=float, default=2, metavar="GB", help="RAM needed (%(default)s)")
     made.add_argument("--shm", type=Path, default=Path("/dev/shm"), metavar="FOLDER",
                       help="shared memory (%(default)s)")  # fmt: skip
-    made.add_argument("--port", type=int, default=5000, help="of the server (%(default)s)")
+    made.add_argument("--port", type=int, default=5000, help="the server's port (%(default)s)")
     made.add_argument(
-        "--no-image", action="store_true", help="without Docker and Cog: no image will be built"
+        "--no-image", action="store_true", help="skip Docker and Cog: no image will be built"
     )
     made.add_argument(
         "--rehearse", action="store_true",

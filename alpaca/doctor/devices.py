@@ -49,12 +49,14 @@ def driver(devices: Path = Path("/dev")) -> Driver:
     program = shutil.which("nvidia-smi")
     if program is None:
         found = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
-        return Driver(fault=f"{', '.join(found)} there, but no nvidia-smi" if found else "")
+        return Driver(
+            fault=f"{', '.join(found)} exists, but nvidia-smi is missing" if found else ""
+        )
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Driver(fault=f"nvidia-smi gives no answer: {error}")
+        return Driver(fault=f"nvidia-smi does not answer: {error}")
     if done.returncode:
         return Driver(fault=f"nvidia-smi fails: {last_line(done.stdout + done.stderr)}")
     lines = done.stdout.split()
@@ -116,16 +118,16 @@ def cuda(facts: dict[str, Any], found: Driver) -> Finding:
     built, gpus = facts["cuda"], found.gpus
     if found.fault and "name" not in facts:
         return Finding("CUDA", False, found.fault,
-                       "Restart, or install the driver anew; in Docker: docker run --gpus all"
+                       "Restart, or reinstall the driver; in Docker: docker run --gpus all"
                        )  # fmt: skip
     if "name" in facts and not gpus:
-        return Finding("CUDA", True, f"{built}; how many GPUs there are is not known")
+        return Finding("CUDA", True, f"{built}; the number of GPUs is unknown")
     if not gpus:
         detail = "no NVIDIA GPU here; training and serving run on the CPU"
         return Finding("CUDA", True, detail)
     if built is None:
         return Finding("CUDA", False, f"{gpus} GPU(s), but torch is a build for CPUs",
-                       "./script/setup on a machine whose pip finds the CUDA build.")  # fmt: skip
+                       "Run ./script/setup where pip finds the CUDA build.")  # fmt: skip
     ready = "name" in facts
     return Finding("CUDA", ready, f"{built}, driver {found.version}, {gpus} GPU(s)",
                    f"torch can't use the GPUs: a driver for CUDA {built} is needed.")  # fmt: skip
@@ -141,8 +143,8 @@ def gpu(number: int, facts: dict[str, Any]) -> Finding:
         + ("bf16 in hardware" if fast else "bf16 only emulated")
     )
     if fast and free < 0.9 * memory:
-        return Finding(f"GPU {number}", False, detail, "Something else uses it: nvidia-smi")
-    return Finding(f"GPU {number}", fast, detail, "It trains and serves in fp32, much slower.")
+        return Finding(f"GPU {number}", False, detail, "Another process uses it: see nvidia-smi.")
+    return Finding(f"GPU {number}", fast, detail, "It will train and serve in fp32, much slower.")
 
 
 def peers(facts: Sequence[dict[str, Any]]) -> Finding:
@@ -157,7 +159,7 @@ def peers(facts: Sequence[dict[str, Any]]) -> Finding:
     detail = f"not between {', '.join(unconnected)}" if unconnected else ""
     detail = detail or "every GPU reaches every other"
     return Finding("peer access", not unconnected, detail,
-                   "Slower, not wrong: enable it (IOMMU off, NVLink), or expect the time of PCIe."
+                   "Correct but slower: enable it (IOMMU off, NVLink), or expect PCIe speed."
                    )  # fmt: skip
 
 

@@ -8,11 +8,11 @@ GREEN, RED, PLAIN = "\033[32m", "\033[31m", "\033[0m"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `told` is what was found, `remedy` what to do when it is not `ok`."""
+    """One line of the report: what was found, and what to do when it is not `ok`."""
 
     name: str
     ok: bool
-    told: str
+    message: str
     remedy: str = ""
 
     def line(self, colored: bool | None = None) -> str:
@@ -21,5 +21,5 @@ class Finding:
         word = "ok " if self.ok else "BAD"
         if colored:
             word = f"{GREEN if self.ok else RED}{word}{PLAIN}"
-        text = f"{word}  {self.name:<12} {self.told}"
+        text = f"{word}  {self.name:<12} {self.message}"
         return text if self.ok or not self.remedy else f"{text}\n{'':18}-> {self.remedy}"

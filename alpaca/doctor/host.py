@@ -47,7 +47,7 @@ def pins(requirements: Path) -> Finding:
             found = "absent"
         if found != pinned:
             wrong.append(f"{package} {found}, pinned {pinned}")
-    detail = f"all {len(wanted)} packages are the pinned ones" if not wrong else "; ".join(wrong)
+    detail = f"all {len(wanted)} packages match their pins" if not wrong else "; ".join(wrong)
     return Finding("versions", not wrong, detail, "./script/setup installs the pinned ones")
 
 
@@ -57,7 +57,7 @@ def disk(folder: Path, needed: float) -> Finding:
     if free < max(needed, 2 * PROBE):
         return Finding(
             name, False, f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.1f} needed",
-            "Free some space, or take another disk (python -m alpaca plan says how much).",
+            "Free some space, or use another disk (python -m alpaca plan says how much).",
         )  # fmt: skip
     existing = folder.resolve()
     while not existing.exists():
@@ -65,9 +65,9 @@ def disk(folder: Path, needed: float) -> Finding:
     try:
         speed = write_speed(existing)
     except OSError as error:
-        return Finding(name, False, f"{folder} can't be written: {error}", "Take another folder.")
+        return Finding(name, False, f"{folder} can't be written: {error}", "Choose another folder.")
     detail = f"{folder}: {free / 1e9:,.0f} GB free, writes {speed / 1e6:,.0f} MB/s"
-    return Finding(name, speed > SLOW, detail, "Checkpoints will take long; take a local disk.")
+    return Finding(name, speed > SLOW, detail, "Checkpoints will be slow; use a local disk.")
 
 
 def write_speed(folder: Path) -> float:
@@ -90,7 +90,7 @@ def shared_memory(folder: Path, ranks: int, cuda: bool) -> Finding:
     """Free space in /dev/shm, through which NCCL's ranks on one node communicate."""
     name = str(folder)
     if not folder.is_dir():
-        return Finding(name, False, "is not there", "docker run --shm-size=8g")
+        return Finding(name, False, "does not exist", "docker run --shm-size=8g")
     free = shutil.disk_usage(folder).free
     needed = SHARED_MEMORY if cuda and ranks > 1 else 16 << 20
     return Finding(
@@ -109,11 +109,11 @@ def memory(needed: float) -> Finding:
 
 def port(number: int, flag: str) -> Finding:
     """Whether a port is free to listen on; `flag` is the option that sets another."""
-    name, remedy = f"port {number}", f"Take another: {flag} {max(1024, number % 65535) + 1}"
+    name, remedy = f"port {number}", f"Use another: {flag} {max(1024, number % 65535) + 1}"
     if not 0 < number < 65536:
-        return Finding(name, False, "is no port: they are 1 to 65535", remedy)
+        return Finding(name, False, "is not a port: ports are 1 to 65535", remedy)
     if os.geteuid() and number < _unprivileged():
-        return Finding(name, False, "is for root alone", remedy)
+        return Finding(name, False, "is reserved for root", remedy)
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == number:
             owner = f" by process {connection.pid}" if connection.pid else ""
@@ -133,7 +133,7 @@ def open_files() -> Finding:
     """How many files a process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Finding(
-        "open files", soft >= OPEN_FILES, f"up to {soft:,} a process",
+        "open files", soft >= OPEN_FILES, f"up to {soft:,} per process",
         f"ulimit -n {max(OPEN_FILES, min(hard, 65536))}, or docker run --ulimit nofile=65536",
     )  # fmt: skip
 
@@ -154,8 +154,9 @@ def docker(container: Path = CONTAINER) -> Finding:
         return Finding("docker", False, "is not on PATH",
                        "Only images need it; training and ./script/serve don't.")  # fmt: skip
     done = _ask(program, "info", "--format", "{{.ServerVersion}}")
-    return Finding("docker", done is not None, f"engine {done}" if done else "its engine is silent",
-                   "Start it, and join the group docker.")  # fmt: skip
+    answer = f"engine {done}" if done else "its engine does not answer"
+    return Finding("docker", done is not None, answer,
+                   "Start it, and add yourself to the group docker.")  # fmt: skip
 
 
 def cog(container: Path = CONTAINER) -> Finding:
@@ -165,16 +166,16 @@ def cog(container: Path = CONTAINER) -> Finding:
     program = shutil.which("cog")
     if program is None:
         return Finding("cog", False, "is not on PATH",
-                       "Only images need it: github.com/replicate/cog, releases.")  # fmt: skip
+                       "Only images need it: see github.com/replicate/cog/releases.")  # fmt: skip
     release, usage = _ask(program, "--version"), _ask(program, "--help") or ""
     known = set(re.findall(r"^  (\w+) ", usage, flags=re.MULTILINE))
     if not release or not known:
-        return Finding("cog", False, "does not answer --version and --help", "Install it anew.")
+        return Finding("cog", False, "does not answer --version and --help", "Reinstall it.")
     # Since 0.23 a command in the image is `cog exec`, and a prediction `cog run`.
     new = "exec" in known
     names = ("cog exec CMD", "cog run -i ...") if new else ("cog run CMD", "cog predict -i ...")
     detail = f"{release}: a command in the image is `{names[0]}`, a prediction `{names[1]}`"
-    return Finding("cog", "build" in known, detail, "This is no Cog that can build images.")
+    return Finding("cog", "build" in known, detail, "This Cog cannot build images.")
 
 
 def _ask(*words: str) -> str | None:

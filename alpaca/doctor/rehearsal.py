@@ -107,12 +107,12 @@ class Rehearsal:
             raise FailedError(tail(done.stdout + done.stderr))
         if self.steps() != list(range(1, STEPS + 1)):
             raise FailedError(f"the log's steps are {self.steps()}")
-        return f"went on to step {STEPS} and exported"
+        return f"resumed, trained to step {STEPS} and exported"
 
     def verify(self) -> str:
         """The exported folder matches its passport."""
         run("verify", self.out)
-        return "the exported folder is as it was written"
+        return "the exported folder is intact"
 
     def serve(self) -> str:
         """Start Cog's server on the trained model."""
@@ -171,13 +171,13 @@ def rehearse() -> Iterator[Finding]:
                 try:
                     detail = body()
                 except (FailedError, OSError, subprocess.SubprocessError) as error:
-                    yield Finding(name, False, str(error), "The lines above say where it ended.")
+                    yield Finding(name, False, str(error), "The lines above show where it failed.")
                     return
                 yield Finding(name, True, f"{detail} ({time.monotonic() - started:.0f} s)")
         finally:
             rehearsal.stop()
     spent = time.monotonic() - began
-    yield Finding("rehearsal", True, f"the whole way works here ({spent:.0f} s)")
+    yield Finding("rehearsal", True, f"the whole pipeline works here ({spent:.0f} s)")
 
 
 def run(*words: object) -> None:

@@ -33,17 +33,19 @@ def parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     made = Parser(
         usage="%(prog)s [--gpu NAME] [--gpus N] [--nodes N] [--FLAG OF train.py VALUE ...]",
-        description="Say what a training run needs, how long it takes, and whether it fits.",
-        epilog="Every flag of train.py is understood as well. --model_name_or_path may name a "
-        "model that is not there: llama-7b, llama-2-70b, llama-3-8b and others. "
+        description="Show what a training run needs, how long it takes, and whether it fits.",
+        epilog="Every flag of train.py is accepted too. --model_name_or_path may name a "
+        "model that is not on disk: llama-7b, llama-2-70b, llama-3-8b and others. "
         f"Cards: {', '.join(devices.GPUS)}.",
         allow_abbrev=False,
     )
-    made.add_argument("--gpu", metavar="NAME", help="a card by name; the default is this machine")
-    made.add_argument("--gpus", type=int, metavar="N", help="devices in a node")
+    made.add_argument("--gpu", metavar="NAME", help="a card by name (default: this machine's)")
+    made.add_argument("--gpus", type=int, metavar="N", help="devices per node")
     made.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (%(default)s)")
-    made.add_argument("--ram", type=float, metavar="GB", help="memory of a node, if not this one")
-    made.add_argument("--price", type=float, metavar="X", help="of one device for one hour")
+    made.add_argument(
+        "--ram", type=float, metavar="GB", help="memory per node (default: this machine's)"
+    )
+    made.add_argument("--price", type=float, metavar="X", help="price of one device for one hour")
     made.add_argument(
         "--examples", type=int, default=0, metavar="N",
         help="plan for N examples with the lengths of those in --data_path",

@@ -106,7 +106,7 @@ def named(name: str) -> Device:
     """The card of that name in the table, ignoring case; raises UserError if there is none."""
     key = name.lower().replace("_", "-").replace(" ", "-")
     if key not in GPUS:
-        raise UserError(f"No card is known as {name!r}.", f"Known: {', '.join(GPUS)}.")
+        raise UserError(f"Unknown card {name!r}.", f"Known: {', '.join(GPUS)}.")
     return GPUS[key]
 
 

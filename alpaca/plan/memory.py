@@ -58,7 +58,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of one rank; `moment` is "loss", "turn", "layer" or "root" (see `peak`)."""
+    """Peak bytes of one rank; `moment` is one of the four that `peak` compares."""
 
     moment: str
     weights: int
@@ -93,7 +93,7 @@ def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_
     earlier = (GRADIENT_BYTES * shape.parameters if setting.once else gradients) * load.repeated
     moments = {
         "loss": (earlier, *_loss(shape, load, setting)),
-        "turn": (earlier, *_turn(shape, load, setting)),
+        "backward start": (earlier, *_backward_start(shape, load, setting)),
         "layer": (earlier, *_layer(shape, load, setting)),
         "root": (max(earlier, gradients), *_root(shape, setting)),
     }
@@ -126,7 +126,7 @@ def _loss(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, 
     return kept, chunk, gathered(shape, setting) + head
 
 
-def _turn(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
+def _backward_start(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
     """The start of the backward pass: the output matrix's gradient is scaled into a second one.
 
     The root is gathered again, and for a moment it exists twice, flat and split into parameters.

@@ -80,7 +80,7 @@ class Plan:
         if self.headroom < 0:
             found.append(_lacking("of device memory", self.memory.total, machine.device.memory))
         if machine.host is not None and self.host > machine.host and machine.device.cuda:
-            found.append(_lacking("of RAM a node", self.host, machine.host))
+            found.append(_lacking("of RAM per node", self.host, machine.host))
         if machine.disk is not None and self.disk > machine.disk:
             found.append(_lacking("of disk", self.disk, machine.disk))
         return found
@@ -108,7 +108,7 @@ class Plan:
 
 
 def _lacking(what: str, needed: int, available: int) -> str:
-    return f"needs {needed / 1e9:,.1f} GB {what}, there are {available / 1e9:,.1f} GB"
+    return f"needs {needed / 1e9:,.1f} GB {what} ({available / 1e9:,.1f} GB available)"
 
 
 def make(shape: Shape, arguments: Arguments, machine: Machine, work: Workload) -> Plan:

@@ -166,7 +166,7 @@ def more_devices(given: Case) -> str:
         return "It needs a larger machine, or a smaller model."
     one = given.machine
     return (
-        f"{nodes} nodes of {one.ranks} such devices hold it with --gradient_checkpointing True "
+        f"{nodes} nodes of {one.ranks} such devices are enough with --gradient_checkpointing True "
         f"--max_tokens_per_pack {given.arguments.model_max_length}."
     )
 
@@ -185,5 +185,5 @@ def check(given: Case) -> Plan:
         f"This run cannot fit: it {'; and '.join(made.problems)}.",
         ("Any of these makes it fit:\n    " + "\n    ".join(helpful)
          if helpful else f"No flag makes it fit. {more_devices(given)}")
-        + "\n  --skip_plan starts it all the same.",
+        + "\n  --skip_plan starts it anyway.",
     )  # fmt: skip

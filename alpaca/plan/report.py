@@ -10,7 +10,7 @@ from alpaca.recipe.progress import Progress
 
 MOMENTS = {
     "loss": "the loss",
-    "turn": "the first moment of the backward pass",
+    "backward start": "the start of the backward pass",
     "layer": "the backward pass of a layer",
     "root": "the backward pass of the embedding",
 }
@@ -30,13 +30,13 @@ def lines(given: Case, made: Plan, price: float | None) -> list[str]:
         f"  data      {work.examples:,} examples{kind}: {work.steps:,} steps of {work.batch}",
         f"  tokens    {work.tokens:,} computed of {work.real:,}, {work.padded:,} in the padded "
         f"recipe ({saved:.0%} saved); in {half}",
-        f"  memory    {made.memory.total / 1e9:.1f} of {one.device.memory / 1e9:.1f} GB a device, "
-        f"worst in {MOMENTS[made.memory.moment]}; headroom {made.headroom / 1e9:.1f}:",
+        f"  memory    {made.memory.total / 1e9:.1f} of {one.device.memory / 1e9:.1f} GB per "
+        f"device, worst in {MOMENTS[made.memory.moment]}; headroom {made.headroom / 1e9:.1f}:",
         f"            {memory[0]},",
         f"            {memory[1]}",
         f"  disk      {made.disk / 1e9:.1f} GB: a checkpoint {made.checkpoint / 1e9:.1f}, "
         f"the model {made.export / 1e9:.1f}{_of(one.disk)}; "
-        f"RAM {made.host / 1e9:.1f} GB a node{_of(one.host)}",
+        f"RAM {made.host / 1e9:.1f} GB per node{_of(one.host)}",
         f"  time      {duration(made.seconds)}{_assumption(made)}",
         *([f"  cost      {_cost(made, price)}"] if price is not None else []),
     ]
@@ -60,10 +60,10 @@ def _sizes(made: Plan) -> tuple[str, str]:
 
 def _assumption(made: Plan) -> str:
     if made.time is None:
-        return ": the speed of this device is not known"
+        return ": the speed of this device is unknown"
     device = made.machine.device
     if made.time.bound == "traffic":
-        return f", bound by traffic at {LINK_EFFICIENCY:.0%} of the links"
+        return f", limited by traffic at {LINK_EFFICIENCY:.0%} of the links' speed"
     if not device.cuda:
         return f" at {CPU_EFFICIENCY:.0%} of this processor's matrix products"
     kind = "bf16" if made.setting.compute == 2 else "fp32"
@@ -72,13 +72,13 @@ def _assumption(made: Plan) -> str:
 
 def _cost(made: Plan, price: float) -> str:
     cost = made.cost(price)
-    return "not known" if cost is None else f"{cost:,.2f} at {price:g} a device and hour"
+    return "unknown" if cost is None else f"{cost:,.2f} at {price:g} per device and hour"
 
 
 def duration(seconds: float | None) -> str:
     """A duration for people: 45 s, 12 min, 3 h 05 min."""
     if seconds is None:
-        return "not known"
+        return "unknown"
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -107,7 +107,7 @@ def compare(made: Plan | None, done: Progress) -> list[str]:
     rows = [
         ("steps", work.steps, done.steps, ",.0f"),
         ("tokens", work.tokens, done.tokens, ",.0f"),
-        ("memory, GB a rank", memory / gigabyte, done.memory / gigabyte, ",.2f"),
+        ("memory, GB per rank", memory / gigabyte, done.memory / gigabyte, ",.2f"),
     ]
     if made.seconds is not None:
         rows.append(("seconds of steps", made.seconds, done.step_seconds, ",.0f"))

@@ -138,7 +138,7 @@ def find(model: Path) -> Shape:
     if model.name.lower() in KNOWN:
         return KNOWN[model.name.lower()]
     raise UserError(
-        f"There is no model folder {model}, and no model is known by that name.",
+        f"There is no model folder {model}, and no known model has that name.",
         f"Known: {', '.join(KNOWN)}; or name a folder with a config.json.",
     )
 
@@ -149,7 +149,7 @@ def from_config(config: dict[str, Any], where: Path) -> Shape:
         width, heads = config["hidden_size"], config["num_attention_heads"]
         kind = config.get("model_type", "llama")
         if kind not in PLANNED:
-            raise TypeError(f"the tensors of type {kind} are not counted here")
+            raise TypeError(f"models of type {kind} are not supported")
         biased = kind in BIASED and bool(config.get("attention_bias", False))
         return Shape(
             vocabulary=config["vocab_size"],
@@ -168,8 +168,8 @@ def from_config(config: dict[str, Any], where: Path) -> Shape:
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{where} describes no decoder that can be planned: {what}.",
-            "LLaMA, SmolLM2, Mistral and Qwen models can; give --skip_plan to train anyway.",
+            f"{where} does not describe a decoder that can be planned: {what}.",
+            "LLaMA, SmolLM2, Mistral and Qwen models can; use --skip_plan to train anyway.",
         ) from None
 
 

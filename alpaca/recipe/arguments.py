@@ -32,7 +32,7 @@ def flag(default: Any, text: str, *choices: str) -> Any:
 class Seed:
     """What every random choice depends on: the order of examples, held-out ones, dithering."""
 
-    seed: int = flag(42, "decides the order of the data")
+    seed: int = flag(42, "random seed for the order of the data")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DataFlags(Seed):
 class PackingFlags(DataFlags, Compilation):
     """How the examples of a step are divided into forward passes."""
 
-    per_device_train_batch_size: int = flag(4, "examples a device takes at once")
+    per_device_train_batch_size: int = flag(4, "examples per device in one batch")
     packing: bool = flag(True, "pack examples without padding; False pads as in 2023")
     max_tokens_per_pack: int = flag(0, "0: per_device_train_batch_size x model_max_length")
 
@@ -75,12 +75,12 @@ class OptimizerFlags:
     """AdamW's settings."""
 
     optim: str = flag("adamw_torch_fused", "optimizer", *OPTIMIZERS)
-    learning_rate: float = flag(2e-5, "peak of the schedule")
+    learning_rate: float = flag(2e-5, "peak learning rate")
     weight_decay: float = flag(0.0, "AdamW's weight decay (not on norms and biases)")
     adam_beta1: float = flag(0.9, "AdamW's; as --adam_beta2 [0.999] and --adam_epsilon [1e-08]")
     adam_beta2: float = flag(0.999, "")
     adam_epsilon: float = flag(1e-8, "")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: they are not")
+    max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0: do not clip")
 
     @property
     def moments_8bit(self) -> bool:
@@ -94,13 +94,13 @@ class ScheduleFlags(PackingFlags, OptimizerFlags):
 
     num_train_epochs: float = flag(3.0, "passes over the data")
     max_steps: int = flag(-1, "stop after this many optimizer steps instead")
-    gradient_accumulation_steps: int = flag(8, "batches that make one optimizer step")
+    gradient_accumulation_steps: int = flag(8, "batches per optimizer step")
     lr_scheduler_type: str = flag(
         "cosine", "schedule; settings: --lr_scheduler_kwargs JSON", *SHAPES
     )
     lr_scheduler_kwargs: str = flag("", "")
     warmup_ratio: float = flag(0.03, "share of all steps in which the learning rate rises")
-    warmup_steps: float = flag(0.0, "the same as a number of steps, or a share below 1; wins")
+    warmup_steps: float = flag(0.0, "overrides warmup_ratio: a number of steps, or a share below 1")
 
     @property
     def schedule_settings(self) -> dict[str, Any]:
@@ -138,11 +138,9 @@ class PrecisionFlags(Seed):
     """The number types of the computation, the master weights and the exported model."""
 
     bf16: bool | None = flag(
-        None, "compute in bf16 where the hardware is fast at it; not given: on such a GPU"
+        None, "compute in bf16 where the hardware is fast at it (default: on such GPUs)"
     )
-    dither_masters: bool = flag(
-        True, "where bf16 is computed: fp32 masters keep updates too small for bf16"
-    )
+    dither_masters: bool = flag(True, "with bf16: keep updates that are too small for bf16")
     export_dtype: str = flag("bf16", "type of the exported weights", "bf16", "fp16", "fp32")
     tf32: bool = flag(False, "allow TF32 matrix products (Ampere and newer GPUs)")
 
@@ -163,7 +161,7 @@ class ReportingFlags:
     eval_strategy: str = flag("no", "when to evaluate", "no", "steps", "epoch")
     eval_steps: int = flag(500, "steps between evaluations")
     logging_steps: int = flag(1, "steps between lines of log.jsonl")
-    report_to: str = flag("none", "log elsewhere too", "none", "tensorboard", "wandb", "trackio")
+    report_to: str = flag("none", "also log to these", "none", "tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -222,7 +220,7 @@ WITHOUT_EFFECT = {
     "logging_strategy": "--logging_steps decides",
     "per_device_eval_batch_size": "evaluation packs examples as training does",
     "remove_unused_columns": "only instruction, input and output are read",
-    "resume_from_checkpoint": "a run goes on from its newest checkpoint by itself",
+    "resume_from_checkpoint": "a run always resumes from its newest checkpoint",
 }
 
 
@@ -232,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
         prog="train.py",
         usage="train.py [--FLAG VALUE ...]",
         description="Fine-tune a LLaMA-family model: python train.py --data_path alpaca_data.json",
-        epilog=f"--fsdp: one of {', '.join(SHARDINGS)}; with offload, weights wait in CPU memory\n"
+        epilog=f"--fsdp: one of {', '.join(SHARDINGS)}; with offload, weights stay in CPU memory\n"
         f"--lr_scheduler_type: one of {', '.join(SHAPES)}\n"
         "Also accepted: " + ", ".join(f"--{name}" for name in [*RENAMED, *WITHOUT_EFFECT]),
         formatter_class=_Formatter,
@@ -305,7 +303,7 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
             notices.append(f"--{name} has no effect: {WITHOUT_EFFECT[name]}")
             continue
         if name not in known | {"help"}:
-            raise UserError(f"train.py knows no flag --{name}.", _nearest(name, known))
+            raise UserError(f"train.py has no flag --{name}.", _nearest(name, known))
         kept.append(f"--{name}{equals}{value}")
     arguments = Arguments(**vars(parser().parse_args(kept)))
     check(arguments)
@@ -338,13 +336,15 @@ def check(arguments: Arguments) -> None:
     unknown = set(words) - {*SHARDINGS, "auto_wrap", "offload"}
     if unknown or len(set(words) & set(SHARDINGS)) > 1:
         raise UserError(
-            f"--fsdp {arguments.fsdp!r} is not understood.",
-            f"Give one of {', '.join(SHARDINGS)}, with auto_wrap and offload if you like.",
+            f"--fsdp {arguments.fsdp!r} is not valid.",
+            f"Give one of {', '.join(SHARDINGS)}, optionally with auto_wrap and offload.",
         )
     if not 0 <= arguments.eval_fraction < 1:
         raise UserError(f"--eval_fraction must be in [0, 1), not {arguments.eval_fraction}.")
     if arguments.eval_fraction and arguments.eval_data_path:
-        raise UserError("--eval_fraction and --eval_data_path exclude each other.", "Give one.")
+        raise UserError(
+            "--eval_fraction and --eval_data_path cannot be combined.", "Give only one."
+        )
     held_out = arguments.eval_fraction or arguments.eval_data_path
     if arguments.eval_strategy != "no" and not held_out:
         raise UserError(
@@ -358,7 +358,7 @@ def check(arguments: Arguments) -> None:
             "Raise the first or lower the second.",
         )
     if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
-        raise UserError("Nothing to train: --num_train_epochs and --max_steps leave no step.")
+        raise UserError("Nothing to train: --num_train_epochs and --max_steps give no steps.")
 
 
 def _check_numbers(arguments: Arguments) -> None:

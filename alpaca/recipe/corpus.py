@@ -83,7 +83,7 @@ def split(corpus: Corpus, fraction: float, seed: int) -> tuple[list[int], list[i
         nothing = "nothing to evaluate on" if not count else "nothing to train on"
         raise UserError(
             f"--eval_fraction {fraction} of {len(usable):,} examples leaves {nothing}.",
-            f"One example is {1 / len(usable):.2g} of them; or give --eval_data_path.",
+            f"One example is a fraction of {1 / len(usable):.2g}; or use --eval_data_path.",
         )
     order = [int(i) for i in np.random.default_rng([seed]).permutation(usable)]
     return sorted(order[count:]), sorted(order[:count])

@@ -39,7 +39,9 @@ def apply(arguments: Arguments) -> tuple[Arguments, list[str]]:
         match = difflib.get_close_matches(unknown[0], TAKEN | DECIDED_HERE, n=1)
         raise UserError(
             f"--fsdp_config: there is no setting {unknown[0]}.",
-            f"Did you mean {match[0]}?" if match else f"Known are {', '.join(sorted(TAKEN))}.",
+            f"Did you mean {match[0]}?"
+            if match
+            else f"Known settings: {', '.join(sorted(TAKEN))}.",
         )
     notices = [
         f"--fsdp_config: {name} has no effect: it is decided from --fsdp and the model"

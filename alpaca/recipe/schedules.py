@@ -163,13 +163,15 @@ def settings(shape: str, text: str, peak: float) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{flag} is not JSON: {error}.", f"{_example(shape)}") from None
     if not isinstance(given, dict):
-        raise UserError(f"{flag} {text} is no JSON object.", _example(shape))
+        raise UserError(f"{flag} {text} is not a JSON object.", _example(shape))
     taken = inspect.signature(SHAPES[shape]).parameters.values()
     kinds = {part.name: part for part in taken if part.kind is part.KEYWORD_ONLY}
     for name, value in given.items():
         if name not in kinds:
             takes = ", ".join(kinds) or "none"
-            raise UserError(f"--lr_scheduler_type {shape} knows no {name}.", f"It takes: {takes}.")
+            raise UserError(
+                f"--lr_scheduler_type {shape} has no setting {name}.", f"It takes: {takes}."
+            )
         if name.endswith("_type"):
             right, wanted = value in CURVES, f"one of {', '.join(CURVES)}"
         else:

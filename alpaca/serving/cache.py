@@ -64,8 +64,8 @@ def plan_capacity(tokens: int, context: int, slots: int, at_least: int) -> Capac
     length = min(context, tokens // (fitting + 1))
     if length < min(256, context):
         raise UserError(
-            f"Free memory holds {tokens} tokens of keys and values, too few to serve.",
-            "Free memory, take a machine with more, or a smaller model.",
+            f"Free memory has room for {tokens} tokens of keys and values, too few to serve.",
+            "Free memory, or use a machine with more or a smaller model.",
         )
     return Capacity(fitting, length)
 
@@ -88,11 +88,11 @@ def unused_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)  # of the whole machine, even in a container
-    container = container_room(GROUPS)
+    container = container_memory_left(GROUPS)
     return available if container is None else min(available, container)
 
 
-def container_room(groups: Path) -> int | None:
+def container_memory_left(groups: Path) -> int | None:
     """Bytes that the container may still allocate, or None without a limit.
 
     `groups` is the folder of the control groups; version 2 is tried first, then version 1. The

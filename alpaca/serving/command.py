@@ -82,5 +82,6 @@ def check_port(port: int) -> None:
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
             raise UserError(
                 f"Port {port} is in use.",
-                "Stop what listens there, or take another: ./script/serve --port 5001",
+                "Stop the process that listens there, or use another port: "
+                "./script/serve --port 5001",
             )

@@ -98,9 +98,11 @@ class Engine:
         job = Job(request)
         with self._wake:
             if self._stopping or not self._thread.is_alive():
-                raise EngineStoppedError("The engine does not run.")
+                raise EngineStoppedError("The engine is not running.")
             if len(self._inbox) + self._scheduler.waiting >= self.limits.waiting:
-                raise BusyError(f"{self.limits.waiting} requests wait already; try again later.")
+                raise BusyError(
+                    f"{self.limits.waiting} requests are already waiting; try again later."
+                )
             self._inbox.append(job)
             self._wake.notify()
         return job
@@ -113,7 +115,7 @@ class Engine:
         """
         if size > self._most_text:
             raise UserError(
-                f"The prompt has {size:,} bytes; what has more than {self._most_text:,} cannot fit "
+                f"The prompt has {size:,} bytes; one with more than {self._most_text:,} cannot fit "
                 f"into {self.capacity.length} tokens.",
                 "Shorten it.",
             )
@@ -145,8 +147,8 @@ class Engine:
             raise UserError(f"n={request.n}, but the engine has {self.capacity.slots} slots.")
         if len(request.stop) > STOPS or any(len(text) > STOP_LENGTH for text in request.stop):
             raise UserError(
-                f"stop may name {STOPS} texts, each of at most {STOP_LENGTH} characters.",
-                "Name fewer, or only how they begin.",
+                f"stop may hold up to {STOPS} texts of up to {STOP_LENGTH} characters each.",
+                "Use fewer, or only their beginnings.",
             )
         if len(request.prompt) >= self.capacity.length:
             raise UserError(

@@ -155,7 +155,7 @@ def _slots(environment: Mapping[str, str], kind: str) -> int:
 def _summary(weights: Weights, what: str, engine: Engine, seconds: float, wanted: int) -> str:
     model, capacity = engine.model, engine.capacity
     short = capacity.slots < wanted
-    more = f"; with a lower ALPACA_CONTEXT there are up to {wanted:,}" if short else ""
+    more = f"; up to {wanted:,} with a lower ALPACA_CONTEXT" if short else ""
     kind = str(model.model.dtype).removeprefix("torch.")
     packing_note = " (weights held in 16 bits)" if model.fp16_layers else ""
     left = (unused_bytes(model.device) - model.cache.cpu_bytes) / 2**30

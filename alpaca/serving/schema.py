@@ -150,7 +150,7 @@ class RunnerSource:
             raise self.error(node, "is neither a literal nor a constant of this module") from None
         segment = ast.get_source_segment(self.text, node) or ""
         if isinstance(value, str) and segment[1:-1] != value:
-            raise self.error(node, "cog build reads only plain one-piece strings here")
+            raise self.error(node, "cog build reads only one plain string literal here")
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
     def input_type(self, node: ast.expr) -> tuple[dict[str, Any], bool]:
@@ -167,7 +167,7 @@ class RunnerSource:
         """The schema of a simple type; only the last part of a dotted name counts."""
         name = _last_name(node)
         if name not in PRIMITIVES:
-            raise self.error(node, f"{ast.unparse(node)} is no type that this program maps")
+            raise self.error(node, f"{ast.unparse(node)} is not a supported type")
         return PRIMITIVES[name]
 
     def output(self, node: ast.expr) -> dict[str, Any]:

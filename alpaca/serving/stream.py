@@ -30,7 +30,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
         spell = _spell_sentencepiece
     else:
         raise UserError(
-            f"The tokenizer's decoder ({', '.join(sorted(kinds)) or 'none'}) is not known here.",
+            f"The tokenizer's decoder ({', '.join(sorted(kinds)) or 'none'}) is not supported.",
             "Byte-level BPE and SentencePiece tokenizers are.",
         )
     vocabulary = tokenizer.get_vocab()

@@ -41,7 +41,7 @@ def locate(given: Path | None, environment: Mapping[str, str], root: Path) -> We
         return Weights(root / TRAINED, f"{TRAINED}/")
     raise UserError(
         "There are no weights to serve.",
-        f"One of three: train a model into {TRAINED}/; set {VARIABLE} to a model folder, for "
+        f"Do one of these: train a model into {TRAINED}/; set {VARIABLE} to a model folder, for "
         f"example {VARIABLE}=demo/alpaca_out, a small one that ./script/demo makes; or hand Cog "
         "trained weights (COG_WEIGHTS, a URL, folder or tar file).",
     )

@@ -77,7 +77,7 @@ def save(
             _clear_partial(folder)
         raise UserError(
             f"{final} could not be written: {reason}.",
-            "Free some space and run the same command again; it goes on from the last checkpoint.",
+            "Free some space and run the same command again; it resumes from the last checkpoint.",
         ) from None
 
 

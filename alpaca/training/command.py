@@ -72,7 +72,7 @@ def run(arguments: Arguments, given: inputs.Inputs | None = None) -> None:
         execute(prepared)
     except StoppedError as stopped:
         if dist.get_rank() == 0:
-            print(f"train: {stopped}; run the same command again to go on", file=sys.stderr)
+            print(f"train: {stopped}; run the same command again to resume", file=sys.stderr)
         sys.exit(stopped.exit_code)
     finally:
         if dist.is_initialized():
@@ -180,7 +180,7 @@ def _dtype(arguments: Arguments, device: torch.device, main: bool) -> torch.dtyp
     if arguments.tf32 and not gpu:
         notice("--tf32 has no effect: it is a mode of NVIDIA GPUs, and there is none here")
     elif arguments.tf32 and torch.cuda.get_device_capability(device) < (8, 0):
-        notice(f"--tf32 has no effect: {name} is older than Ampere, which brought it")
+        notice(f"--tf32 has no effect: {name} is older than Ampere, which introduced it")
     elif arguments.tf32:
         torch.set_float32_matmul_precision("high")
     fast = compute_dtype(device)
@@ -209,11 +209,11 @@ def _plan(run: Run) -> Plan | None:
 
 
 def _illustrate(folder: Path) -> None:
-    """Draw the losses beside a finished model, and take log and drawing into its passport, once."""
+    """Plot the losses of a finished model, and add log and plots to its passport, once."""
     found = passport.read(folder)
     if found is not None and "beside" not in found and (folder / "log.jsonl").is_file():
         run_log.draw(folder)
-        passport.add_beside(folder, ["log.jsonl", "loss.png", "loss.svg"])
+        passport.add_extras(folder, ["log.jsonl", "loss.png", "loss.svg"])
 
 
 def _base(arguments: Arguments) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _rehearse(arguments: Arguments, module: TargetLoss, codec: Codec, rounded: R
             rehearse(module.model, codec, folder, rounded)
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written: {error}", "Name another --output_dir."
+            f"{folder} cannot be written: {error}", "Choose another --output_dir."
         ) from None
 
 
@@ -263,7 +263,7 @@ def _announce(run: Run) -> None:
     )
     if arguments.save_strategy == "steps" and arguments.save_steps >= schedule.steps:
         print(
-            f"train: no checkpoint is due before the last of {schedule.steps} steps: a lost "
-            "machine loses the run; --save_steps 100 saves it every 100 steps",
+            f"train: no checkpoint is written before the last of {schedule.steps} steps, so a "
+            "crash loses the whole run; --save_steps 100 writes one every 100 steps",
             flush=True,
         )

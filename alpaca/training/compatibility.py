@@ -19,9 +19,10 @@ def check(flags: DataFlags, tokenizer: PreTrainedTokenizerBase) -> None:
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values()) >= config.vocab_size:
         raise UserError(
-            f"The tokenizer has ids up to {max(vocabulary.values())}, the model of {folder} has "
-            f"{config.vocab_size} of them.",
-            "They are not of the same model; without --tokenizer_name_or_path its own is used.",
+            f"The tokenizer has ids up to {max(vocabulary.values())}, but the model of {folder} "
+            f"has only {config.vocab_size}.",
+            "They belong to different models; without --tokenizer_name_or_path, "
+            "the model's own is used.",
         )
     given = flags.tokenizer_name_or_path
     own = folder / "tokenizer.json"
@@ -34,8 +35,7 @@ def check(flags: DataFlags, tokenizer: PreTrainedTokenizerBase) -> None:
     window = getattr(config, "sliding_window", None)
     if window and flags.model_max_length > window:
         raise UserError(
-            f"The model of {folder} sees {window} tokens back (sliding_window in its config.json), "
-            f"which is not trained here beyond that; --model_max_length is "
-            f"{flags.model_max_length}.",
-            f"Give --model_max_length {window}, or less.",
+            f"--model_max_length {flags.model_max_length} is longer than the attention window "
+            f"of the model of {folder}, {window} tokens (sliding_window in its config.json).",
+            f"Use --model_max_length {window} or less.",
         )

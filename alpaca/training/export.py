@@ -31,7 +31,7 @@ from alpaca.training.rendezvous import on_first_rank
 
 @dataclass(frozen=True)
 class Rounding:
-    """How fp32 masters are rounded to exported weights of `dtype`: to the nearest, or by chance."""
+    """How fp32 masters are rounded to weights of `dtype`: to the nearest, or stochastically."""
 
     dtype: torch.dtype
     seed: int | None = None  # None: to the nearest

@@ -1,9 +1,9 @@
 """Which run this is, and whether it may continue what its output folder holds.
 
 A run is its data, base model, template and recipe. Most settings decide which numbers a checkpoint
-holds, so a checkpoint of a run with others is refused. A few only say how training goes on from
-there, and may change when it is resumed. The number of ranks is no setting: the examples of a step
-stay the same, so accumulation follows the ranks.
+holds, so a checkpoint of a run with others is refused. A few only say how training continues from
+there, and may change when it is resumed. The number of ranks is not a setting: the examples of a
+step stay the same, so accumulation follows the ranks.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ FLAGS = {
     "tokenizer_sha256": "tokenizer",
     "template_sha256": "template",
     "compute": "compute type",
-    "batch": "examples a step",
+    "batch": "examples per step",
     "shape": "--lr_scheduler_type",
     "settings": "--lr_scheduler_kwargs",
     "moments": "--optim",
@@ -175,7 +175,7 @@ def begin(arguments: Arguments, ranks: int, described: Callable[[Arguments], Ide
         return start
     _check_continues(start, newest, meta, model)
     if model is not None:
-        passport.forget_beside(folder)  # the log is about to grow
+        passport.forget_extras(folder)  # the log is about to grow
     return _continued(start, newest, meta)
 
 
@@ -202,7 +202,7 @@ def _check_continues(
             raise _another_model(folder, refused + changed)
     if refused:
         raise UserError(
-            f"{newest} is of another run:\n    " + "\n    ".join(refused + changed),
+            f"{newest} belongs to another run:\n    " + "\n    ".join(refused + changed),
             "Choose another --output_dir, or give --overwrite_output_dir to start over.",
         )
     if changed and left <= 0:
@@ -258,14 +258,14 @@ def keep_batch(
         return arguments, ()
     if rest or not fitting:
         raise UserError(
-            f"The run takes {batch} examples a step; {ranks} ranks of "
+            f"The run takes {batch} examples per step; {ranks} ranks of "
             f"--per_device_train_batch_size {size} cannot.",
             _fitting_flags(batch, size, ranks),
         )
     before = f"{earlier_ranks} before" if earlier_ranks else "another number before"
     return other, (
         f"{ranks} rank(s), {before}: --gradient_accumulation_steps {fitting} instead of {often} "
-        f"keeps {batch} examples a step",
+        f"keeps {batch} examples per step",
     )
 
 
@@ -296,15 +296,15 @@ def differences(old: Identity, new: Identity) -> tuple[list[str], list[str]]:
     for name in sorted({*old, *new}):
         if old.get(name) != new.get(name):
             called = CHANGEABLE.get(name) or FLAGS.get(name, name)
-            line = f"{called}: {old.get(name)} there, {new.get(name)} here"
+            line = f"{called}: {old.get(name)} before, {new.get(name)} now"
             (changed if name in CHANGEABLE else refused).append(line)
     return refused, changed
 
 
 def _another_model(folder: Path, differing: list[str]) -> UserError:
-    told = ":\n    " + "\n    ".join(differing) if differing else "."
+    details = ":\n    " + "\n    ".join(differing) if differing else "."
     return UserError(
-        f"{folder} already holds another model{told}",
+        f"{folder} already holds another model{details}",
         "Choose another --output_dir, or give --overwrite_output_dir to replace it.",
     )
 

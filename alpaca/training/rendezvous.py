@@ -81,7 +81,7 @@ def _answer(store: Store, attempt: str, world_size: int, deadline: float) -> Non
     answered: dict[int, bytes] = {}
     while (joined := store.add(f"joined/{attempt}", 0)) < world_size - 1:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{world_size - 1 - joined} of {world_size} ranks did not come.")
+            raise TimeoutError(f"{world_size - 1 - joined} of {world_size} ranks did not join.")
         for rank in range(1, world_size):
             if not store.check([f"here/{rank}"]):
                 continue

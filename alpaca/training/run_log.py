@@ -91,7 +91,7 @@ def summary(result: Progress, ranks: int, folder: Path) -> str:
     a_step = result.step_seconds / max(1, result.steps)
     rows = [
         ("steps", f"{result.steps} on {ranks} rank(s)"),
-        ("time", f"{clock(result.seconds)}, {a_step:.2f} s a step"),
+        ("time", f"{clock(result.seconds)}, {a_step:.2f} s per step"),
         ("loss", f"{result.loss:.4f} at the last step"),
         ("tokens computed", f"{computed:,}"),
         ("tokens saved", f"{saved}; {result.prefix_tokens_saved:,} by sharing the template"),

@@ -158,7 +158,8 @@ def decoder_layers(model: PreTrainedModel, named: str = "") -> list[torch.nn.Mod
     if named and named.lower() not in {name.lower() for name in classes}:
         raise UserError(
             f"--fsdp_transformer_layer_cls_to_wrap {named}: this model has no such layer.",
-            f"Its layer is {', '.join(sorted(classes))}; without the flag it is found by itself.",
+            f"Its layer is {', '.join(sorted(classes))}; without the flag it is found "
+            "automatically.",
         )
     return [module for module in model.modules() if type(module).__name__ in classes]
 
@@ -201,7 +202,7 @@ def load(model: PreTrainedModel, folder: Path, dither: Dither | None = None) -> 
     if nonfinite := sorted({name for _, names in results for name in names}):
         raise UserError(
             f"{nonfinite[0]} holds NaN or infinite numbers"
-            + (f", and so do {len(nonfinite) - 1} tensors more." if nonfinite[1:] else "."),
+            + (f", and so do {len(nonfinite) - 1} more tensors." if nonfinite[1:] else "."),
             "Fetch or convert the weights again.",
         )
 
@@ -220,7 +221,7 @@ def _fill_all(model: PreTrainedModel, folder: Path, dither: Dither | None) -> li
                 nonfinite.append(f"{entry.path}: {name}")
     if parameters:
         raise UserError(
-            f"{folder} lacks {len(parameters)} tensor(s), the first is {min(parameters)}.",
+            f"{folder} lacks {len(parameters)} tensor(s) (first: {min(parameters)}).",
             "Is a shard missing? Convert the weights again.",
         )
     return nonfinite
@@ -234,7 +235,7 @@ def _fill(
     if found != shape:
         raise UserError(
             f"{path.name}: {name} has shape {found}, config.json implies {shape}.",
-            "The weights and config.json are not of the same model.",
+            "The weights and config.json belong to different models.",
         )
     assert isinstance(parameter, DTensor)
     local, offset = compute_local_shape_and_global_offset(
