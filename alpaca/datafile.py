@@ -334,8 +334,14 @@ def _parse(path: Path, text: str) -> tuple[list[Any], str]:
     if len(values) == 1 and isinstance(values[0], list):
         return _unwrapped(path, values[0], shape)
     if len(values) > 1:
-        kind = next((name for kind, name in ((list, "lists"), (dict, "objects"))
-                     if all(isinstance(value, kind) for value in values)), "values")  # fmt: skip
+        kind = next(
+            (
+                name
+                for kind, name in ((list, "lists"), (dict, "objects"))
+                if all(isinstance(value, kind) for value in values)
+            ),
+            "values",
+        )
         several = f"{len(values)} {kind} one after another"
         several += ", not one per line" if kind == "objects" else ""
         shape = f"{several}; {shape}" if shape else several
@@ -417,11 +423,16 @@ def _not_json(path: Path, text: str) -> UserError:
         header = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter))]
         if len(header) > 1 and set(header) & COLUMNS:
             more = "" if delimiter == "," else f", delimiter={delimiter!r}"
-            return _other_kind(path, "a table of comma-separated values (CSV)", ".jsonl", (
-                'python -c "import csv, json, sys; csv.field_size_limit(1 << 30); '
-                "rows = csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline='')"
-                f"{more}); print(*map(json.dumps, rows), sep='\\n')\" {{old}} > {{new}}"
-            ))  # fmt: skip
+            return _other_kind(
+                path,
+                "a table of comma-separated values (CSV)",
+                ".jsonl",
+                (
+                    'python -c "import csv, json, sys; csv.field_size_limit(1 << 30); '
+                    "rows = csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline='')"
+                    f"{more}); print(*map(json.dumps, rows), sep='\\n')\" {{old}} > {{new}}"
+                ),
+            )
     return UserError(
         f"{path} is not JSON: it begins with {first[:60]!r}.",
         "A data set is a JSON list of objects, or one object per line (JSONL).",
@@ -476,9 +487,11 @@ def _inside(path: Path, whole: dict[str, Any]) -> tuple[list[Any], str] | None:
     lists = {
         name: value
         for name, value in whole.items()
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+        if isinstance(value, list)
+        and value
+        and all(isinstance(item, dict) for item in value)
         and not {*value[0]} & {"role", "from", "content"}  # the turns of one conversation
-    }  # fmt: skip
+    }
     if len(lists) == 1:
         [(name, inside)] = lists.items()
         inside, shape = _unwrapped(path, inside, "")

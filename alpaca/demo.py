@@ -66,8 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: a stage failed; its own message has been printed before.
     """
     if shutil.which("curl") is None:
-        raise UserError("The demo asks its questions with curl, which is not installed.",
-                        "On Debian and Ubuntu: apt-get install curl")  # fmt: skip
+        raise UserError(
+            "The demo asks its questions with curl, which is not installed.",
+            "On Debian and Ubuntu: apt-get install curl",
+        )
     demo = Demo(arguments.port, keep=arguments.keep)
     demo.stage("fetch", "A base model", demo.fetch)
     demo.stage("convert", "To a Hugging Face folder", demo.convert)

@@ -89,11 +89,12 @@ def answers(folder: Path, weights: "Float64Weights") -> list[dict[str, Any]]:
                 "instruction": instruction,
                 "input": given,
                 "ids": prompt,
-                "logits": dict(zip(map(str, top.indices.tolist()), top.values.tolist(),
-                                   strict=True)),
+                "logits": dict(
+                    zip(map(str, top.indices.tolist()), top.values.tolist(), strict=True)
+                ),
                 "sum": float((logits * signs(len(logits))).sum()),
             }
-        )  # fmt: skip
+        )
     return found
 
 

@@ -263,9 +263,11 @@ def notices(items: Sequence[Any]) -> list[str]:
     records = [item for item in items if isinstance(item, dict)]
     found = []
     spelled = Counter(
-        name for item in records for name in FIELDS
+        name
+        for item in records
+        for name in FIELDS
         if not isinstance(item.get(name), str) and text_of(item.get(name)) is not None
-    )  # fmt: skip
+    )
     if spelled:
         counts = ", ".join(f"{name} ({count:,})" for name, count in spelled.items())
         found.append(f"numbers and booleans are read as text: {counts}")
@@ -280,8 +282,11 @@ def notices(items: Sequence[Any]) -> list[str]:
 
 def _check_form(path: Path, items: list[Any]) -> None:
     """Raise UserError if most records have another form, and name that form."""
-    lists = [index for index, item in enumerate(items)
-             if isinstance(item, dict) and isinstance(item.get("output"), list)]  # fmt: skip
+    lists = [
+        index
+        for index, item in enumerate(items)
+        if isinstance(item, dict) and isinstance(item.get("output"), list)
+    ]
     if lists:
         raise UserError(
             f"{path}: {len(lists):,} of {len(items):,} records (first: {lists[0]}) have a list "
@@ -290,9 +295,10 @@ def _check_form(path: Path, items: list[Any]) -> None:
             + _leaving_out(path, items, "invalid,empty_instruction"),
         )
     strange = [
-        item for item in items
+        item
+        for item in items
         if not isinstance(item, dict) or "instruction" not in item or "output" not in item
-    ]  # fmt: skip
+    ]
     if len(strange) * 2 <= len(items):
         return
     objects = [item for item in strange if isinstance(item, dict)]

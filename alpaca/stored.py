@@ -94,8 +94,9 @@ def check_config(config: dict[str, Any], where: Path) -> None:
     if kind not in DECODERS or feature:
         raise UserError(
             f"{where} describes a model of type {kind}{feature}, which cannot be trained or served "
-            "here.", ADVICE,
-        )  # fmt: skip
+            "here.",
+            ADVICE,
+        )
     check_rope(config)
 
 
@@ -139,8 +140,9 @@ def check_rope(config: dict[str, Any]) -> None:
         if kind in LENGTH_DEPENDENT:
             raise UserError(
                 f"The model's rotary embedding ({kind}) changes with the longest sequence of a "
-                "pass, so it cannot be trained or served here.", ADVICE,
-            )  # fmt: skip
+                "pass, so it cannot be trained or served here.",
+                ADVICE,
+            )
         if kind not in (None, *ROPES):
             raise UserError(f"The model's rotary embedding ({kind}) is not supported.", ADVICE)
 
@@ -195,8 +197,9 @@ def _listed(index: Path, ending: str) -> list[str]:
                 f"{index} names {name!r}, which is not a file.", "Fetch the file again."
             )
         if Path(name).name != name:
-            raise UserError(f"{index} names {name!r}, which is outside {index.parent}.",
-                            "Fetch the file again.")  # fmt: skip
+            raise UserError(
+                f"{index} names {name!r}, which is outside {index.parent}.", "Fetch the file again."
+            )
     return sorted(set(table.values()))
 
 
@@ -324,16 +327,18 @@ def check_fit(
         if found[name].shape != shape:
             raise UserError(
                 f"{found[name].path}: {name} has shape {list(found[name].shape)}, config.json "
-                f"implies {list(shape)}.", MISMATCH,
-            )  # fmt: skip
+                f"implies {list(shape)}.",
+                MISMATCH,
+            )
     # A tied output matrix may be stored: `tensors` has checked that it equals the embedding.
     own = {*wanted, "lm_head.weight"}
     more = [name for name in found if name not in own and not name.endswith(BUFFERS)]
     if more := [name for name in more if not re.search(skipped, name)]:
         raise UserError(
             f"{folder} holds {len(more)} tensor(s) that a model of its config.json does not have "
-            f"(first: {min(more)}).", MISMATCH,
-        )  # fmt: skip
+            f"(first: {min(more)}).",
+            MISMATCH,
+        )
 
 
 MISMATCH = "The weights and config.json belong to different models."

@@ -29,9 +29,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("folder", type=Path, help="a model or tokenizer folder")
     made.add_argument("--no-golden", action="store_true", help="hashes only")
     made.add_argument(
-        "--add-golden", action="store_true",
+        "--add-golden",
+        action="store_true",
         help="compute golden logits for a folder that has none, if its hashes match",
-    )  # fmt: skip
+    )
     return made
 
 
@@ -78,8 +79,11 @@ def sealed(folder: Path, recorded: dict[str, Any]) -> list[str]:
 def files(folder: Path, recorded: dict[str, Any]) -> list[str]:
     """Problems of the files: one line for each that is missing, changed or unexpected."""
     wanted: dict[str, str] = recorded["files"]
-    extra = {name: value for name, value in recorded.get("beside", {}).items()
-              if (folder / name).is_file()}  # fmt: skip
+    extra = {
+        name: value
+        for name, value in recorded.get("beside", {}).items()
+        if (folder / name).is_file()
+    }
     present = [name for name in wanted if (folder / name).is_file()]
     problems = [f"{name} is missing" for name in wanted if name not in present]
     names = [*present, *extra]
@@ -141,8 +145,11 @@ def golden_logits(folder: Path, recorded: dict[str, Any]) -> list[str]:
     except (KeyError, ValueError, RuntimeError, IndexError) as error:  # of another model
         problems = [f"golden prompts can't be answered: {error}"]
     if problems:
-        problems += [f"  tensor {name} is missing" for name in recorded.get("tensors", {})
-                  if name not in weights]  # fmt: skip
+        problems += [
+            f"  tensor {name} is missing"
+            for name in recorded.get("tensors", {})
+            if name not in weights
+        ]
         for path in stored.weight_files(folder):
             problems += tensors(path, recorded)
     return problems

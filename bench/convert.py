@@ -93,14 +93,21 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
 def sizes(layers: int) -> dict[str, tuple[int, ...]]:
     """Meta's names and the shapes of LLaMA 1 7B."""
     kinds = {
-        "attention.wq": (DIM, DIM), "attention.wk": (DIM, DIM), "attention.wv": (DIM, DIM),
-        "attention.wo": (DIM, DIM), "feed_forward.w1": (WIDTH, DIM),
-        "feed_forward.w2": (DIM, WIDTH), "feed_forward.w3": (WIDTH, DIM),
-        "attention_norm": (DIM,), "ffn_norm": (DIM,),
-    }  # fmt: skip
+        "attention.wq": (DIM, DIM),
+        "attention.wk": (DIM, DIM),
+        "attention.wv": (DIM, DIM),
+        "attention.wo": (DIM, DIM),
+        "feed_forward.w1": (WIDTH, DIM),
+        "feed_forward.w2": (DIM, WIDTH),
+        "feed_forward.w3": (WIDTH, DIM),
+        "attention_norm": (DIM,),
+        "ffn_norm": (DIM,),
+    }
     named: dict[str, tuple[int, ...]] = {
-        "tok_embeddings.weight": (VOCAB, DIM), "norm.weight": (DIM,), "output.weight": (VOCAB, DIM),
-    }  # fmt: skip
+        "tok_embeddings.weight": (VOCAB, DIM),
+        "norm.weight": (DIM,),
+        "output.weight": (VOCAB, DIM),
+    }
     for layer in range(layers):
         named |= {f"layers.{layer}.{kind}.weight": size for kind, size in kinds.items()}
     return named

@@ -117,8 +117,11 @@ def make_folders(root: Path) -> list[Path]:
     for number, (name, shape) in enumerate(shapes.items()):
         tensors = reference.weights(shape, torch.float32, seed=number)
         reference.save(root / "in" / name, shape, tensors, 1 + number % 2)
-        check(reference.convert("--input_dir", root / "in", "--model_size", name,
-                                "--output_dir", root / "out"))  # fmt: skip
+        check(
+            reference.convert(
+                "--input_dir", root / "in", "--model_size", name, "--output_dir", root / "out"
+            )
+        )
     fetched = download.fetch(ROOT / "demo")
     check(reference.convert("--input_dir", fetched, "--output_dir", root / "out"))
     bases = [root / "out" / name for name in [*shapes, fetched.name]]
@@ -134,8 +137,14 @@ def make_folders(root: Path) -> list[Path]:
 def trained(base: Path) -> Path:
     """One step of train.py on a folder: what it exports."""
     out = base.with_name(f"{base.name}-trained")
-    flags = {"model_name_or_path": base, "output_dir": out, "max_steps": 1, "warmup_steps": 0,
-             "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}  # fmt: skip
+    flags = {
+        "model_name_or_path": base,
+        "output_dir": out,
+        "max_steps": 1,
+        "warmup_steps": 0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+    }
     words = [f"--{name}={value}" for name, value in flags.items()]
     subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, stdout=sys.stderr, check=True)
     return out

@@ -124,8 +124,14 @@ class Family:
 
 def sp(**changed: Any) -> Tokens:
     """LLaMA's SentencePiece tokenizer."""
-    plain = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "add_bos": True, "adds": True,
-             "cls": "LlamaTokenizer"}  # fmt: skip
+    plain = {
+        "bos": "<s>",
+        "eos": "</s>",
+        "unk": "<unk>",
+        "add_bos": True,
+        "adds": True,
+        "cls": "LlamaTokenizer",
+    }
     return Tokens("sp", **plain | changed)
 
 
@@ -135,10 +141,17 @@ def bpe(bos: str | None, eos: str, **changed: Any) -> Tokens:
 
 def scaled(factor: float) -> dict[str, Any]:
     """RoPE scaling of Llama 3.1."""
-    return {"rope_theta": 500000.0, "max_position_embeddings": 131072, "rope_scaling": {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }}  # fmt: skip
+    return {
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
 
 
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>")
@@ -457,11 +470,19 @@ def write_sentencepiece(folder: Path, tokens: Tokens) -> None:
     if tokens.eos in tokens.added:  # ChatML: the vocabulary has its own end token
         pieces["eos_piece"] = "<|endoftext|>" if tokens.bos == "<|startoftext|>" else "</s>"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(vocabulary_text()).splitlines()), model_writer=model,
-        model_type="bpe", vocab_size=700, byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, add_dummy_prefix=tokens.leading_space, num_threads=1,
-        character_coverage=0.999, minloglevel=2, **pieces,
-    )  # fmt: skip
+        sentence_iterator=iter("\n".join(vocabulary_text()).splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=tokens.leading_space,
+        num_threads=1,
+        character_coverage=0.999,
+        minloglevel=2,
+        **pieces,
+    )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
@@ -492,10 +513,15 @@ def write_byte_level(folder: Path, tokens: Tokens) -> None:
     made.decoder = decoders.ByteLevel()
     named = (tokens.unk, tokens.bos, tokens.eos, tokens.pad, *tokens.added)
     special = list(dict.fromkeys(token for token in named if token))
-    made.train_from_iterator(vocabulary_text(), trainers.BpeTrainer(
-        vocab_size=900, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))  # fmt: skip
+    made.train_from_iterator(
+        vocabulary_text(),
+        trainers.BpeTrainer(
+            vocab_size=900,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     if tokens.adds and tokens.bos:
         made.post_processor = starting_with(tokens.bos, made.token_to_id(tokens.bos))
     made.save(str(folder / "tokenizer.json"))
@@ -503,8 +529,11 @@ def write_byte_level(folder: Path, tokens: Tokens) -> None:
 
 def write_tokenizer(folder: Path, tokens: Tokens) -> dict[str, int]:
     """The tokenizer's files; returns the ids of its control tokens."""
-    settings: dict[str, Any] = {"tokenizer_class": tokens.cls, "model_max_length": 4096,
-                                "clean_up_tokenization_spaces": False}  # fmt: skip
+    settings: dict[str, Any] = {
+        "tokenizer_class": tokens.cls,
+        "model_max_length": 4096,
+        "clean_up_tokenization_spaces": False,
+    }
     for role in ("bos", "eos", "unk", "pad"):
         settings[f"{role}_token"] = getattr(tokens, role)
     if tokens.add_bos is not None:
@@ -538,15 +567,22 @@ def publish(family: Family, folder: Path) -> None:
     size = ids.pop("") + SPARE
     ends = [ids[token] for token in family.ends or (family.tokens.eos,)]
     config = SIZE | {"vocab_size": size, "hidden_act": "silu", "rms_norm_eps": 1e-5}
-    config |= {"model_type": family.kind, "torch_dtype": family.dtype,
-               "transformers_version": "4.40.0", "use_cache": True,
-               "eos_token_id": ends[0] if len(ends) == 1 else ends}  # fmt: skip
+    config |= {
+        "model_type": family.kind,
+        "torch_dtype": family.dtype,
+        "transformers_version": "4.40.0",
+        "use_cache": True,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+    }
     for role in ("bos", "pad"):
         if (token := getattr(family.tokens, role)) is not None:
             config[f"{role}_token_id"] = ids[token]
     config |= family.config
-    config = {key: value for key, value in config.items()
-              if value is not None or key in ("sliding_window", "rope_scaling")}  # fmt: skip
+    config = {
+        key: value
+        for key, value in config.items()
+        if value is not None or key in ("sliding_window", "rope_scaling")
+    }
     write(folder / "config.json", config)
     if family.generation or family.generated:
         named = [ids[token] for token in family.generated] or config["eos_token_id"]
@@ -629,8 +665,13 @@ def continued(folder: Path, prompt: list[int], *, stops: bool = True) -> list[in
     if not stops:
         settings.eos_token_id = None
     given = torch.tensor([prompt])
-    made = model.generate(given, attention_mask=torch.ones_like(given), do_sample=False,
-                          max_new_tokens=NEW_TOKENS, pad_token_id=0)  # fmt: skip
+    made = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+    )
     return list(made[0, len(prompt) :].tolist())
 
 
@@ -664,8 +705,17 @@ def plan(folder: Path, data: Path) -> None:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            cli.main(["plan", "--gpu", "a100-80", "--model_name_or_path", str(folder),
-                      "--data_path", str(data)])  # fmt: skip
+            cli.main(
+                [
+                    "plan",
+                    "--gpu",
+                    "a100-80",
+                    "--model_name_or_path",
+                    str(folder),
+                    "--data_path",
+                    str(data),
+                ]
+            )
         except SystemExit as end:
             if end.code:
                 raise UserError(said.getvalue()) from None
@@ -673,9 +723,15 @@ def plan(folder: Path, data: Path) -> None:
 
 def train(folder: Path, data: Path, out: Path) -> float:
     """One step at learning rate 0, through train.py's own function: its loss."""
-    flags = {"model_name_or_path": folder, "data_path": data, "output_dir": out, "max_steps": 1,
-             "learning_rate": 0, "per_device_train_batch_size": 2,
-             "gradient_accumulation_steps": 1}  # fmt: skip
+    flags = {
+        "model_name_or_path": folder,
+        "data_path": data,
+        "output_dir": out,
+        "max_steps": 1,
+        "learning_rate": 0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+    }
     arguments, _ = parse([f"--{name}={value}" for name, value in flags.items()])
     with contextlib.redirect_stdout(io.StringIO()):
         command.run(arguments)
@@ -691,8 +747,11 @@ def serve(folder: Path) -> list[tuple[str, int]]:
     try:
         answers = []
         for prompt in PROMPTS:
-            asked = Request(tuple(codec.prompt(prompt)), max_new_tokens=NEW_TOKENS,
-                            sampling=Sampling(temperature=0))  # fmt: skip
+            asked = Request(
+                tuple(codec.prompt(prompt)),
+                max_new_tokens=NEW_TOKENS,
+                sampling=Sampling(temperature=0),
+            )
             answer = engine.submit(asked).completions[0].result.result(120)
             answers.append((answer.text, answer.tokens))
         return answers
@@ -738,9 +797,14 @@ def check(family: Family, root: Path, data: Path) -> dict[str, Any]:
             "serve": lambda: serve(folder),
         }
         said = {name: refusal(ask) for name, ask in programs.items()}
-        return {"refused": reason.removeprefix(f"{folder / 'config.json'} describes "),
-                "faults": [f"{name} says {text.strip()[-300:] or 'nothing'}"
-                           for name, text in said.items() if reason not in text]}  # fmt: skip
+        return {
+            "refused": reason.removeprefix(f"{folder / 'config.json'} describes "),
+            "faults": [
+                f"{name} says {text.strip()[-300:] or 'nothing'}"
+                for name, text in said.items()
+                if reason not in text
+            ],
+        }
     try:
         return {"refused": None, "faults": list(faults(folder, base, out, data))}
     except Exception as error:  # any other error of a program is a fault too

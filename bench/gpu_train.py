@@ -194,9 +194,13 @@ def corpus(examples: int, vocabulary: int) -> Corpus:
     for kind, start in zip(kinds, offsets, strict=False):
         ids[start : start + PREFIXES[kind]] = np.arange(3, 3 + PREFIXES[kind])
     return Corpus(
-        ids=ids, offsets=offsets, prompt_lengths=prompts.astype(np.int32), kinds=kinds,
-        prefix_lengths=PREFIXES, truncated=0,
-    )  # fmt: skip
+        ids=ids,
+        offsets=offsets,
+        prompt_lengths=prompts.astype(np.int32),
+        kinds=kinds,
+        prefix_lengths=PREFIXES,
+        truncated=0,
+    )
 
 
 def varlen_differences(data: Corpus, device: torch.device) -> dict[str, float]:
@@ -214,8 +218,10 @@ def varlen_differences(data: Corpus, device: torch.device) -> dict[str, float]:
     found = {}
     for kv_heads in (8, 2):
         torch.manual_seed(kv_heads)
-        inputs = [torch.randn(pack.tokens, heads, 64, device=device).bfloat16()
-                  for heads in (8, kv_heads, kv_heads)]  # fmt: skip
+        inputs = [
+            torch.randn(pack.tokens, heads, 64, device=device).bfloat16()
+            for heads in (8, kv_heads, kv_heads)
+        ]
         results = []
         for run, dtype in (
             (attention.varlen, torch.bfloat16),

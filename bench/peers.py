@@ -68,9 +68,13 @@ class Peers:
         log = work / "log"
         with open(log, "w") as errors:
             process = subprocess.Popen(
-                [*map(str, command), str(torch.get_num_threads())], cwd=work, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-            )  # fmt: skip
+                [*map(str, command), str(torch.get_num_threads())],
+                cwd=work,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
         peers = cls(process, log, [], {})
         hello = peers.answer()
         peers.ways, peers.versions = hello["ways"], hello["versions"]

@@ -98,9 +98,12 @@ def trainer(name: str, model: Any, tokenizer: Any, examples: list[dict[str, Any]
         packing = {"packing": True, "packing_strategy": "bfd"} if "pack" in way else {}
         limit = None if "padding_free" in way else way.get("pack", LENGTH)
         config = SFTConfig(
-            **shared, **packing, max_length=limit, completion_only_loss=True,
+            **shared,
+            **packing,
+            max_length=limit,
+            completion_only_loss=True,
             padding_free="padding_free" in way,
-        )  # fmt: skip
+        )
         return SFTTrainer(
             model=model, args=config, train_dataset=data, processing_class=tokenizer, **common
         )
@@ -110,9 +113,13 @@ def trainer(name: str, model: Any, tokenizer: Any, examples: list[dict[str, Any]
         else DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     )
     return Trainer(
-        model=model, args=TrainingArguments(**shared), train_dataset=data, data_collator=collate,
-        processing_class=tokenizer, **common,
-    )  # fmt: skip
+        model=model,
+        args=TrainingArguments(**shared),
+        train_dataset=data,
+        data_collator=collate,
+        processing_class=tokenizer,
+        **common,
+    )
 
 
 COLUMNS = {"sfttrainer": ("input_ids", "completion_mask"), "trainer": ("input_ids", "labels")}

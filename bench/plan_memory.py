@@ -48,9 +48,13 @@ print("PEAK", int(peak.split()[1]) * 1024, flush=True)
 def flags(model: Path, out: Path, changed: dict[str, object]) -> list[str]:
     """The command line of a setting."""
     values: dict[str, object] = {
-        "model_name_or_path": model, "data_path": ROOT / "data/seed_tasks.jsonl",
-        "output_dir": out, "max_steps": 2, "save_strategy": "no", **changed,
-    }  # fmt: skip
+        "model_name_or_path": model,
+        "data_path": ROOT / "data/seed_tasks.jsonl",
+        "output_dir": out,
+        "max_steps": 2,
+        "save_strategy": "no",
+        **changed,
+    }
     return [f"--{name}={value}" for name, value in values.items()]
 
 
@@ -64,16 +68,24 @@ def process_environment(words: list[str]) -> dict[str, str]:
 
 def measured(ranks: int, words: list[str]) -> int:
     """Peak bytes of the rank that used most."""
-    environment = {**process_environment(words), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655",
-                   "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                   "OMP_NUM_THREADS": "1"}  # fmt: skip
+    environment = {
+        **process_environment(words),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29655",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": "1",
+    }
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", PROGRAM, *words],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
     outputs = [process.communicate()[0] for process in started]
     assert all(process.returncode == 0 for process in started), outputs
     return max(int(output.rpartition("PEAK ")[2]) for output in outputs)

@@ -86,17 +86,24 @@ class Bench:
         """The settings that cells must share to be comparable."""
         options = self.options
         return {
-            "model": options.model.name, "data": options.data.name, "batch": options.batch,
-            "held_out": len(self.data.held_out), "max_length": options.max_length,
-        }  # fmt: skip
+            "model": options.model.name,
+            "data": options.data.name,
+            "batch": options.batch,
+            "held_out": len(self.data.held_out),
+            "max_length": options.max_length,
+        }
 
     def arguments(self, rate: float, count: int, **more: Any) -> Arguments:
         """The flags of a run."""
         return Arguments(
-            model_name_or_path=self.options.model, learning_rate=rate, max_steps=count,
-            per_device_train_batch_size=self.options.batch, gradient_accumulation_steps=1,
-            model_max_length=self.options.max_length, **more,
-        )  # fmt: skip
+            model_name_or_path=self.options.model,
+            learning_rate=rate,
+            max_steps=count,
+            per_device_train_batch_size=self.options.batch,
+            gradient_accumulation_steps=1,
+            model_max_length=self.options.max_length,
+            **more,
+        )
 
     def trainer(self, way: str, rate: float, count: int) -> Trainer:
         """A trainer before its first step."""
@@ -115,9 +122,15 @@ class Bench:
             keep_base(module, self.options.model, embeddings=way == "layers")
         schedule = steps.schedule(arguments, len(self.data.train), 1)
         return Trainer(
-            arguments, module, self.data, schedule, CPU, compute, {},
+            arguments,
+            module,
+            self.data,
+            schedule,
+            CPU,
+            compute,
+            {},
             reduces_once=way != "pure",
-        )  # fmt: skip
+        )
 
     def cell(self, way: str, rate: float, count: int) -> dict[str, Any]:
         """Train one way and measure the saved model."""
@@ -153,10 +166,16 @@ class Bench:
             examples = [example(corpus, i) for i in order]
             (Path(work) / "examples.json").write_text(json.dumps(examples))
             command = [
-                environment(), ROOT / "bench/precision_worker.py", self.options.model.resolve(),
-                work, rate, count, self.options.batch, trainer.schedule.warmup,
+                environment(),
+                ROOT / "bench/precision_worker.py",
+                self.options.model.resolve(),
+                work,
+                rate,
+                count,
+                self.options.batch,
+                trainer.schedule.warmup,
                 torch.get_num_threads(),
-            ]  # fmt: skip
+            ]
             subprocess.run(list(map(str, command)), check=True, cwd=work)
             trained = load_file(Path(work) / "weights.safetensors")
         with torch.no_grad():

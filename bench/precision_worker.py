@@ -26,13 +26,27 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = SFTConfig(
-        output_dir=str(work / "out"), max_steps=count, per_device_train_batch_size=batch,
-        gradient_accumulation_steps=1, learning_rate=float(sys.argv[3]),
-        lr_scheduler_type="cosine", warmup_steps=warmup, weight_decay=0.0, max_grad_norm=1.0,
-        bf16=True, use_cpu=True, gradient_checkpointing=False, completion_only_loss=True,
-        max_length=None, train_sampling_strategy="sequential", dataloader_pin_memory=False,
-        disable_tqdm=True, logging_strategy="no", save_strategy="no", report_to="none",
-    )  # fmt: skip
+        output_dir=str(work / "out"),
+        max_steps=count,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        learning_rate=float(sys.argv[3]),
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        completion_only_loss=True,
+        max_length=None,
+        train_sampling_strategy="sequential",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+    )
     data = Dataset.from_list(json.loads((work / "examples.json").read_text()))
     trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     with products():

@@ -122,9 +122,14 @@ def ask_vllm(client: httpx.Client, prompt: str) -> Seen:
     """The same, from vLLM's completions route."""
     began, first, tokens = time.monotonic(), 0.0, 0
     request = {
-        "model": "bench", "prompt": render(prompt), "max_tokens": NEW_TOKENS, "temperature": 0.75,
-        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+        "model": "bench",
+        "prompt": render(prompt),
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0.75,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     with client.stream("POST", "/v1/completions", json=request) as response:
         for data in events(response):
             if data["choices"] and data["choices"][0]["text"]:
@@ -164,9 +169,13 @@ for at, prompt in enumerate(json.load(sys.stdin)):
 print(tokens / seconds)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(prompts), cwd=ROOT,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        input=json.dumps(prompts),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -209,10 +218,22 @@ def vllm(model: Path) -> Iterator[str]:
     """vLLM's own HTTP server, in float32."""
     port = free_port()
     command = [
-        str(VLLM), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--served-model-name", "bench", "--max-model-len", "2048",
-    ]  # fmt: skip
+        str(VLLM),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--served-model-name",
+        "bench",
+        "--max-model-len",
+        "2048",
+    ]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "HF_HUB_OFFLINE": "1",

@@ -54,9 +54,11 @@ def convert(folder: Path) -> Path:
     tiny.write(folder / "source/tiny", DATA)
     words = ["convert", "--input_dir", folder / "source/tiny", "--output_dir", folder / "weights"]
     subprocess.run(
-        [sys.executable, "-m", "alpaca", *map(str, words)], cwd=ROOT, check=True,
+        [sys.executable, "-m", "alpaca", *map(str, words)],
+        cwd=ROOT,
+        check=True,
         stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     return folder / "weights/tiny"
 
 
@@ -76,9 +78,14 @@ def first_line(tree: Path, words: list[str], mark: str) -> float:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(tree)}
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=tree, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, *words],
+        cwd=tree,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert process.stdout is not None
     lines = []
     try:

@@ -79,10 +79,15 @@ def flags(folder: Path, scratch: Path) -> list[str]:
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "two.json").write_text(json.dumps(RECORDS))
     return [
-        f"--model_name_or_path={folder}", f"--data_path={scratch / 'two.json'}",
-        f"--output_dir={scratch / 'out'}", "--learning_rate=0", "--max_steps=1",
-        "--per_device_train_batch_size=2", "--gradient_accumulation_steps=1", "--bf16=False",
-    ]  # fmt: skip
+        f"--model_name_or_path={folder}",
+        f"--data_path={scratch / 'two.json'}",
+        f"--output_dir={scratch / 'out'}",
+        "--learning_rate=0",
+        "--max_steps=1",
+        "--per_device_train_batch_size=2",
+        "--gradient_accumulation_steps=1",
+        "--bf16=False",
+    ]
 
 
 def transformers_loss(folder: Path, scratch: Path) -> float:

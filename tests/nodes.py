@@ -133,9 +133,14 @@ def torchrun(*flags: str) -> list[str]:
 def many_nodes() -> list[str]:
     """The launcher of each of two hosts with one rank each; node-a keeps the rendezvous."""
     return torchrun(
-        "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_id=job",
-        "--rdzv_backend=c10d", f"--rdzv_endpoint={NAMES[0]}:29400", f"--rdzv_conf={RENDEZVOUS}",
-    )  # fmt: skip
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--max_restarts=3",
+        "--rdzv_id=job",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint={NAMES[0]}:29400",
+        f"--rdzv_conf={RENDEZVOUS}",
+    )
 
 
 def wait_until(reached: Callable[[], bool], *jobs: Job) -> None:

@@ -79,9 +79,19 @@ def scripted_teacher(mode: str = "well") -> Iterator[ScriptedTeacher]:
 
 def flags(teacher: ScriptedTeacher, output: Path, *more: str, wanted: int = 500) -> list[str]:
     return [
-        "generate", "--teacher", teacher.url, "--model", "scripted", "--output", str(output),
-        "--num_instructions", str(wanted), "--timeout", "60", *more,
-    ]  # fmt: skip
+        "generate",
+        "--teacher",
+        teacher.url,
+        "--model",
+        "scripted",
+        "--output",
+        str(output),
+        "--num_instructions",
+        str(wanted),
+        "--timeout",
+        "60",
+        *more,
+    ]
 
 
 def generate(*arguments: Any, **options: Any) -> int:

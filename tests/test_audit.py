@@ -89,8 +89,10 @@ def planted() -> tuple[list[Any], dict[int, set[str]]]:
         elif isinstance(change, str):
             records[at] = change
         else:
-            copied = {key: sound["instruction"] if str(value).startswith("COPY") else value
-                      for key, value in change.items()}  # fmt: skip
+            copied = {
+                key: sound["instruction"] if str(value).startswith("COPY") else value
+                for key, value in change.items()
+            }
             records[at] = sound | {"input": ""} | copied
     return records, expected
 
@@ -144,11 +146,15 @@ def test_answers_that_are_about_such_marks_are_sound(
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
     | st.sampled_from([SURROGATE, "9" * 400, "<think>", "{{name}}", "\x00", "1e400", 10**300]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=6,
-)  # fmt: skip
+)
 keys = st.sampled_from(["instruction", "input", "output", "context", "label", SURROGATE, "a\nb"])
 
 

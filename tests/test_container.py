@@ -96,8 +96,9 @@ def make_base(folder: Path) -> None:
     root = folder / "root"
     subprocess.run(
         ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(root)],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     archive = folder / "root.tar"
     subprocess.run(["tar", "-C", str(root), "-cf", str(archive), "."], check=True)
     docker("import", str(archive), BASE)
@@ -129,10 +130,16 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Container(Door):
     def __init__(self, image: str, *command: str, volume: str, **environment: str) -> None:
         self.id = docker(
-            "run", "--detach", "--publish", "127.0.0.1::5000", "--volume", volume,
+            "run",
+            "--detach",
+            "--publish",
+            "127.0.0.1::5000",
+            "--volume",
+            volume,
             *(word for name, value in environment.items() for word in ("--env", f"{name}={value}")),
-            image, *command,
-        )  # fmt: skip
+            image,
+            *command,
+        )
         super().__init__(self.published())
 
     def published(self) -> int:
@@ -246,10 +253,22 @@ def test_training_in_the_image_over_http_and_by_the_torchrun_line(
         trainer.remove()
     verify.run(verify.parser().parse_args([str(tmp_path / "alpaca_out")]))
     flags = {
-        "model_name_or_path": "/data/weights/tiny", "data_path": "/data/seed_tasks.jsonl",
-        "output_dir": "/data/second", "max_steps": 1, "fsdp": "full_shard auto_wrap",
-    }  # fmt: skip
+        "model_name_or_path": "/data/weights/tiny",
+        "data_path": "/data/seed_tasks.jsonl",
+        "output_dir": "/data/second",
+        "max_steps": 1,
+        "fsdp": "full_shard auto_wrap",
+    }
     line = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    docker("run", "--rm", "--volume", volume, image, "torchrun", "--nproc_per_node=2", "train.py",
-           *line)  # fmt: skip
+    docker(
+        "run",
+        "--rm",
+        "--volume",
+        volume,
+        image,
+        "torchrun",
+        "--nproc_per_node=2",
+        "train.py",
+        *line,
+    )
     verify.run(verify.parser().parse_args([str(tmp_path / "second")]))

@@ -118,8 +118,9 @@ def test_shard_size_that_is_none_is_refused(size: str) -> None:
 
 def test_small_shards_load_as_one_model(good: Path, tmp_path: Path) -> None:
     bench = Bench(good, "four", tmp_path, checklist=True)
-    code, said = convert("--input_dir", bench.input, "--output_dir", bench.output,
-                         "--max_shard_size", "100KB")  # fmt: skip
+    code, said = convert(
+        "--input_dir", bench.input, "--output_dir", bench.output, "--max_shard_size", "100KB"
+    )
     assert code == 0, said
     files = sorted((bench.output / NAME).glob("*.safetensors"))
     assert len(files) == 4
@@ -136,8 +137,9 @@ def test_model_that_lies_in_unconverted_weights_itself_gets_a_name(
     good: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(good / "one" / "7B", tmp_path / "unconverted-weights")
-    code, said = convert("--input_dir", tmp_path / "unconverted-weights",
-                         "--output_dir", tmp_path / "out")  # fmt: skip
+    code, said = convert(
+        "--input_dir", tmp_path / "unconverted-weights", "--output_dir", tmp_path / "out"
+    )
     assert code == 0, said
     assert (tmp_path / "out" / "model" / "config.json").is_file()
 

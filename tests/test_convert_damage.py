@@ -278,8 +278,13 @@ def damage_anywhere(good: Path, tmp_path: Path, trials: int) -> None:
             whole = path.read_bytes()
             edge = min(4000, len(whole))
             for _ in range(trials):
-                place = dice.choice([dice.randrange(len(whole)), dice.randrange(edge),
-                                     len(whole) - 1 - dice.randrange(edge)])  # fmt: skip
+                place = dice.choice(
+                    [
+                        dice.randrange(len(whole)),
+                        dice.randrange(edge),
+                        len(whole) - 1 - dice.randrange(edge),
+                    ]
+                )
                 junk = dice.randbytes(dice.randrange(20))
                 path.write_bytes(whole[:place] + junk + whole[place + dice.randrange(20) :])
                 code, said = convert("--input_dir", bench.input, "--output_dir", bench.output)

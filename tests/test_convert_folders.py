@@ -58,9 +58,15 @@ def old_folder(modern: Path, folder: Path, *, extra_row: bool = True) -> Path:
     }
     write(folder / "config.json", config)
     (folder / "tokenizer.model").write_bytes(reference.tokenizer_model(False))
-    write(folder / "tokenizer_config.json", {
-        "bos_token": "", "eos_token": "", "unk_token": "", "tokenizer_class": "LLaMATokenizer",
-    })  # fmt: skip
+    write(
+        folder / "tokenizer_config.json",
+        {
+            "bos_token": "",
+            "eos_token": "",
+            "unk_token": "",
+            "tokenizer_class": "LLaMATokenizer",
+        },
+    )
     return folder
 
 

@@ -42,9 +42,7 @@ def write_gguf(path: Path, shape: Shape, held: dict[str, torch.Tensor], kind: Ki
     for name, tensor in held.items():
         values = tensor.float().numpy()
         own = Kind.F32 if tensor.ndim == 1 else kind
-        writer.add_tensor(
-            to_gguf[to_hf[name]], gguf.quantize(values, own), raw_dtype=own
-        )  # fmt: skip
+        writer.add_tensor(to_gguf[to_hf[name]], gguf.quantize(values, own), raw_dtype=own)
     if shape.scaled:
         factors = llama3_factors(llama3_scaling(8.0), shape.theta or 0, shape.head_dim)
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
@@ -99,8 +97,9 @@ def test_tiny_gguf_gives_the_logits_of_the_reference(
         shape = replace(shape, scaled=False)
     held = reference.weights(shape, torch.float32)
     write_gguf(tmp_path / "in" / "tiny" / "tiny.gguf", shape, held, kind)
-    code, said = convert("--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out",
-                         "--dtype", "fp32")  # fmt: skip
+    code, said = convert(
+        "--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out", "--dtype", "fp32"
+    )
     assert code == 0, said
     dequantized = {
         name: torch.from_numpy(gguf.dequantize(gguf.quantize(value.numpy(), kind), kind).copy())
@@ -155,8 +154,14 @@ def test_default_model_equals_transformers_reading_rounded_to_bf16(smollm: Path)
     for name, value in wanted.items():
         assert torch.equal(ours[name], value.to(torch.bfloat16)), name
     config = AutoConfig.from_pretrained(smollm)
-    for key in ("hidden_size", "num_key_value_heads", "max_position_embeddings",
-                "vocab_size", "tie_word_embeddings", "rope_parameters"):  # fmt: skip
+    for key in (
+        "hidden_size",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "vocab_size",
+        "tie_word_embeddings",
+        "rope_parameters",
+    ):
         assert getattr(config, key) == getattr(theirs.config, key), key
     assert config.rms_norm_eps == 1e-5, "stored as fp32, meant as 1e-5"
 

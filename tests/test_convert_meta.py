@@ -88,8 +88,9 @@ def test_untied_copy_of_the_embedding_is_tied_as_in_llama_3_2(tmp_path: Path) ->
 def test_dtype_is_the_one_asked_for(option: str, dtype: torch.dtype, tmp_path: Path) -> None:
     held = reference.weights(LLAMA_1, torch.float16)
     reference.save(tmp_path / "7B", LLAMA_1, held)
-    code, said = convert("--input_dir", tmp_path / "7B", "--output_dir", tmp_path / "out",
-                         "--dtype", option)  # fmt: skip
+    code, said = convert(
+        "--input_dir", tmp_path / "7B", "--output_dir", tmp_path / "out", "--dtype", option
+    )
     assert code == 0, said
     written = load_file(tmp_path / "out" / "llama-7b" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {dtype}
@@ -127,9 +128,14 @@ def meta_params(model: Published) -> dict[str, float]:
     plain = model.family in ("LLaMA 1", "Llama 2") and model.kv_heads == model.heads
     multiple = {4096: 1024, 8192: 4096, 16384: 4096}.get(model.dim, 256)
     multiplier = {4096: 1.3, 8192: 1.3, 16384: 1.2, 2048: 1.5}.get(model.dim, 1.0)
-    return {"multiple_of": 256} if plain else {
-        "multiple_of": multiple, "ffn_dim_multiplier": multiplier,
-    }  # fmt: skip
+    return (
+        {"multiple_of": 256}
+        if plain
+        else {
+            "multiple_of": multiple,
+            "ffn_dim_multiplier": multiplier,
+        }
+    )
 
 
 @pytest.mark.parametrize("model", PUBLISHED, ids=lambda model: f"{model.family} {model.size}")
@@ -139,11 +145,19 @@ def test_published_shapes_have_exactly_the_published_number_of_parameters(
     from alpaca.convert.params import config, read_params, recognize
 
     path = tmp_path / "params.json"
-    path.write_text(json.dumps({
-        "dim": model.dim, "n_layers": model.layers, "n_heads": model.heads,
-        "n_kv_heads": model.kv_heads, "norm_eps": model.norm_eps,
-        "use_scaled_rope": model.rope_factor is not None, **meta_params(model),
-    }))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "dim": model.dim,
+                "n_layers": model.layers,
+                "n_heads": model.heads,
+                "n_kv_heads": model.kv_heads,
+                "norm_eps": model.norm_eps,
+                "use_scaled_rope": model.rope_factor is not None,
+                **meta_params(model),
+            }
+        )
+    )
     params = read_params(path)
     family, found = recognize(params, model.tokenizer, f"{model.family} {model.size}")
     assert (family, found) == (model.family, model)
@@ -180,8 +194,9 @@ def test_instruct_models_stop_at_the_end_of_a_turn(tmp_path: Path) -> None:
     held = reference.weights(LLAMA_3, torch.bfloat16)
     for name, stops in (("Llama-3-Tiny", [289]), ("Llama-3-Tiny-Instruct", [297, 296, 289])):
         reference.save(tmp_path / "in" / name, LLAMA_3, held)
-        code, said = convert("--input_dir", tmp_path / "in", "--model_size", name,
-                             "--output_dir", tmp_path / "out")  # fmt: skip
+        code, said = convert(
+            "--input_dir", tmp_path / "in", "--model_size", name, "--output_dir", tmp_path / "out"
+        )
         assert code == 0, said
         folder = tmp_path / "out" / name.lower()
         eos = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]

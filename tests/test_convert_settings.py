@@ -89,10 +89,21 @@ def trained_loss(folder: Path, scratch: Path) -> float:
     data = scratch / "one.json"
     data.write_text(json.dumps([RECORD]))
     done = train(
-        "--model_name_or_path", folder, "--data_path", data, "--output_dir", scratch / "out",
-        "--learning_rate", 0, "--max_steps", 1, "--per_device_train_batch_size", 1,
-        "--gradient_accumulation_steps", 1,
-    )  # fmt: skip
+        "--model_name_or_path",
+        folder,
+        "--data_path",
+        data,
+        "--output_dir",
+        scratch / "out",
+        "--learning_rate",
+        0,
+        "--max_steps",
+        1,
+        "--per_device_train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     return float(lines(scratch / "out")[0]["loss"])
 
@@ -152,9 +163,9 @@ def mixed(source: Path) -> dict[str, torch.Tensor]:
     tensors = load_file(source / "model.safetensors")
     held = {name: t if "norm" in name else t.bfloat16() for name, t in tensors.items()}
     held["model.norm.weight"] = torch.full_like(held["model.norm.weight"], 1.2345677)
-    held["model.layers.0.input_layernorm.weight"] = held[
-        "model.layers.0.input_layernorm.weight"
-    ].bfloat16().float()  # fmt: skip
+    held["model.layers.0.input_layernorm.weight"] = (
+        held["model.layers.0.input_layernorm.weight"].bfloat16().float()
+    )
     save_file(held, source / "model.safetensors", metadata={"format": "pt"})
     change(source / "config.json", torch_dtype="bfloat16", dtype="bfloat16")
     return held
@@ -192,17 +203,31 @@ def yi(folder: Path, bpe: PreTrainedTokenizerBase) -> Path:
         (folder / name).unlink(missing_ok=True)
     (folder / "tokenizer.model").write_bytes(reference.tokenizer_model(False))
     entry = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False,
-        "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "legacy": True,
-        "added_tokens_decoder": {
-            "512": {"content": "<|im_start|>", "special": True, **entry},
-            "513": {"content": "<|im_end|>", "special": True, **entry},
-        },
-    }))  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "add_bos_token": False,
+                "add_eos_token": False,
+                "bos_token": "<s>",
+                "eos_token": "<|im_end|>",
+                "unk_token": "<unk>",
+                "legacy": True,
+                "added_tokens_decoder": {
+                    "512": {"content": "<|im_start|>", "special": True, **entry},
+                    "513": {"content": "<|im_end|>", "special": True, **entry},
+                },
+            }
+        )
+    )
     change(folder / "config.json", eos_token_id=2, bos_token_id=1)
-    change(folder / "generation_config.json", eos_token_id=[513, 2], temperature=0.6,
-           do_sample=True, transformers_version="4.40.0")  # fmt: skip
+    change(
+        folder / "generation_config.json",
+        eos_token_id=[513, 2],
+        temperature=0.6,
+        do_sample=True,
+        transformers_version="4.40.0",
+    )
     return folder
 
 
@@ -216,8 +241,11 @@ def test_a_chat_model_over_sentencepiece_starts_and_ends_as_its_files_say(
     assert (codec.eos, codec.bos) == (513, None)
     assert read(folder)["eos_token_id"] == [513, 2]
     assert read(folder, "generation_config.json") == {
-        "eos_token_id": [513, 2], "bos_token_id": 1, "temperature": 0.6, "do_sample": True,
-    }  # fmt: skip
+        "eos_token_id": [513, 2],
+        "bos_token_id": 1,
+        "temperature": 0.6,
+        "do_sample": True,
+    }
     assert read(folder, "tokenizer_config.json")["eos_token"] == "<|im_end|>"
 
 
@@ -230,15 +258,23 @@ def test_a_served_answer_ends_at_each_of_the_ids_that_the_files_name(
     folder, _ = converted(source)
     codec = Codec(load_tokenizer(folder))
     prompt = codec.prompt("Say hi.")
-    said = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).generate(
-        torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
-    )[0, len(prompt) :].tolist()  # fmt: skip
+    said = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        .generate(
+            torch.tensor([prompt]),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :]
+        .tolist()
+    )
     place = next(at for at in range(1, 6) if said[at] not in said[:at])
     head = tensors["lm_head.weight"].clone()
     head[[said[place], end]] = head[[end, said[place]]]  # the model now ends there
-    save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        tensors | {"lm_head.weight": head}, source / "model.safetensors", metadata={"format": "pt"}
+    )
     folder, _ = converted(source, "--force")
     engine = loading.make_engine(load_model(folder, torch.float32), codec, {"ALPACA_SLOTS": "5"})
     try:
@@ -319,9 +355,12 @@ def test_a_tokenizer_that_changes_letters_is_refused(
     ],
 )
 def test_convert_train_plan_and_serve_refuse_in_the_same_words(
-    settings: dict[str, Any], words: str, bpe: PreTrainedTokenizerBase, tmp_path: Path,
+    settings: dict[str, Any],
+    words: str,
+    bpe: PreTrainedTokenizerBase,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     source = folder_of(tmp_path / "m", bpe)
     change(source / "config.json", **settings)
     with pytest.raises(UserError) as asked:

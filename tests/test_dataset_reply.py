@@ -44,9 +44,7 @@ def objects(tasks: list[Task]) -> list[dict[str, str]]:
     ],
 )
 def test_tasks_are_read_whatever_the_form(text: str) -> None:
-    found = [
-        Task(*(field.replace("\r\n", "\n") for field in task)) for task in parse(text)
-    ]  # fmt: skip
+    found = [Task(*(field.replace("\r\n", "\n") for field in task)) for task in parse(text)]
     assert found == TASKS
 
 
@@ -104,12 +102,18 @@ def test_a_reply_cut_anywhere_loses_only_its_last_task(data: st.DataObject) -> N
 
 
 # Texts that hold no mark of a block's edge: the form cannot tell those from its own.
-plain = st.text(max_size=80).map(str.strip).filter(
-    lambda text: not re.search(r"(?i)instruction|input|output|[{}#*_-]", text)
-    and text.strip("<>()[]. \n").lower() not in NO_INPUT - {""}
-    and (text == "" or text.strip("<>()[]. \n"))
-    and "\r" not in text
-)  # fmt: skip
+plain = (
+    st.text(max_size=80)
+    .map(str.strip)
+    .filter(
+        lambda text: (
+            not re.search(r"(?i)instruction|input|output|[{}#*_-]", text)
+            and text.strip("<>()[]. \n").lower() not in NO_INPUT - {""}
+            and (text == "" or text.strip("<>()[]. \n"))
+            and "\r" not in text
+        )
+    )
+)
 tasks = st.lists(
     st.builds(Task, plain.filter(lambda t: "\n" not in t).filter(bool), plain, plain.filter(bool)),
     min_size=1,
@@ -128,11 +132,27 @@ def test_blocks_and_json_come_back_as_they_were(tasks: list[Task], first: int) -
 
 marked = st.lists(
     st.sampled_from(
-        ["1. Instruction:", "Input:", "Output:", "###", "{", "}", '{"instruction":', "[", '"', "\n",
-         "**", "4)", ",", "null", "\\ud800", "text"]
+        [
+            "1. Instruction:",
+            "Input:",
+            "Output:",
+            "###",
+            "{",
+            "}",
+            '{"instruction":',
+            "[",
+            '"',
+            "\n",
+            "**",
+            "4)",
+            ",",
+            "null",
+            "\\ud800",
+            "text",
+        ]
     )
     | st.text(max_size=5)
-).map("".join)  # fmt: skip
+).map("".join)
 
 
 @given(st.text() | marked, st.booleans())

@@ -122,10 +122,13 @@ def test_a_slurm_job_that_runs_out_of_time_saves_is_queued_again_and_goes_on(
 ) -> None:
     out = tmp_path / "out"
     flags = {
-        "model_name_or_path": tiny_model, "tokenizer_name_or_path": tiny_model,
-        "data_path": ROOT / "data/seed_tasks.jsonl", "output_dir": out, "max_steps": 40,
+        "model_name_or_path": tiny_model,
+        "tokenizer_name_or_path": tiny_model,
+        "data_path": ROOT / "data/seed_tasks.jsonl",
+        "output_dir": out,
+        "max_steps": 40,
         "gradient_accumulation_steps": 1,
-    }  # fmt: skip
+    }
     settings = [f"{name}={value}" for name, value in slurm(tmp_path).items()]
     words = ["env", *settings, "bash", str(SBATCH)]
     words += [f"--{name}={value}" for name, value in flags.items()]

@@ -40,9 +40,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         assert code == 0, said
         base, out = root / "weights" / f"m{number}", root / f"out{number}"
         done = train(
-            "--model_name_or_path", base, "--output_dir", out, "--max_steps", 1,
-            "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1,
-        )  # fmt: skip
+            "--model_name_or_path",
+            base,
+            "--output_dir",
+            out,
+            "--max_steps",
+            1,
+            "--per_device_train_batch_size",
+            2,
+            "--gradient_accumulation_steps",
+            1,
+        )
         assert done.returncode == 0, done.stderr
         made[name] = base, out
     return made
@@ -73,8 +81,13 @@ def test_both_spellings_of_the_rotary_settings_are_written(name: str, folders: F
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_trained_folder_is_described_as_its_base(name: str, folders: Folders) -> None:
     base, out = folders[name]
-    for file in ("config.json", "generation_config.json", "tokenizer_config.json",
-                 "special_tokens_map.json", "tokenizer.json"):  # fmt: skip
+    for file in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+    ):
         assert read(out, file) == read(base, file), file
 
 
@@ -83,10 +96,16 @@ def test_the_tokenizer_loads_anywhere_and_nothing_of_its_writer_is_kept(folders:
         settings = read(folder, "tokenizer_config.json")
         assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert set(settings) <= {
-            "tokenizer_class", "bos_token", "eos_token", "unk_token", "pad_token",
-            "model_max_length", "clean_up_tokenization_spaces", "chat_template",
+            "tokenizer_class",
+            "bos_token",
+            "eos_token",
+            "unk_token",
+            "pad_token",
+            "model_max_length",
+            "clean_up_tokenization_spaces",
+            "chat_template",
             "added_tokens_decoder",
-        }  # fmt: skip
+        }
         assert "transformers_version" not in read(folder, "config.json")
         assert "transformers_version" not in read(folder, "generation_config.json")
 
@@ -131,8 +150,11 @@ def test_every_file_of_a_trained_folder_can_be_read_by_others(folders: Folders) 
 def test_transformers_4_continues_trained_and_converted_folders_as_5_does() -> None:
     done = subprocess.run(
         [sys.executable, "bench/convert_compat.py", "--skip_vllm"],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     report = json.loads(done.stdout.splitlines()[-1])
     verdicts = report["transformers 4.57.6"]
     assert len(verdicts) == report["folders"] > 10

@@ -93,9 +93,14 @@ def test_a_disk_too_full_for_the_log_ends_the_run_and_it_goes_on(
 ) -> None:
     out = disk / "out"
     flags = {
-        "model_name_or_path": tiny_model, "output_dir": out, "max_steps": 60, "save_steps": 20,
-        "gradient_accumulation_steps": 1, "learning_rate": 0.01, "save_total_limit": 2,
-    }  # fmt: skip
+        "model_name_or_path": tiny_model,
+        "output_dir": out,
+        "max_steps": 60,
+        "save_steps": 20,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.01,
+        "save_total_limit": 2,
+    }
     words = [*torchrun()[:1], "train.py", *(f"--{name}={value}" for name, value in flags.items())]
     job = start(words, tmp_path / "first")
     wait_until(lambda: len(checkpoint.found(out)) == 1, job)
@@ -118,9 +123,14 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_from_the_checkpoint_before(
     out = disk / "out"
     launcher = torchrun("--standalone", f"--nproc_per_node={ranks}")
     flags = {
-        "model_name_or_path": tiny_model, "output_dir": out, "max_steps": STEPS, "save_steps": 2,
-        "gradient_accumulation_steps": 1, "learning_rate": 0.01, "save_total_limit": 2,
-    }  # fmt: skip
+        "model_name_or_path": tiny_model,
+        "output_dir": out,
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.01,
+        "save_total_limit": 2,
+    }
     words = [f"--{name}={value}" for name, value in flags.items()]
     words = [*(launcher if ranks > 1 else launcher[:1]), "train.py", *words]
     job = start(words, tmp_path / "first")

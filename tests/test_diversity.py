@@ -183,8 +183,9 @@ def test_the_plot_answers_the_pointer_and_loads_nothing(
     assert left.locator(".hole").last.text_content().startswith(f"{rings[0].count} (")
     arc.click()
     items = left.locator(".examples li")
-    expected = [t for t, found in zip(TEXTS, parsed, strict=True)
-                if found.verb == verb and found.object]  # fmt: skip
+    expected = [
+        t for t, found in zip(TEXTS, parsed, strict=True) if found.verb == verb and found.object
+    ]
     assert len(expected) == rings[0].count > 1
     assert items.all_text_contents() == expected
     assert not shown.locator("section").last.locator(".examples li").count()

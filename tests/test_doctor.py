@@ -19,18 +19,27 @@ GOOD = {"torch": "2.13.0", "cuda": "13.0", "name": "A100", "memory": 42 * 10**9,
 
 def doctor(*flags: object, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "alpaca", "doctor", *map(str, flags)], cwd=ROOT,
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "alpaca", "doctor", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
 def in_namespace(script: str) -> str:
     """Run a script where it may mount file systems that nobody else sees."""
     done = subprocess.run(
-        ["unshare", "--map-root-user", "--mount", "bash", "-c", script], cwd=ROOT,
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        ["unshare", "--map-root-user", "--mount", "bash", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -46,11 +55,13 @@ def python(code: str) -> str:
 def test_a_small_a_full_and_a_read_only_file_system_are_red(tmp_path: Path) -> None:
     shown = in_namespace(
         f"mount -t tmpfs -o size=4m none {tmp_path} && "
-        + python(f'print(host.disk(Path("{tmp_path}"), 1e6)); '
-                 f'print(host.shared_memory(Path("{tmp_path}"), 2, False))')
+        + python(
+            f'print(host.disk(Path("{tmp_path}"), 1e6)); '
+            f'print(host.shared_memory(Path("{tmp_path}"), 2, False))'
+        )
         + f" && mount -t tmpfs -o ro,size=400m none {tmp_path} && "
         + python(f'print(host.disk(Path("{tmp_path}"), 1e6))')
-    ).splitlines()  # fmt: skip
+    ).splitlines()
     assert len(shown) == 3
     assert all("ok=False" in line for line in shown), shown
     assert "0.00 GB free" in shown[0]
@@ -68,8 +79,9 @@ def test_a_good_disk_is_green_and_its_speed_is_told(tmp_path: Path) -> None:
 def test_a_low_file_limit_is_red_and_a_higher_one_green() -> None:
     for limit, word in ((64, "ok=False"), (2048, "ok=True")):
         script = f"ulimit -S -n {limit}; " + python("print(host.open_files())")
-        done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True,
-                              check=True)  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         assert word in done.stdout
         assert "ulimit -n" in done.stdout
 
@@ -89,8 +101,9 @@ def test_a_taken_port_is_red_until_it_is_free() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can try what others may not")
 def test_a_port_for_root_alone_is_red_to_others() -> None:
     code = "import os; from alpaca.doctor import host; os.setuid(65534); print(host.port(80, ''))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert "ok=False, message='is reserved for root'" in done.stdout, done.stderr
 
 
@@ -116,9 +129,13 @@ def test_an_old_python_and_missing_shared_memory_are_red(
     ],
 )  # fmt: skip
 def test_a_driver_is_asked_for_the_cards_a_program_may_use(
-    answer: str, visible: str | None, gpus: int, fault: str,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    answer: str,
+    visible: str | None,
+    gpus: int,
+    fault: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{answer}\n")
     program.chmod(0o755)
@@ -209,8 +226,12 @@ def test_ranks_that_die_or_add_wrong_are_named() -> None:
 
 
 def test_cards_drivers_and_peers_are_judged() -> None:
-    assert all(found.ok for found in devices.findings([Rank(GOOD, ""),
-               Rank(GOOD | {"peers": [0], "others": [0]}, "")], Driver("580", 2)))  # fmt: skip
+    assert all(
+        found.ok
+        for found in devices.findings(
+            [Rank(GOOD, ""), Rank(GOOD | {"peers": [0], "others": [0]}, "")], Driver("580", 2)
+        )
+    )
     old = devices.gpu(0, GOOD | {"name": "T4", "capability": [7, 5]})
     assert not old.ok
     assert "bf16 only emulated" in old.message
@@ -248,8 +269,16 @@ def test_a_package_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
 def test_a_rehearsal_goes_the_whole_way(tmp_path: Path) -> None:
     where = ["--folder", tmp_path, "--disk", 0.2, "--port", 5999]
     code, shown = doctor("--rehearse", "--no-image", *where)
-    stages = ("convert", "train, kill", "resume", "verify", "serve", "predict", "stream",
-              "rehearsal")  # fmt: skip
+    stages = (
+        "convert",
+        "train, kill",
+        "resume",
+        "verify",
+        "serve",
+        "predict",
+        "stream",
+        "rehearsal",
+    )
     for stage in stages:
         assert f"ok   {stage}" in shown, shown
     assert code == 0

@@ -15,9 +15,13 @@ FEW = ("LLaMA 1", "Yi Chat", "Mistral v0.1", "Baichuan 2")  # pickles, ends, a w
 
 def walk(*names: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "bench/families.py", *names], cwd=ROOT, capture_output=True, text=True,
-        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "bench/families.py", *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -197,9 +197,13 @@ def test_replies_of_reasoning_alone_end_the_run_with_the_cause_and_are_never_pai
     ],
 )
 def test_an_error_in_a_200_is_named_and_counts_as_nothing_paid(
-    code: int | str, attempts: int, remedy: str, tmp_path: Path,
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    code: int | str,
+    attempts: int,
+    remedy: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(MODES, "error in a 200", 1)
     with scripted_teacher("error in a 200") as teacher:
         teacher.error_code = code
@@ -247,9 +251,12 @@ def test_a_journal_from_before_checksums_is_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("secret", "shown"), [("a", "no, Bearer [key] may not"), (KEY, "[key]")])
 def test_a_key_of_one_letter_is_not_cut_out_of_words(
-    secret: str, shown: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    secret: str,
+    shown: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", secret)
     with scripted_teacher("401") as teacher:
         assert generate(teacher, tmp_path / "data.json") == 2

@@ -65,9 +65,14 @@ def served(
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("served") / "teacher"
     config = LlamaConfig(
-        vocab_size=len(bpe), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-    )  # fmt: skip
+        vocab_size=len(bpe),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
     set_eos(config, bpe)
     model = LlamaForCausalLM(config)
     threads = torch.get_num_threads()
@@ -111,10 +116,26 @@ def test_a_few_requests_to_a_real_server(served: tuple[str, Path], tmp_path: Pat
     url, folder = served
     output = tmp_path / "data.json"
     flags = [
-        "generate", "--teacher", url, "--model", str(folder), "--num_instructions", "2",
-        "--per_request", "2", "--max_tokens", "120", "--temperature", "0.05",
-        "--concurrency", "2", "--seed_tasks", str(SEEDS), "--output", str(output),
-    ]  # fmt: skip
+        "generate",
+        "--teacher",
+        url,
+        "--model",
+        str(folder),
+        "--num_instructions",
+        "2",
+        "--per_request",
+        "2",
+        "--max_tokens",
+        "120",
+        "--temperature",
+        "0.05",
+        "--concurrency",
+        "2",
+        "--seed_tasks",
+        str(SEEDS),
+        "--output",
+        str(output),
+    ]
     with pytest.raises(SystemExit) as ended:
         main(flags)
     assert not ended.value.code

@@ -31,8 +31,11 @@ DOORS = (
 def sources() -> list[Path]:
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "*.py"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [ROOT / name for name in listed.stdout.split() if (ROOT / name).exists()]
 
 
@@ -126,8 +129,11 @@ def test_the_architecture_page_names_every_part() -> None:
         assert listed is not None
         assert [part.rstrip("/") for part in listed.group(1).split(", ")] == list(parts)
     for name in re.findall(r"`((?:\w+/)*\w+\.py)`", page):
-        places = [ROOT / name, ROOT / "alpaca" / name, *(ROOT / "alpaca" / r / name for r in
-                  (*ROOMS, "recipe"))]  # fmt: skip
+        places = [
+            ROOT / name,
+            ROOT / "alpaca" / name,
+            *(ROOT / "alpaca" / r / name for r in (*ROOMS, "recipe")),
+        ]
         assert any(place.is_file() for place in places), f"{name} is not there"
 
 

@@ -61,8 +61,16 @@ def test_inputs_out_of_type_or_range_are_refused(server: Server, name: str, valu
 
 def test_no_input_and_no_range_is_forgotten(server: Server) -> None:
     assert len({name for name, _ in REFUSED}) == 12
-    for case in (("n", 6), ("n", 0), ("top_p", 1.01), ("temperature", -0.01), ("seed", -1),
-                 ("seed", 2**53), ("seed", None), ("max_new_tokens", None)):  # fmt: skip
+    for case in (
+        ("n", 6),
+        ("n", 0),
+        ("top_p", 1.01),
+        ("temperature", -0.01),
+        ("seed", -1),
+        ("seed", 2**53),
+        ("seed", None),
+        ("max_new_tokens", None),
+    ):
         assert case in REFUSED
     assert server.post().status_code == 422  # without a prompt
 

@@ -105,10 +105,23 @@ def test_schemathesis_finds_no_5xx(tiny_model: Path, tmp_path: Path) -> None:
 def attacked(server: Server) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
-            SCHEMATHESIS, "run", f"{server.url}/openapi.json",
-            "--checks", "not_a_server_error", "--max-examples", "100", "--seed", "1",
-            "--include-path-regex", "predictions|health|^/$", "--request-timeout", "60",
-            "--phases", "examples,coverage,fuzzing", "--no-color",
+            SCHEMATHESIS,
+            "run",
+            f"{server.url}/openapi.json",
+            "--checks",
+            "not_a_server_error",
+            "--max-examples",
+            "100",
+            "--seed",
+            "1",
+            "--include-path-regex",
+            "predictions|health|^/$",
+            "--request-timeout",
+            "60",
+            "--phases",
+            "examples,coverage,fuzzing",
+            "--no-color",
         ],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )

@@ -38,9 +38,13 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 350 million fp32 parameters (1.4 GB) in one file; all of them 0.02."""
     folder = tmp_path_factory.mktemp("large") / "model"
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=17,
-        num_attention_heads=16, dtype="float32",
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=17,
+        num_attention_heads=16,
+        dtype="float32",
+    )
     with init_empty_weights():
         model = LlamaForCausalLM(config)
     model.to_empty(device="cpu")
@@ -61,8 +65,10 @@ def test_a_loading_rank_needs_its_shard_a_layer_and_little_more(
     done = subprocess.run(
         [*launcher, str(program), str(large_model), str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     for rank in ("0", "1"):
         facts = json.loads((tmp_path / rank).read_text())

@@ -104,8 +104,9 @@ def one_by_one(
         tokens, held = [0] * count, [set[int]() for _ in range(count)]
         for i in order:
             kind = int(corpus.kinds[i])
-            after = [t + (0 if kind in h else shared[kind])
-                     for t, h in zip(tokens, held, strict=True)]  # fmt: skip
+            after = [
+                t + (0 if kind in h else shared[kind]) for t, h in zip(tokens, held, strict=True)
+            ]
             best = after.index(min(after))
             if after[best] + own(i) > capacity:
                 break

@@ -45,9 +45,18 @@ GIB = 2**30
 def work(tokens: int, targets: int) -> Workload:
     load = LargestPack(tokens, tokens, targets)
     return Workload(
-        examples=256, steps=1, batch=256, tokens=tokens, real=tokens, padded=2 * tokens,
-        targets=targets, attended=tokens * 100, packs=1, largest=load, exact=True,
-    )  # fmt: skip
+        examples=256,
+        steps=1,
+        batch=256,
+        tokens=tokens,
+        real=tokens,
+        padded=2 * tokens,
+        targets=targets,
+        attended=tokens * 100,
+        packs=1,
+        largest=load,
+        exact=True,
+    )
 
 
 def test_parameters_of_every_known_model_are_those_published() -> None:
@@ -103,9 +112,10 @@ def test_remedies_fit_and_the_cheapest_comes_first() -> None:
         packs = arguments.pack_tokens // other.pack_tokens
         tokens = other.pack_tokens
         return dataclasses.replace(
-            work(8 * arguments.pack_tokens, 8 * 1600), packs=packs,
+            work(8 * arguments.pack_tokens, 8 * 1600),
+            packs=packs,
             largest=LargestPack(tokens, tokens, tokens * 3 // 4),
-        )  # fmt: skip
+        )
 
     assert not plan.make(shape, arguments, machine, count(arguments)).fits
     found = remedies(shape, arguments, machine, count)
@@ -171,9 +181,15 @@ def test_the_exports_size_is_that_of_the_files_the_exporter_lays_out(name: str) 
 @pytest.mark.parametrize("kind", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config"])
 def test_tensors_are_those_of_the_model_in_its_order(kind: str) -> None:
     config = getattr(transformers, kind)(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, intermediate_size=48, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=48,
+        tie_word_embeddings=False,
+    )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     ordered = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
@@ -188,8 +204,9 @@ def test_three_nodes_are_faster_than_one_and_copies_cost_traffic() -> None:
     cards = devices.named("a100-80")
     packs = dataclasses.replace(counted, steps=600, packs=600)
     one = plan.make(shape, arguments, Machine(cards, 8), packs)
-    three = plan.make(shape, arguments, Machine(cards, 8, nodes=3),
-                      dataclasses.replace(packs, packs=200))  # fmt: skip
+    three = plan.make(
+        shape, arguments, Machine(cards, 8, nodes=3), dataclasses.replace(packs, packs=200)
+    )
     assert one.time is not None
     assert three.time is not None
     assert one.time.seconds / 3.2 < three.time.seconds < one.time.seconds / 2

@@ -13,15 +13,31 @@ ROOT = Path(__file__).resolve().parent.parent
 def plan(*flags: object, code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "alpaca", "plan", *map(str, flags)],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
 
 def test_a_named_model_on_a_named_card_needs_neither() -> None:
-    shown = plan("--model_name_or_path", "llama-7b", "--gpu", "a100-40", "--gpus", 8,
-                 "--examples", 52002, "--bf16", "True", "--price", 2)  # fmt: skip
+    shown = plan(
+        "--model_name_or_path",
+        "llama-7b",
+        "--gpu",
+        "a100-40",
+        "--gpus",
+        8,
+        "--examples",
+        52002,
+        "--bf16",
+        "True",
+        "--price",
+        2,
+    )
     assert "6,738,415,616 parameters, on 8 x A100 40 GB" in shown
     assert "609 steps of 256" in shown
     assert "It fits." in shown
@@ -46,9 +62,16 @@ def test_json_holds_the_whole_plan_of_a_real_folder(tiny_model: Path) -> None:
     assert facts["machine"]["ranks"] == 2
     assert facts["headroom"] > 0
     assert set(facts["memory"]) == {
-        "moment", "weights", "gradients", "optimizer", "activations", "logits", "communication",
-        "allocator", "runtime",
-    }  # fmt: skip
+        "moment",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "communication",
+        "allocator",
+        "runtime",
+    }
 
 
 @pytest.mark.parametrize(

@@ -90,12 +90,17 @@ def test_counted_work_is_what_the_loop_computes(
     capacity: int,
     packed: bool,
 ) -> None:
-    corpus = made_up([(max(size, prompt + 1), prompt, kind) for size, prompt, kind in examples],
-                     shared)  # fmt: skip
+    corpus = made_up(
+        [(max(size, prompt + 1), prompt, kind) for size, prompt, kind in examples], shared
+    )
     arguments = Arguments(
-        model_max_length=60, max_tokens_per_pack=60 + capacity, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, num_train_epochs=2, packing=packed,
-    )  # fmt: skip
+        model_max_length=60,
+        max_tokens_per_pack=60 + capacity,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        packing=packed,
+    )
     assert counted(corpus, arguments, ranks) == trained(corpus, arguments, ranks)
 
 

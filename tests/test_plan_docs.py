@@ -35,6 +35,9 @@ def test_the_readme_shows_what_plan_prints() -> None:
         assert "It fits." in output
         done = subprocess.run(
             [sys.executable, "-m", "alpaca", "plan", *shlex.split(flags)],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout.strip() == output.strip()

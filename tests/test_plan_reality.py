@@ -19,10 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def train(flags: list[str], ranks: int) -> str:
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     done = subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), "train.py", *flags], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        [sys.executable, *(launcher if ranks > 1 else []), "train.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,10 +54,15 @@ def test_steps_tokens_and_disk_are_exactly_those_of_the_run(
 ) -> None:
     out = tmp_path / "out"
     flags = [
-        f"--model_name_or_path={tiny_model}", f"--output_dir={out}", "--num_train_epochs=0.5",
-        "--per_device_train_batch_size=4", "--gradient_accumulation_steps=2", "--save_steps=5",
-        "--eval_fraction=0.1", "--max_tokens_per_pack=700",
-    ]  # fmt: skip
+        f"--model_name_or_path={tiny_model}",
+        f"--output_dir={out}",
+        "--num_train_epochs=0.5",
+        "--per_device_train_batch_size=4",
+        "--gradient_accumulation_steps=2",
+        "--save_steps=5",
+        "--eval_fraction=0.1",
+        "--max_tokens_per_pack=700",
+    ]
     made = plan(flags, ranks)
     told = train(flags, ranks)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -110,9 +119,14 @@ def test_a_run_that_cannot_fit_is_refused_unless_its_plan_is_skipped(
 ) -> None:
     out = tmp_path / "out"
     words = [
-        sys.executable, "train.py", f"--model_name_or_path={tiny_model}", f"--output_dir={out}",
-        "--max_steps=1000000", "--save_steps=1", "--save_total_limit=1000000",
-    ]  # fmt: skip
+        sys.executable,
+        "train.py",
+        f"--model_name_or_path={tiny_model}",
+        f"--output_dir={out}",
+        "--max_steps=1000000",
+        "--save_steps=1",
+        "--save_total_limit=1000000",
+    ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "This run cannot fit: it needs" in done.stderr

@@ -40,10 +40,15 @@ def base(tmp_path_factory: pytest.TempPathFactory, bpe: PreTrainedTokenizerBase)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base") / "llama-bf16"
     config = LlamaConfig(
-        vocab_size=len(bpe), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        vocab_size=len(bpe),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
         initializer_range=0.1,
-    )  # fmt: skip
+    )
     set_eos(config, bpe)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     bpe.save_pretrained(folder)
@@ -52,10 +57,22 @@ def base(tmp_path_factory: pytest.TempPathFactory, bpe: PreTrainedTokenizerBase)
 
 def flags(base: Path, out: Path, *more: object) -> list[str]:
     words = [
-        "--model_name_or_path", base, "--output_dir", out, "--eval_fraction", 0.15,
-        "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,
-        "--max_steps", 50, "--learning_rate", 1e-5, *more,
-    ]  # fmt: skip
+        "--model_name_or_path",
+        base,
+        "--output_dir",
+        out,
+        "--eval_fraction",
+        0.15,
+        "--per_device_train_batch_size",
+        4,
+        "--gradient_accumulation_steps",
+        2,
+        "--max_steps",
+        50,
+        "--learning_rate",
+        1e-5,
+        *more,
+    ]
     return [str(word) for word in words]
 
 
@@ -111,10 +128,23 @@ def test_on_a_real_model_dithered_masters_learn_what_fp32_learns(
     smollm: Path, tmp_path: Path
 ) -> None:
     command = [
-        sys.executable, "bench/precision.py", "--model", smollm, "--steps", "12", "--rates", "2e-5",
-        "--ways", "fp32,plain,dithered", "--batch", "2", "--held_out", "24",
-        "--results", tmp_path / "cells.jsonl",
-    ]  # fmt: skip
+        sys.executable,
+        "bench/precision.py",
+        "--model",
+        smollm,
+        "--steps",
+        "12",
+        "--rates",
+        "2e-5",
+        "--ways",
+        "fp32,plain,dithered",
+        "--batch",
+        "2",
+        "--held_out",
+        "24",
+        "--results",
+        tmp_path / "cells.jsonl",
+    ]
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True
     )

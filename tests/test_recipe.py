@@ -36,11 +36,17 @@ def data(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(tiny_model: Path, data: Path, out: Path, batch: int, accumulation: int, ranks: int) -> Path:
     flags = {
-        "model_name_or_path": tiny_model, "data_path": data, "output_dir": out,
-        "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation,
-        "max_steps": STEPS, "save_steps": STEPS, "learning_rate": 1e-3, "warmup_ratio": 0.1,
+        "model_name_or_path": tiny_model,
+        "data_path": data,
+        "output_dir": out,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": STEPS,
+        "save_steps": STEPS,
+        "learning_rate": 1e-3,
+        "warmup_ratio": 0.1,
         "packing": out.name != "padded",
-    }  # fmt: skip
+    }
     done = train(*(f"--{name}={value}" for name, value in flags.items()), ranks=ranks)
     assert done.returncode == 0, done.stderr
     return out
@@ -61,9 +67,14 @@ def padded(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
     ],
 )
 def test_twenty_steps_end_at_the_parameters_of_the_padded_recipe(
-    tiny_model: Path, data: Path, padded: Path, tmp_path: Path, batch: int, accumulation: int,
+    tiny_model: Path,
+    data: Path,
+    padded: Path,
+    tmp_path: Path,
+    batch: int,
+    accumulation: int,
     ranks: int,
-) -> None:  # fmt: skip
+) -> None:
     out = run(tiny_model, data, tmp_path / "packed", batch, accumulation, ranks)
     assert losses(out) == pytest.approx(losses(padded), rel=1e-5)
     assert lines(out)[0]["grad_norm"] == pytest.approx(lines(padded)[0]["grad_norm"], rel=1e-6)

@@ -90,9 +90,11 @@ def test_the_cleaning_command_leaves_out_what_is_wrong_and_nothing_else(
     write(tmp_path, json.dumps(BAD + sound), "my data.json")
     [command] = proposed(refusal(Path("my data.json")))
     assert run(command) == [
-        Record(**GOOD), Record(**GOOD | {"output": ""}), Record(**GOOD | {"output": "5"}),
         Record(**GOOD),
-    ]  # fmt: skip
+        Record(**GOOD | {"output": ""}),
+        Record(**GOOD | {"output": "5"}),
+        Record(**GOOD),
+    ]
 
 
 def test_no_cleaning_is_proposed_that_would_leave_nothing(tmp_path: Path) -> None:
@@ -274,9 +276,13 @@ FORMS: list[tuple[Any, str, Record | None]] = [
 @pytest.mark.parametrize(("record", "form", "read"), FORMS, ids=[form for _, form, _ in FORMS])
 @pytest.mark.parametrize("count", [1, 60])
 def test_records_of_another_form_get_one_message_that_names_it(
-    record: Any, form: str, read: Record | None, count: int, tmp_path: Path,
+    record: Any,
+    form: str,
+    read: Record | None,
+    count: int,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     lines = "\n".join([json.dumps(record)] * count)
     message = refusal(write(tmp_path, lines, "d.jsonl").relative_to(tmp_path))
@@ -313,9 +319,20 @@ def test_the_documented_program_makes_records_of_conversations(tmp_path: Path) -
 def test_training_refuses_what_changes_the_meaning_and_says_what_it_does_not_read(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    flags = ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "out"),
-             "--max_steps", "1", "--save_strategy", "no", "--per_device_train_batch_size", "1",
-             "--gradient_accumulation_steps", "1"]  # fmt: skip
+    flags = [
+        "--model_name_or_path",
+        str(tiny_model),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--per_device_train_batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "1",
+    ]
     bad = write(tmp_path, json.dumps([{**GOOD, "label": False}, GOOD]), "bad.json")
     done = train(*flags, "--data_path", bad)
     assert done.returncode == 2

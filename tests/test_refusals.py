@@ -204,9 +204,12 @@ def test_other_files_that_are_git_lfs_pointers_are_named(
     ],
 )  # fmt: skip
 def test_weights_of_another_config_are_refused_before_ranks_meet_and_by_plan_and_server(
-    change: Callable[[dict[str, torch.Tensor]], None], told: str, tiny_model: Path, tmp_path: Path,
+    change: Callable[[dict[str, torch.Tensor]], None],
+    told: str,
+    tiny_model: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     folder = copied(tiny_model, tmp_path / "model")
     held = tensors(folder)
     change(held)
@@ -245,9 +248,11 @@ def with_tied_head(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("change", [with_biases, with_buffers, with_tied_head])
 def test_plan_train_and_convert_agree_with_transformers_on_what_a_folder_holds(
-    change: Callable[[Path], dict[str, Any]], tiny_model: Path, tmp_path: Path,
+    change: Callable[[Path], dict[str, Any]],
+    tiny_model: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     torch.manual_seed(0)
     folder = copied(tiny_model, tmp_path / "in" / "model")
     path = folder / "config.json"
@@ -297,9 +302,12 @@ def test_each_decoder_that_is_let_through_trains_and_serves_as_transformers_comp
     pack = packing.plain(ids.tolist())
     with torch.no_grad():
         loss = TargetLoss(trainer)(
-            ids, torch.arange(40), attention.index(pack.segments, torch.device("cpu")),
-            torch.arange(39), ids[1:],
-        )  # fmt: skip
+            ids,
+            torch.arange(40),
+            attention.index(pack.segments, torch.device("cpu")),
+            torch.arange(39),
+            ids[1:],
+        )
     expected = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     server = SlotModel(reference, torch.float32)
@@ -392,8 +400,9 @@ def test_a_passport_holds_no_number_that_json_lacks(tiny_model: Path, tmp_path: 
     passport.write(folder, "a test", result={"loss": float("nan"), "steps": [1, float("inf")]})
     text = (folder / passport.NAME).read_text()
     assert json.loads(text, parse_constant=pytest.fail)["result"] == {
-        "loss": None, "steps": [1, None],
-    }  # fmt: skip
+        "loss": None,
+        "steps": [1, None],
+    }
     assert passport.read(folder) is not None
 
 

@@ -351,17 +351,55 @@ def test_a_batch_that_the_ranks_cannot_keep_names_the_flags_that_do(
 def command_of_2023(model: Path, data: Path, out: Path, *more: object) -> list[str]:
     """As published, for two processes; flags given later win."""
     words = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29292",
-        "train.py", "--model_name_or_path", model, "--tokenizer_name_or_path", model,
-        "--data_path", data, "--bf16", "True", "--output_dir", out,
-        "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
-        "--per_device_eval_batch_size", "4", "--gradient_accumulation_steps", "8",
-        "--evaluation_strategy", "no", "--save_strategy", "steps", "--save_steps", "2000",
-        "--save_total_limit", "1", "--learning_rate", "2e-5", "--weight_decay", "0.",
-        "--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1",
-        "--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap",
-        "LLaMADecoderLayer", "--tf32", "True",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29292",
+        "train.py",
+        "--model_name_or_path",
+        model,
+        "--tokenizer_name_or_path",
+        model,
+        "--data_path",
+        data,
+        "--bf16",
+        "True",
+        "--output_dir",
+        out,
+        "--num_train_epochs",
+        "3",
+        "--per_device_train_batch_size",
+        "4",
+        "--per_device_eval_batch_size",
+        "4",
+        "--gradient_accumulation_steps",
+        "8",
+        "--evaluation_strategy",
+        "no",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2000",
+        "--save_total_limit",
+        "1",
+        "--learning_rate",
+        "2e-5",
+        "--weight_decay",
+        "0.",
+        "--warmup_ratio",
+        "0.03",
+        "--lr_scheduler_type",
+        "cosine",
+        "--logging_steps",
+        "1",
+        "--fsdp",
+        "full_shard auto_wrap",
+        "--fsdp_transformer_layer_cls_to_wrap",
+        "LLaMADecoderLayer",
+        "--tf32",
+        "True",
+    ]
     return [str(word) for word in [*words, *more]]
 
 
@@ -378,9 +416,19 @@ def test_the_command_of_2023_resumes_on_another_number_of_ranks(
 ) -> None:
     out = tmp_path / "out"
     changed = [
-        "--bf16", "False", "--gradient_accumulation_steps", "1", "--learning_rate", "0.01",
-        "--save_steps", "3", "--max_steps", STEPS, "--eval_fraction", "0.05",
-    ]  # fmt: skip
+        "--bf16",
+        "False",
+        "--gradient_accumulation_steps",
+        "1",
+        "--learning_rate",
+        "0.01",
+        "--save_steps",
+        "3",
+        "--max_steps",
+        STEPS,
+        "--eval_fraction",
+        "0.05",
+    ]
     data = ROOT / "data/seed_tasks.jsonl"
     kill_after_a_checkpoint(command_of_2023(tiny_model, data, out, *changed), out)
     output = finish(command(tiny_model, out, "--save_total_limit=1"))  # one rank, twice the batches

@@ -114,11 +114,17 @@ def test_the_optimizer_has_the_betas_and_the_epsilon_that_were_asked_for() -> No
 def usual(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("schedules")
     words = {
-        "model_name_or_path": tiny_model, "output_dir": out / "usual", "max_steps": 4,
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 0.01,
-        "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"power": 2, "lr_end": 0.001}',
-        "warmup_ratio": 0, "save_strategy": "no",
-    }  # fmt: skip
+        "model_name_or_path": tiny_model,
+        "output_dir": out / "usual",
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "polynomial",
+        "lr_scheduler_kwargs": '{"power": 2, "lr_end": 0.001}',
+        "warmup_ratio": 0,
+        "save_strategy": "no",
+    }
     flags = [f"--{name}={value}" for name, value in words.items()]
     done = train(*flags)
     assert done.returncode == 0, done.stderr

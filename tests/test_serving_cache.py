@@ -111,10 +111,15 @@ def test_a_cache_takes_memory_only_as_it_is_written() -> None:
 def small_model(tokenizer: PreTrainedTokenizerBase, tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     set_eos(config, tokenizer)
     return LlamaForCausalLM(config)
 

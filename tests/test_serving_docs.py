@@ -61,10 +61,17 @@ def replicate_api(server: Server) -> Iterator[str]:
             answer = server.client.post("/predictions", json={"input": asked["input"]}).json()
             stamp = "2026-11-23T00:00:00Z"
             prediction = {
-                "id": answer["id"], "status": answer["status"], "output": answer["output"],
-                "model": "you/alpaca", "version": "0", "input": asked["input"], "urls": {},
-                "source": "api", "created_at": stamp, "completed_at": stamp,
-            }  # fmt: skip
+                "id": answer["id"],
+                "status": answer["status"],
+                "output": answer["output"],
+                "model": "you/alpaca",
+                "version": "0",
+                "input": asked["input"],
+                "urls": {},
+                "source": "api",
+                "created_at": stamp,
+                "completed_at": stamp,
+            }
             body = json.dumps(prediction).encode()
             self.send_response(201)
             self.send_header("content-type", "application/json")
@@ -102,9 +109,12 @@ def test_each_block_runs(server: Server, replicate_api: str, kind: str, block: s
 def run(kind: str, block: str, **environment: str) -> str:
     command = ["bash", "-euo", "pipefail", "-c"] if kind == "sh" else [sys.executable, "-c"]
     done = subprocess.run(
-        [*command, block], env={**os.environ, **environment}, capture_output=True, text=True,
+        [*command, block],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
         timeout=120,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

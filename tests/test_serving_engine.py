@@ -44,9 +44,12 @@ def pair(
 
 def reference(model: PreTrainedModel, codec: Codec, prompt: list[int], **settings: Any) -> str:
     made = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        do_sample=False, pad_token_id=codec.eos, **settings,
-    )  # fmt: skip
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        pad_token_id=codec.eos,
+        **settings,
+    )
     ids = made[0, len(prompt) :].tolist()
     table = token_bytes(codec.tokenizer)
     return b"".join(table[index] for index in ids).decode(errors="ignore")
@@ -241,8 +244,9 @@ def test_streams_equal_results_from_many_threads(served: tuple[Engine, Codec]) -
     engine, codec = served
 
     def one(seed: int) -> tuple[str, str]:
-        request = Request(tuple(codec.prompt(f"{seed}")), max_new_tokens=20,
-                          sampling=Sampling(seed=seed))  # fmt: skip
+        request = Request(
+            tuple(codec.prompt(f"{seed}")), max_new_tokens=20, sampling=Sampling(seed=seed)
+        )
         while True:
             try:
                 [completion] = engine.submit(request).completions

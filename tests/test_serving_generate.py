@@ -123,10 +123,16 @@ def greedy(
     """`generate`'s tokens; for each the runner-up, and by how much its logit is less."""
     ids = torch.tensor([prompt])
     made = served.model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, repetition_penalty=penalty,
-        max_new_tokens=tokens, eos_token_id=served.codec.eos, pad_token_id=served.codec.eos,
-        output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        repetition_penalty=penalty,
+        max_new_tokens=tokens,
+        eos_token_id=served.codec.eos,
+        pad_token_id=served.codec.eos,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
     runners_up = []
     for scores in made.scores:
         (best, second), (_, token) = (part[0].tolist() for part in scores.topk(2))

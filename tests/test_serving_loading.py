@@ -105,9 +105,13 @@ def test_a_model_spread_by_accelerate_is_served_with_its_own_weights(
     from the disk by accelerate's hooks whenever it is computed."""
     codec = Codec(load_tokenizer(tiny_model))
     spread = AutoModelForCausalLM.from_pretrained(
-        tiny_model, dtype=torch.float32, device_map="auto", max_memory={"cpu": 750_000},
-        offload_folder=tmp_path, use_safetensors=True,
-    )  # fmt: skip
+        tiny_model,
+        dtype=torch.float32,
+        device_map="auto",
+        max_memory={"cpu": 750_000},
+        offload_folder=tmp_path,
+        use_safetensors=True,
+    )
     assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
     answers = []
     for loaded in (spread, load_model(tiny_model, torch.float32)):

@@ -56,9 +56,13 @@ def test_optional_constants_lists_and_models(tmp_path: Path) -> None:
     inputs = document["components"]["schemas"]["Input"]
     assert inputs["required"] == ["a", "d"]
     assert inputs["properties"]["b"] == {
-        "x-order": 1, "type": "integer", "title": "B", "default": None, "nullable": True,
+        "x-order": 1,
+        "type": "integer",
+        "title": "B",
+        "default": None,
+        "nullable": True,
         "maximum": 7,
-    }  # fmt: skip
+    }
     assert inputs["properties"]["c"]["items"] == {"type": "string"}
     assert document["components"]["schemas"]["Output"]["required"] == ["weights"]
     assert "x-cog-streaming" not in document["paths"]["/predictions"]["post"]

@@ -35,9 +35,12 @@ def setup(tree: Path, leaves: str) -> subprocess.CompletedProcess[str]:
     python.write_text(f"#!/bin/sh\n{leaves}; chmod +x .venv/bin/python; exit $code\n")
     python.chmod(0o755)
     return subprocess.run(
-        [tree / "script/setup"], env={**os.environ, "PYTHON": str(python)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [tree / "script/setup"],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_an_environment_that_was_half_made_is_made_again(tree: Path) -> None:

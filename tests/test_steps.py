@@ -27,9 +27,12 @@ def test_an_epoch_shows_no_example_twice_and_drops_less_than_a_batch(
     examples: int, batch: int, epochs: int, seed: int
 ) -> None:
     arguments = replace(
-        RECIPE, per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-        num_train_epochs=epochs, seed=seed,
-    )  # fmt: skip
+        RECIPE,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        num_train_epochs=epochs,
+        seed=seed,
+    )
     made = schedule(arguments, examples, world_size=1)
     for epoch in range(epochs):
         first = epoch * made.steps_per_epoch

@@ -64,9 +64,11 @@ def tensor_in_the_other_file(folder: Path, held: Tensors) -> None:
 
 @pytest.mark.parametrize("add", [other_precision, ema, older_shard_count])
 def test_every_program_reads_the_weights_that_transformers_loads(
-    add: Callable[[Path, Tensors], None], tiny_model: Path, tmp_path: Path,
+    add: Callable[[Path, Tensors], None],
+    tiny_model: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     folder = copied(tiny_model, tmp_path / "in" / "model")
     held = tensors(folder)
     add(folder, held)

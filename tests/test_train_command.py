@@ -27,11 +27,23 @@ Run = tuple[Path, list[str], subprocess.CompletedProcess[str]]
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("run") / "alpaca_out"
     flags = [
-        "--model_name_or_path", str(tiny_model), "--data_path", str(SEEDS),
-        "--output_dir", str(out), "--eval_fraction", "0.15", "--learning_rate", "0.01",
-        "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2",
-        "--num_train_epochs", "1",
-    ]  # fmt: skip
+        "--model_name_or_path",
+        str(tiny_model),
+        "--data_path",
+        str(SEEDS),
+        "--output_dir",
+        str(out),
+        "--eval_fraction",
+        "0.15",
+        "--learning_rate",
+        "0.01",
+        "--per_device_train_batch_size",
+        "4",
+        "--gradient_accumulation_steps",
+        "2",
+        "--num_train_epochs",
+        "1",
+    ]
     return out, flags, train(*flags)
 
 
@@ -87,9 +99,10 @@ def trainers_model(out: Path, scratch: Path) -> TargetLoss:
 def logits_of_trainer(module: TargetLoss, ids: list[int]) -> torch.Tensor:
     pack = packing.plain(ids)
     hidden = module.model.base_model(
-        input_ids=torch.tensor(pack.ids)[None], position_ids=torch.tensor(pack.positions)[None],
+        input_ids=torch.tensor(pack.ids)[None],
+        position_ids=torch.tensor(pack.positions)[None],
         pack=attention.index(pack.segments, torch.device("cpu")),
-    ).last_hidden_state[0]  # fmt: skip
+    ).last_hidden_state[0]
     logits: torch.Tensor = module.model.get_output_embeddings()(hidden)
     return logits
 

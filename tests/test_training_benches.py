@@ -15,9 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def bench(name: str, *flags: object) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, f"bench/{name}.py", *map(str, flags)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -27,9 +31,12 @@ def test_gpu_train_needs_no_cog() -> None:
     """The images that have GPUs need not have it."""
     blocked = "import sys; sys.modules['cog'] = None; import gpu_train"
     done = subprocess.run(
-        [sys.executable, "-c", blocked], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", blocked],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -137,10 +137,15 @@ def test_examples_that_cannot_be_evaluated_are_said_and_left_out(
     for data in (mixed, plain):
         out = tmp_path / data.stem
         done = train(
-            f"--model_name_or_path={tiny_model}", f"--output_dir={out}", "--max_steps=1",
-            f"--eval_data_path={data}", "--save_strategy=no", "--learning_rate=0",
-            "--per_device_train_batch_size=1", "--gradient_accumulation_steps=1",
-        )  # fmt: skip
+            f"--model_name_or_path={tiny_model}",
+            f"--output_dir={out}",
+            "--max_steps=1",
+            f"--eval_data_path={data}",
+            "--save_strategy=no",
+            "--learning_rate=0",
+            "--per_device_train_batch_size=1",
+            "--gradient_accumulation_steps=1",
+        )
         assert done.returncode == 0, done.stderr
         said = "train: 1 of 2 examples of" in done.stdout and "(not evaluated)" in done.stdout
         assert said is (data is mixed)

@@ -24,10 +24,16 @@ APART = ROOT / ".venv" / "apart"  # where script/setup puts torchao
 
 def flags(tiny_model: Path, out: Path, **changed: object) -> list[str]:
     given = {
-        "model_name_or_path": tiny_model, "output_dir": out, "max_steps": 6, "save_steps": 2,
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "eval_fraction": 0.05,
-        "learning_rate": 0.01, **changed,
-    }  # fmt: skip
+        "model_name_or_path": tiny_model,
+        "output_dir": out,
+        "max_steps": 6,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "eval_fraction": 0.05,
+        "learning_rate": 0.01,
+        **changed,
+    }
     return [f"--{name}={value}" for name, value in given.items()]
 
 
@@ -77,8 +83,10 @@ def test_wandb_and_trackio_get_the_numbers_of_the_log(
     for name in ("wandb", "trackio"):
         done = train(
             *flags(tiny_model, tmp_path / name, report_to=name, max_steps=6),
-            PYTHONPATH=str(reporters), WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "db"),
-        )  # fmt: skip
+            PYTHONPATH=str(reporters),
+            WANDB_MODE="offline",
+            TRACKIO_DIR=str(tmp_path / "db"),
+        )
         assert done.returncode == 0, done.stderr
     [run] = (tmp_path / "wandb" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"train/loss" in run.read_bytes()
@@ -101,9 +109,11 @@ def test_compiled_layers_give_the_same_losses_in_few_shapes(
     tiny_model: Path, usual: Path, tmp_path: Path
 ) -> None:
     changed = {
-        "torch_compile": True, "max_steps": 3, "max_tokens_per_pack": 1024,
+        "torch_compile": True,
+        "max_steps": 3,
+        "max_tokens_per_pack": 1024,
         "gradient_checkpointing": True,
-    }  # fmt: skip
+    }
     done = train(*flags(tiny_model, tmp_path / "out", **changed), TORCH_LOGS="recompiles,dynamic")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out")[0] == pytest.approx(losses(usual)[0], rel=1e-6)
@@ -126,10 +136,12 @@ def test_eight_bit_moments_train_stop_and_go_on(
     assert whole.returncode == 0, whole.stderr
     words = flags(tiny_model, tmp_path / "parts", **changed)
     job = subprocess.Popen(
-        [sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL,
+        [sys.executable, "train.py", *words],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(APART), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     while not list((tmp_path / "parts").glob("checkpoint-*")):
         assert job.poll() is None
         time.sleep(0.02)
@@ -145,9 +157,11 @@ def test_eight_bit_moments_train_stop_and_go_on(
 def test_fsdp_config_is_read(tmp_path: Path) -> None:
     file = tmp_path / "fsdp.json"
     settings = {
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "fsdp_offload_params": True,
-        "activation_checkpointing": True, "backward_prefetch": "backward_pre",
-    }  # fmt: skip
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "fsdp_offload_params": True,
+        "activation_checkpointing": True,
+        "backward_prefetch": "backward_pre",
+    }
     file.write_text(json.dumps(settings))
     for given in (str(file), json.dumps(settings)):
         read, notices = fsdp_config.apply(Arguments(fsdp_config=given))

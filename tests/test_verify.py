@@ -121,8 +121,9 @@ def test_a_changed_bit_of_the_passport_is_found_wherever_it_is(folder: Path) -> 
     """In its keys too: without one of them, nothing could be compared."""
     path = folder / "passport.json"
     content = path.read_bytes()
-    keys = [at for line in re.finditer(rb'^ "\w+"', content, re.MULTILINE)
-            for at in range(*line.span())]  # fmt: skip
+    keys = [
+        at for line in re.finditer(rb'^ "\w+"', content, re.MULTILINE) for at in range(*line.span())
+    ]
     assert len(keys) > 80
     for at in [*keys, *range(0, len(content), 29)]:
         flip(path, at)

@@ -36,9 +36,14 @@ def train(*flags: object, ranks: int = 0, **environment: str) -> subprocess.Comp
 def start(words: list[str]) -> "subprocess.Popen[str]":
     """Begin a command in a session of its own; its errors are part of its output."""
     return subprocess.Popen(
-        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        words,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def finish(words: list[str]) -> str:

@@ -74,14 +74,16 @@ def readers(
         scale = tensors.get(f"{name}_scale", tensors.get(f"{name}_scale_inv"))
         zero = tensors.get(f"{name}_zero_point")
         if scale is None or scale.dtype not in FLOATS or weight.dim() != 2:
-            raise UserError(f"{folder}: the quantized {name} has no scale in fp32, bf16 or fp16.",
-                            PLAIN)  # fmt: skip
+            raise UserError(
+                f"{folder}: the quantized {name} has no scale in fp32, bf16 or fp16.", PLAIN
+            )
         block = _block(weight.shape, scale, config)
         if block is None or (zero is not None and zero.shape != scale.shape):
             raise UserError(
                 f"{folder}: the scale of {name}, {list(scale.shape)}, does not fit its shape, "
-                f"{list(weight.shape)}.", PLAIN,
-            )  # fmt: skip
+                f"{list(weight.shape)}.",
+                PLAIN,
+            )
         made[name] = partial(dequantized, weight, scale, zero, block)
     return made
 
@@ -112,9 +114,12 @@ def _grid(scale: torch.Tensor) -> torch.Tensor:
 
 
 def dequantized(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, block: tuple[int, int],
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    block: tuple[int, int],
     dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Plain numbers, (rows, columns); each product is rounded to fp32, then once to `dtype`."""
 
     def spread(grid: torch.Tensor) -> torch.Tensor:

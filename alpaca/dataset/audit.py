@@ -49,8 +49,13 @@ def parser() -> argparse.ArgumentParser:
         "--rename", type=_pairs, default={}, metavar="OLD=NEW,...", help="read OLD keys as NEW ones"
     )
     add("--drop", type=_names, default=[], metavar="KEY,...", help="remove these keys")
-    add("--leave_out", type=_checks, default=list(MEANINGS), metavar="CHECK,...",
-        help="checks whose records are left out of the cleaned copy (default: all)")  # fmt: skip
+    add(
+        "--leave_out",
+        type=_checks,
+        default=list(MEANINGS),
+        metavar="CHECK,...",
+        help="checks whose records are left out of the cleaned copy (default: all)",
+    )
     return made
 
 
@@ -92,10 +97,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _changed(items: list[Any], rename: dict[str, str], drop: Sequence[str]) -> list[Any]:
     """The items with keys renamed and dropped; refuses to replace one text by another."""
     both = [
-        index for index, item in enumerate(items) if isinstance(item, dict)
+        index
+        for index, item in enumerate(items)
+        if isinstance(item, dict)
         for old, new in rename.items()
         if old in item and (text_of(item.get(new)) or "").strip() and new not in rename
-    ]  # fmt: skip
+    ]
     if both:
         listed = ", ".join(f"{old}={new}" for old, new in rename.items())
         raise UserError(
@@ -103,12 +110,15 @@ def _changed(items: list[Any], rename: dict[str, str], drop: Sequence[str]) -> l
             "Leave the pair out of --rename, or --drop one of the keys in a copy first.",
         )
     return [
-        {rename.get(key, key): value
-         for key, value in sorted(item.items(), key=lambda pair: pair[0] in rename)
-         if key not in drop}
-        if type(item) is dict else item
+        {
+            rename.get(key, key): value
+            for key, value in sorted(item.items(), key=lambda pair: pair[0] in rename)
+            if key not in drop
+        }
+        if type(item) is dict
+        else item
         for item in items
-    ]  # fmt: skip
+    ]
 
 
 def _left_out(audit: Audit, checks: Sequence[str]) -> dict[int, list[str]]:

@@ -33,8 +33,13 @@ def parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, required=True, help="plot: .html (interactive), .png or .svg")
     add("--compare", type=Path, metavar="OTHER", help="a second data set, shown next to it")
     add("--csv", type=Path, metavar="FILE", help="write every verb and object with its count")
-    add("--neighbours", type=int, default=2000, metavar="N",
-        help="instructions sampled for the ROUGE-L distribution; 0 skips it")  # fmt: skip
+    add(
+        "--neighbours",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="instructions sampled for the ROUGE-L distribution; 0 skips it",
+    )
     add("--processes", type=int, help="parsing processes (default: one per core)")
     add("--spacy_model", metavar="NAME", help="English model (default: the small one installed)")
     return made

@@ -29,15 +29,20 @@ def examine(
     faults = [invalid(item) for item in items]
     records = [_text(item, fault) for item, fault in zip(items, faults, strict=True)]
     findings = [Finding("invalid", index, fault) for index, fault in enumerate(faults) if fault]
-    findings += [Finding("unread_key", index, why) for index, item in enumerate(items)
-                 if (why := unread_key(item))]  # fmt: skip
+    findings += [
+        Finding("unread_key", index, why)
+        for index, item in enumerate(items)
+        if (why := unread_key(item))
+    ]
     valid = [index for index, fault in enumerate(faults) if not fault]
     findings += [finding for index in valid for finding in _alone(index, records[index])]
     languages, foreign = _languages(records)
     findings += foreign
     findings += _duplicates(records, threshold)
-    lengths = {f"{name} words": [len(text[place].split()) for text in records]
-               for place, name in enumerate(FIELDS)}  # fmt: skip
+    lengths = {
+        f"{name} words": [len(text[place].split()) for text in records]
+        for place, name in enumerate(FIELDS)
+    }
     if tokenizer:
         lengths["tokens"] = _token_counts(records, tokenizer)
         findings += _too_long(lengths["tokens"], max_length)

@@ -129,6 +129,11 @@ def _draw(axes: Any, arc: Arc) -> None:
     angle, radius = np.deg2rad(middle), (inner + outer) / 2
     flipped = 90 < middle % 360 < 270
     axes.text(
-        radius * np.cos(angle), radius * np.sin(angle), arc.label, ha="center", va="center",
-        rotation=middle + 180 if flipped else middle, fontsize=9 if arc.ring == 0 else 7.5,
-    )  # fmt: skip
+        radius * np.cos(angle),
+        radius * np.sin(angle),
+        arc.label,
+        ha="center",
+        va="center",
+        rotation=middle + 180 if flipped else middle,
+        fontsize=9 if arc.ring == 0 else 7.5,
+    )

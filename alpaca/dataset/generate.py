@@ -42,8 +42,13 @@ def parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0)
     add("--top_p", type=float, default=1.0)
     add("--max_tokens", type=_positive, default=4096, help="most tokens in one reply")
-    add("--extra", type=_object, default={}, metavar="JSON",
-        help="object merged into the request body; null removes a key")  # fmt: skip
+    add(
+        "--extra",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help="object merged into the request body; null removes a key",
+    )
     return made
 
 

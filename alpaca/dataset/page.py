@@ -83,8 +83,10 @@ def _outline(start: float, end: float, inner: float, outer: float) -> str:
     """An SVG path around a piece of a ring; a full circle stays slightly open, or SVG omits it."""
     end = min(end, start + 0.99999)
     large = int(end - start > 0.5)
-    corners = [_point(turn, radius) for turn, radius in
-               ((start, outer), (end, outer), (end, inner), (start, inner))]  # fmt: skip
+    corners = [
+        _point(turn, radius)
+        for turn, radius in ((start, outer), (end, outer), (end, inner), (start, inner))
+    ]
     a, b, c, d = (f"{x:.2f} {y:.2f}" for x, y in corners)
     return (
         f"M{a}A{outer:.2f} {outer:.2f} 0 {large} 1 {b}L{c}A{inner:.2f} {inner:.2f} 0 {large} 0 {d}Z"
@@ -119,9 +121,15 @@ def _examples(data: Diversity) -> list[list[str]]:
             found[item.verb, ""].append(text)
     rings = data.arcs()
     named = {(arc.verb, arc.object) for arc in rings if arc.ring == 1 and arc.object}
-    other = {verb: [text for (v, name), texts in found.items() if v == verb and name
-                    and (v, name) not in named for text in texts]
-             for verb in {arc.verb for arc in rings}}  # fmt: skip
+    other = {
+        verb: [
+            text
+            for (v, name), texts in found.items()
+            if v == verb and name and (v, name) not in named
+            for text in texts
+        ]
+        for verb in {arc.verb for arc in rings}
+    }
     return [
         (other[arc.verb] if arc.ring == 1 and not arc.object else found[arc.verb, arc.object])[
             :EXAMPLES

@@ -124,10 +124,13 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     if arguments.concurrency > LAG:
         raise UserError(f"--concurrency is at most {LAG}.", f"Give --concurrency {LAG}.")
     return Limits(
-        wanted=arguments.num_instructions, concurrency=arguments.concurrency,
-        price_in=arguments.price_in or 0.0, price_out=arguments.price_out or 0.0,
-        max_cost=arguments.max_cost, max_total_tokens=arguments.max_total_tokens,
-    )  # fmt: skip
+        wanted=arguments.num_instructions,
+        concurrency=arguments.concurrency,
+        price_in=arguments.price_in or 0.0,
+        price_out=arguments.price_out or 0.0,
+        max_cost=arguments.max_cost,
+        max_total_tokens=arguments.max_total_tokens,
+    )
 
 
 def _key() -> str:
@@ -140,9 +143,12 @@ def _key() -> str:
 
 def _bar(wanted: int) -> "tqdm[Any]":
     return tqdm(
-        total=wanted, unit=" tasks", dynamic_ncols=True, file=sys.stderr,
+        total=wanted,
+        unit=" tasks",
+        dynamic_ncols=True,
+        file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 30,
-    )  # fmt: skip
+    )
 
 
 def _show(bar: "tqdm[Any]", run: Bootstrap) -> None:

@@ -23,23 +23,32 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit code 0: all green. 2: something is red; its line says what to do.",
     )
     made.add_argument(
-        "--folder", type=Path, default=Path("alpaca_out"), metavar="FOLDER",
+        "--folder",
+        type=Path,
+        default=Path("alpaca_out"),
+        metavar="FOLDER",
         help="where models will be written (%(default)s)",
-    )  # fmt: skip
+    )
     made.add_argument(
         "--disk", type=float, default=5, metavar="GB", help="space needed (%(default)s)"
     )
     made.add_argument("--ram", type=float, default=2, metavar="GB", help="RAM needed (%(default)s)")
-    made.add_argument("--shm", type=Path, default=Path("/dev/shm"), metavar="FOLDER",
-                      help="shared memory (%(default)s)")  # fmt: skip
+    made.add_argument(
+        "--shm",
+        type=Path,
+        default=Path("/dev/shm"),
+        metavar="FOLDER",
+        help="shared memory (%(default)s)",
+    )
     made.add_argument("--port", type=int, default=5000, help="the server's port (%(default)s)")
     made.add_argument(
         "--no-image", action="store_true", help="skip Docker and Cog: no image will be built"
     )
     made.add_argument(
-        "--rehearse", action="store_true",
+        "--rehearse",
+        action="store_true",
         help="also convert, train, kill, resume, export, serve and ask, with a tiny model",
-    )  # fmt: skip
+    )
     return made
 
 

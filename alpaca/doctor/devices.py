@@ -75,13 +75,21 @@ def ask(world_size: int, program: Sequence[str] = ("-m", "alpaca.doctor.ranks"))
         rendezvous = str(Path(folder, "rendezvous"))
         started = [
             subprocess.Popen(
-                [sys.executable, *program, rendezvous], cwd=ROOT, text=True,
-                env={"OMP_NUM_THREADS": "1", **os.environ, "RANK": str(rank),
-                     "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                [sys.executable, *program, rendezvous],
+                cwd=ROOT,
+                text=True,
+                env={
+                    "OMP_NUM_THREADS": "1",
+                    **os.environ,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
             for rank in range(world_size)
-        ]  # fmt: skip
+        ]
         deadline = time.monotonic() + TIMEOUT
         return [_report(process, deadline) for process in started]
 
@@ -117,20 +125,31 @@ def cuda(facts: dict[str, Any], found: Driver) -> Finding:
     """Whether torch's CUDA and the driver are compatible."""
     built, gpus = facts["cuda"], found.gpus
     if found.fault and "name" not in facts:
-        return Finding("CUDA", False, found.fault,
-                       "Restart, or reinstall the driver; in Docker: docker run --gpus all"
-                       )  # fmt: skip
+        return Finding(
+            "CUDA",
+            False,
+            found.fault,
+            "Restart, or reinstall the driver; in Docker: docker run --gpus all",
+        )
     if "name" in facts and not gpus:
         return Finding("CUDA", True, f"{built}; the number of GPUs is unknown")
     if not gpus:
         detail = "no NVIDIA GPU here; training and serving run on the CPU"
         return Finding("CUDA", True, detail)
     if built is None:
-        return Finding("CUDA", False, f"{gpus} GPU(s), but torch is a build for CPUs",
-                       "Run ./script/setup where pip finds the CUDA build.")  # fmt: skip
+        return Finding(
+            "CUDA",
+            False,
+            f"{gpus} GPU(s), but torch is a build for CPUs",
+            "Run ./script/setup where pip finds the CUDA build.",
+        )
     ready = "name" in facts
-    return Finding("CUDA", ready, f"{built}, driver {found.version}, {gpus} GPU(s)",
-                   f"torch can't use the GPUs: a driver for CUDA {built} is needed.")  # fmt: skip
+    return Finding(
+        "CUDA",
+        ready,
+        f"{built}, driver {found.version}, {gpus} GPU(s)",
+        f"torch can't use the GPUs: a driver for CUDA {built} is needed.",
+    )
 
 
 def gpu(number: int, facts: dict[str, Any]) -> Finding:
@@ -158,9 +177,12 @@ def peers(facts: Sequence[dict[str, Any]]) -> Finding:
     ]
     detail = f"not between {', '.join(unconnected)}" if unconnected else ""
     detail = detail or "every GPU reaches every other"
-    return Finding("peer access", not unconnected, detail,
-                   "Correct but slower: enable it (IOMMU off, NVLink), or expect PCIe speed."
-                   )  # fmt: skip
+    return Finding(
+        "peer access",
+        not unconnected,
+        detail,
+        "Correct but slower: enable it (IOMMU off, NVLink), or expect PCIe speed.",
+    )
 
 
 def all_reduce(ranks: Sequence[Rank]) -> Finding:
@@ -172,9 +194,12 @@ def all_reduce(ranks: Sequence[Rank]) -> Finding:
         slowest = max(rank.facts["seconds"] for rank in ranks)
         return Finding("all-reduce", True, f"{world} ranks added 4 MB in {slowest * 1000:.0f} ms")
     reason = last_line(ranks[wrong[0]].errors) or "a wrong sum"
-    return Finding("all-reduce", False, f"rank(s) {wrong} failed: {reason}",
-                   "NCCL_DEBUG=INFO says more; firewalls and a small /dev/shm are common causes."
-                   )  # fmt: skip
+    return Finding(
+        "all-reduce",
+        False,
+        f"rank(s) {wrong} failed: {reason}",
+        "NCCL_DEBUG=INFO says more; firewalls and a small /dev/shm are common causes.",
+    )
 
 
 def last_line(errors: str) -> str:

@@ -31,9 +31,11 @@ def python() -> Finding:
     """Whether Python is new enough for the pinned packages."""
     found = tuple(map(int, platform.python_version_tuple()[:2]))
     return Finding(
-        "Python", found >= PYTHON, platform.python_version(),
+        "Python",
+        found >= PYTHON,
+        platform.python_version(),
         f"Needs {PYTHON[0]}.{PYTHON[1]}: PYTHON=/path/to/python3.11 ./script/setup",
-    )  # fmt: skip
+    )
 
 
 def pins(requirements: Path) -> Finding:
@@ -56,9 +58,11 @@ def disk(folder: Path, needed: float) -> Finding:
     name, free = "disk", free_disk(folder.resolve())
     if free < max(needed, 2 * PROBE):
         return Finding(
-            name, False, f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.1f} needed",
+            name,
+            False,
+            f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.1f} needed",
             "Free some space, or use another disk (python -m alpaca plan says how much).",
-        )  # fmt: skip
+        )
     existing = folder.resolve()
     while not existing.exists():
         existing = existing.parent
@@ -94,9 +98,11 @@ def shared_memory(folder: Path, ranks: int, cuda: bool) -> Finding:
     free = shutil.disk_usage(folder).free
     needed = SHARED_MEMORY if cuda and ranks > 1 else 16 << 20
     return Finding(
-        name, free >= needed, f"{free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} needed",
+        name,
+        free >= needed,
+        f"{free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} needed",
         "docker run --shm-size=8g, or --ipc=host",
-    )  # fmt: skip
+    )
 
 
 def memory(needed: float) -> Finding:
@@ -133,16 +139,22 @@ def open_files() -> Finding:
     """How many files a process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Finding(
-        "open files", soft >= OPEN_FILES, f"up to {soft:,} per process",
+        "open files",
+        soft >= OPEN_FILES,
+        f"up to {soft:,} per process",
         f"ulimit -n {max(OPEN_FILES, min(hard, 65536))}, or docker run --ulimit nofile=65536",
-    )  # fmt: skip
+    )
 
 
 def curl() -> Finding:
     """Whether curl is installed, with which the demo sends its requests."""
     found = shutil.which("curl")
-    return Finding("curl", found is not None, found or "is not on PATH",
-                   "./script/demo needs it: apt-get install curl")  # fmt: skip
+    return Finding(
+        "curl",
+        found is not None,
+        found or "is not on PATH",
+        "./script/demo needs it: apt-get install curl",
+    )
 
 
 def docker(container: Path = CONTAINER) -> Finding:
@@ -151,12 +163,17 @@ def docker(container: Path = CONTAINER) -> Finding:
         return Finding("docker", True, "not needed: this is a container already")
     program = shutil.which("docker")
     if program is None:
-        return Finding("docker", False, "is not on PATH",
-                       "Only images need it; training and ./script/serve don't.")  # fmt: skip
+        return Finding(
+            "docker",
+            False,
+            "is not on PATH",
+            "Only images need it; training and ./script/serve don't.",
+        )
     done = _ask(program, "info", "--format", "{{.ServerVersion}}")
     answer = f"engine {done}" if done else "its engine does not answer"
-    return Finding("docker", done is not None, answer,
-                   "Start it, and add yourself to the group docker.")  # fmt: skip
+    return Finding(
+        "docker", done is not None, answer, "Start it, and add yourself to the group docker."
+    )
 
 
 def cog(container: Path = CONTAINER) -> Finding:
@@ -165,8 +182,12 @@ def cog(container: Path = CONTAINER) -> Finding:
         return Finding("cog", True, "not needed: this is a container already")
     program = shutil.which("cog")
     if program is None:
-        return Finding("cog", False, "is not on PATH",
-                       "Only images need it: see github.com/replicate/cog/releases.")  # fmt: skip
+        return Finding(
+            "cog",
+            False,
+            "is not on PATH",
+            "Only images need it: see github.com/replicate/cog/releases.",
+        )
     release, usage = _ask(program, "--version"), _ask(program, "--help") or ""
     known = set(re.findall(r"^  (\w+) ", usage, flags=re.MULTILINE))
     if not release or not known:

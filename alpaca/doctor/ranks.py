@@ -27,9 +27,12 @@ def main() -> None:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if cuda else "gloo", init_method=f"file://{sys.argv[1]}", rank=rank,
-        world_size=world, timeout=timedelta(seconds=15),
-    )  # fmt: skip
+        "nccl" if cuda else "gloo",
+        init_method=f"file://{sys.argv[1]}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=15),
+    )
     try:
         numbers = torch.full((NUMBERS,), float(rank + 1), device=device)
         started = time.perf_counter()

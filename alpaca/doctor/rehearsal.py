@@ -66,19 +66,29 @@ class Rehearsal:
         """The training command, the same for the killed run and the resumed one."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
         flags = {
-            "model_name_or_path": self.base, "data_path": DATA, "output_dir": self.out,
-            "max_steps": STEPS, "save_steps": 2, "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 1, "learning_rate": 1e-6, "bf16": True,
-        }  # fmt: skip
+            "model_name_or_path": self.base,
+            "data_path": DATA,
+            "output_dir": self.out,
+            "max_steps": STEPS,
+            "save_steps": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-6,
+            "bf16": True,
+        }
         words = [f"--{name}={value}" for name, value in flags.items()]
         return [sys.executable, *launcher, "train.py", *words]
 
     def train_and_kill(self) -> str:
         """Train until there is a checkpoint, then kill every process."""
         process = subprocess.Popen(
-            self.training(), cwd=ROOT, env=_environment(), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            self.training(),
+            cwd=ROOT,
+            env=_environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         deadline = time.monotonic() + SECONDS
         try:
             while not any(self.out.glob("checkpoint-*")):
@@ -100,9 +110,14 @@ class Rehearsal:
         """The same command resumes from the checkpoint, and exports."""
         words = self.training()
         done = subprocess.run(
-            words, cwd=ROOT, env=_environment(), capture_output=True, text=True,
-            timeout=SECONDS, check=False,
-        )  # fmt: skip
+            words,
+            cwd=ROOT,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
         if done.returncode:
             raise FailedError(tail(done.stdout + done.stderr))
         if self.steps() != list(range(1, STEPS + 1)):
@@ -119,9 +134,12 @@ class Rehearsal:
         words = [sys.executable, "-m", "alpaca", "serve", "--weights", self.out]
         with open(self.log, "wb") as log:
             self.server = subprocess.Popen(
-                [*map(str, words), "--port", str(self.port)], cwd=ROOT, stdout=log, stderr=log,
+                [*map(str, words), "--port", str(self.port)],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         status = asking.wait_until_ready(self.url, SECONDS)
         if status != "READY":
             raise FailedError(f"the server says {status}: {tail(self.log.read_text())}")
@@ -137,8 +155,13 @@ class Rehearsal:
 
     def stream_and_cancel(self) -> str:
         """A long answer is streamed, and ends when it is cancelled."""
-        inputs = {"prompt": "Go on.", "max_new_tokens": tiny.CONTEXT - 200, "total_tokens": 10**6,
-                  "temperature": 0, "stream": True}  # fmt: skip
+        inputs = {
+            "prompt": "Go on.",
+            "max_new_tokens": tiny.CONTEXT - 200,
+            "total_tokens": 10**6,
+            "temperature": 0,
+            "stream": True,
+        }
         request = {"id": "rehearsal", "input": inputs}
         pieces, last = 0, {}
         for name, data in asking.stream(f"{self.url}/predictions", request):
@@ -183,9 +206,13 @@ def rehearse() -> Iterator[Finding]:
 def run(*words: object) -> None:
     """Run a verb of this program; raises FailedError with the end of its output."""
     done = subprocess.run(
-        [sys.executable, "-m", "alpaca", *map(str, words)], cwd=ROOT, capture_output=True,
-        text=True, timeout=SECONDS, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "alpaca", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
     if done.returncode:
         raise FailedError(tail(done.stdout + done.stderr))
 

@@ -47,9 +47,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--price", type=float, metavar="X", help="price of one device for one hour")
     made.add_argument(
-        "--examples", type=int, default=0, metavar="N",
+        "--examples",
+        type=int,
+        default=0,
+        metavar="N",
         help="plan for N examples with the lengths of those in --data_path",
-    )  # fmt: skip
+    )
     made.add_argument("--json", action="store_true", help="print everything as one JSON object")
     return made
 

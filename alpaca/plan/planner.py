@@ -142,9 +142,13 @@ def launched(output: Path, devices: Sequence[Device]) -> Machine:
 
 
 def of_run(
-    arguments: Arguments, corpus: Corpus, train: Sequence[int], devices: Sequence[Device],
-    *, half: bool,
-) -> Case | None:  # fmt: skip
+    arguments: Arguments,
+    corpus: Corpus,
+    train: Sequence[int],
+    devices: Sequence[Device],
+    *,
+    half: bool,
+) -> Case | None:
     """The case of a run that torchrun has started; None, with a notice, where it can't be planned.
 
     `devices`: the cards torch sees, in its order; empty on a CPU. `half`: the run uses bf16.
@@ -183,7 +187,10 @@ def check(given: Case) -> Plan:
     helpful = [f"{remedy.flags}" for remedy in given.remedies()]
     raise UserError(
         f"This run cannot fit: it {'; and '.join(made.problems)}.",
-        ("Any of these makes it fit:\n    " + "\n    ".join(helpful)
-         if helpful else f"No flag makes it fit. {more_devices(given)}")
+        (
+            "Any of these makes it fit:\n    " + "\n    ".join(helpful)
+            if helpful
+            else f"No flag makes it fit. {more_devices(given)}"
+        )
         + "\n  --skip_plan starts it anyway.",
-    )  # fmt: skip
+    )

@@ -51,10 +51,16 @@ def _sizes(made: Plan) -> tuple[str, str]:
     parts = [
         f"{name} {getattr(memory, name) / 1e9:.1f}"
         for name in (
-            "weights", "gradients", "optimizer", "activations", "logits", "communication",
-            "allocator", "runtime",
+            "weights",
+            "gradients",
+            "optimizer",
+            "activations",
+            "logits",
+            "communication",
+            "allocator",
+            "runtime",
         )
-    ]  # fmt: skip
+    ]
     return ", ".join(parts[:5]), ", ".join(parts[5:])
 
 

@@ -45,8 +45,11 @@ class Shape:
         if self.qk_norm:
             found |= {f"self_attn.{name}_norm.weight": (self.head,) for name in ("q", "k")}
         wide, narrow = self.intermediate, self.width
-        for name, rows, columns in (("gate", wide, narrow), ("up", wide, narrow),
-                                    ("down", narrow, wide)):  # fmt: skip
+        for name, rows, columns in (
+            ("gate", wide, narrow),
+            ("up", wide, narrow),
+            ("down", narrow, wide),
+        ):
             found[f"mlp.{name}_proj.weight"] = (rows, columns)
             if self.mlp_bias:
                 found[f"mlp.{name}_proj.bias"] = (rows,)

@@ -65,9 +65,15 @@ class Workload:
 
 
 def count(
-    corpus: Corpus, train: Sequence[int], schedule: Schedule, flags: PackingFlags,
-    world_size: int, *, exact: bool = True, most: int = MOST_PLACED,
-) -> Workload:  # fmt: skip
+    corpus: Corpus,
+    train: Sequence[int],
+    schedule: Schedule,
+    flags: PackingFlags,
+    world_size: int,
+    *,
+    exact: bool = True,
+    most: int = MOST_PLACED,
+) -> Workload:
     """Make the packs of every step, or of evenly spaced steps if they have over `most` examples.
 
     Where steps are sampled, the largest pack is assumed to be full.
@@ -98,10 +104,18 @@ def count(
         largest = largest.filled(flags.pack_tokens)
     scaled = [int(value) * schedule.steps // max(1, len(chosen)) for value in total]
     return Workload(
-        examples=len(train), steps=schedule.steps, batch=schedule.batch, tokens=scaled[0],
-        real=scaled[1], padded=scaled[2], targets=scaled[3], attended=scaled[4], packs=scaled[5],
-        largest=largest, exact=exact and stride == 1,
-    )  # fmt: skip
+        examples=len(train),
+        steps=schedule.steps,
+        batch=schedule.batch,
+        tokens=scaled[0],
+        real=scaled[1],
+        padded=scaled[2],
+        targets=scaled[3],
+        attended=scaled[4],
+        packs=scaled[5],
+        largest=largest,
+        exact=exact and stride == 1,
+    )
 
 
 Ints = npt.NDArray[np.int64]
@@ -139,8 +153,11 @@ def _measure(
         own = lengths[pack] - prefix
         present = shared[np.unique(corpus.kinds[pack])]
         tokens = int(own.sum() + present.sum())
-        found[:, at] = (tokens, int((own + prefix)[own > 0].sum() + present.sum()),
-                        targets[pack].sum())  # fmt: skip
+        found[:, at] = (
+            tokens,
+            int((own + prefix)[own > 0].sum() + present.sum()),
+            targets[pack].sum(),
+        )
         attended += int((own * (own + 1) // 2 + own * prefix).sum())
         attended += int((present * (present + 1) // 2).sum())
     return found[0], found[1], found[2], attended

@@ -311,8 +311,9 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
         notices += [
             f"{word} has no effect: --lr_scheduler_type {arguments.lr_scheduler_type} has no "
             "warm-up; constant_with_warmup has one"
-            for word in (word.partition("=")[0] for word in kept) if word.startswith("--warmup_")
-        ]  # fmt: skip
+            for word in (word.partition("=")[0] for word in kept)
+            if word.startswith("--warmup_")
+        ]
     return arguments, notices
 
 
@@ -326,9 +327,14 @@ def _nearest(name: str, known: set[str]) -> str:
 def check(arguments: Arguments) -> None:
     """Raise UserError where a value, or two together, cannot work."""
     for name in (
-        "model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps",
-        "save_steps", "save_total_limit", "eval_steps", "logging_steps",
-    ):  # fmt: skip
+        "model_max_length",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "save_steps",
+        "save_total_limit",
+        "eval_steps",
+        "logging_steps",
+    ):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
     _check_numbers(arguments)
@@ -367,9 +373,14 @@ def _check_numbers(arguments: Arguments) -> None:
         if kind is float and not math.isfinite(getattr(arguments, name)):
             raise UserError(f"--{name} must be a finite number, not {getattr(arguments, name)}.")
     for name in (
-        "learning_rate", "weight_decay", "max_grad_norm", "seed", "warmup_steps",
-        "max_tokens_per_pack", "adam_epsilon",
-    ):  # fmt: skip
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+        "warmup_steps",
+        "max_tokens_per_pack",
+        "adam_epsilon",
+    ):
         if getattr(arguments, name) < 0:
             raise UserError(f"--{name} must not be negative: {getattr(arguments, name)}.")
     for name in ("adam_beta1", "adam_beta2"):

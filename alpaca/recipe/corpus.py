@@ -141,9 +141,13 @@ def tokens_folder(
 
 
 def _build(
-    folder: Path, records: "Sequence[Record]", notices: list[str], codec: "Codec",
-    max_length: int, joint: bool,
-) -> None:  # fmt: skip
+    folder: Path,
+    records: "Sequence[Record]",
+    notices: list[str],
+    codec: "Codec",
+    max_length: int,
+    joint: bool,
+) -> None:
     ids: list[npt.NDArray[np.int32]] = []
     lengths, prompts, truncated = [0], [], 0
     for start in tqdm(range(0, len(records), CHUNK), desc="tokenize", unit="chunk", disable=None):

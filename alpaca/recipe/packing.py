@@ -96,9 +96,12 @@ def build(corpus: Corpus, example_ids: Sequence[int], *, padded: bool = False) -
             labels.append(own[prompt:])
             at += size
     return Pack(
-        ids=_join(ids), positions=_join(positions), segments=tuple(segments),
-        sources=_join(sources), labels=_join(labels),
-    )  # fmt: skip
+        ids=_join(ids),
+        positions=_join(positions),
+        segments=tuple(segments),
+        sources=_join(sources),
+        labels=_join(labels),
+    )
 
 
 def _join(parts: Sequence[npt.NDArray[np.integer]]) -> Ints:

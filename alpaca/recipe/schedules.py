@@ -61,9 +61,15 @@ def cosine_with_restarts(
 
 
 def cosine_with_min_lr(
-    step: int, warmup: int, steps: int, peak: float, *,
-    num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float | None = None,
-) -> float:  # fmt: skip
+    step: int,
+    warmup: int,
+    steps: int,
+    peak: float,
+    *,
+    num_cycles: float = 0.5,
+    min_lr: float | None = None,
+    min_lr_rate: float | None = None,
+) -> float:
     """Half a wave down to `min_lr`, or to the share `min_lr_rate` of the peak."""
     if step < warmup:
         return _warm(step, warmup)
@@ -72,10 +78,16 @@ def cosine_with_min_lr(
 
 
 def cosine_warmup_with_min_lr(
-    step: int, warmup: int, steps: int, peak: float, *,
-    num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float | None = None,
+    step: int,
+    warmup: int,
+    steps: int,
+    peak: float,
+    *,
+    num_cycles: float = 0.5,
+    min_lr: float | None = None,
+    min_lr_rate: float | None = None,
     warmup_lr_rate: float | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """As `cosine_with_min_lr`, but one step ahead, so that no step has rate 0."""
     if step < warmup:
         if warmup_lr_rate is None:
@@ -114,10 +126,18 @@ def inverse_sqrt(
 
 
 def warmup_stable_decay(
-    step: int, warmup: int, steps: int, peak: float, *,
-    num_decay_steps: int, num_stable_steps: int | None = None, warmup_type: str = "linear",
-    decay_type: str = "cosine", min_lr_ratio: float = 0.0, num_cycles: float = 0.5,
-) -> float:  # fmt: skip
+    step: int,
+    warmup: int,
+    steps: int,
+    peak: float,
+    *,
+    num_decay_steps: int,
+    num_stable_steps: int | None = None,
+    warmup_type: str = "linear",
+    decay_type: str = "cosine",
+    min_lr_ratio: float = 0.0,
+    num_cycles: float = 0.5,
+) -> float:
     """Warm-up by one curve, constant, then decay by another to the share `min_lr_ratio`."""
     if num_stable_steps is None:
         num_stable_steps = steps - warmup - num_decay_steps
@@ -143,10 +163,18 @@ def _curve(kind: str, progress: float, cycles: float) -> float:
 SHAPES: dict[str, Callable[..., float]] = {
     shape.__name__: shape
     for shape in (
-        cosine, linear, constant, constant_with_warmup, polynomial, cosine_with_min_lr,
-        warmup_stable_decay, cosine_with_restarts, cosine_warmup_with_min_lr, inverse_sqrt,
+        cosine,
+        linear,
+        constant,
+        constant_with_warmup,
+        polynomial,
+        cosine_with_min_lr,
+        warmup_stable_decay,
+        cosine_with_restarts,
+        cosine_warmup_with_min_lr,
+        inverse_sqrt,
     )
-}  # fmt: skip
+}
 WITHOUT_WARMUP = ("constant",)
 
 

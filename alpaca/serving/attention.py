@@ -170,9 +170,15 @@ def spans(rows: list[int], lengths: list[int]) -> list[tuple[int, int, int]]:
 
 
 def _decode_mask(
-    step: Step, low: int, high: int, first: int, last: int,
-    length: int, window: int | None, like: torch.Tensor,
-) -> torch.Tensor | None:  # fmt: skip
+    step: Step,
+    low: int,
+    high: int,
+    first: int,
+    last: int,
+    length: int,
+    window: int | None,
+    like: torch.Tensor,
+) -> torch.Tensor | None:
     """Additive mask (slots, 1, 1, length): a slot's own tokens, within the window if there is one.
 
     It is the same for all layers with the same window, so it is made once per step.
@@ -198,9 +204,14 @@ def _decode_mask(
 
 
 def _prefill(
-    step: Step, chunk: PrefillChunk, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-    scaling: float | None, window: int | None,
-) -> torch.Tensor:  # fmt: skip
+    step: Step,
+    chunk: PrefillChunk,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
     """A chunk of a prompt: query (1, heads, tokens, head_dim), result (tokens, heads, head_dim)."""
     repeat = query.shape[1] // keys.shape[1]
     repeated_keys, repeated_values = (

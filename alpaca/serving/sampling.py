@@ -62,12 +62,13 @@ class Draws:
             device, torch.int64, rows, limited, nucleus, [chosen[at].top_k for at in limited], slots
         )
         uniform, temperature, top_p, penalty = send(
-            device, torch.float64,
+            device,
+            torch.float64,
             [uniforms[row] for row in rows],
             [max(setting.temperature, MIN_TEMPERATURE) for setting in chosen],
             [chosen[at].top_p for at in nucleus],
             [setting.repetition_penalty for setting in settings] if self.penalized else [],
-        )  # fmt: skip
+        )
         self.top_k, self.uniform = top_k.unsqueeze(1), uniform.unsqueeze(1)
         self.temperature = temperature.float().unsqueeze(1)
         self.top_p, self.penalty = top_p.float().unsqueeze(1), penalty.float().unsqueeze(1)

@@ -101,9 +101,16 @@ def varlen(
     else:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     out: Any = varlen_attn(
-        query.contiguous(), key[pack.gather], value[pack.gather],
-        pack.cu_q, pack.cu_k, pack.max_q, pack.max_k, scale=scaling, **causal,
-    )  # fmt: skip
+        query.contiguous(),
+        key[pack.gather],
+        value[pack.gather],
+        pack.cu_q,
+        pack.cu_k,
+        pack.max_q,
+        pack.max_k,
+        scale=scaling,
+        **causal,
+    )
     return cast(torch.Tensor, out)
 
 
@@ -128,10 +135,15 @@ def segmentwise(
         mask = _causal_mask(shared, q.shape[1], query.dtype, query.device)
         results.append(
             F.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None,
-                scale=scaling, enable_gqa=q.shape[0] != k.shape[0],
+                q[None],
+                k[None],
+                v[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=q.shape[0] != k.shape[0],
             )[0]
-        )  # fmt: skip
+        )
     return torch.cat(results, dim=1).transpose(0, 1)
 
 

@@ -126,9 +126,15 @@ def execute(run: Run) -> None:
     )
     once = sharding.reduces_once(module, run.mesh, arguments)
     trainer = Trainer(
-        arguments, module, run.data, run.schedule, run.device, run.compute, run.start.meta,
+        arguments,
+        module,
+        run.data,
+        run.schedule,
+        run.device,
+        run.compute,
+        run.start.meta,
         reduces_once=once,
-    )  # fmt: skip
+    )
     if run.start.checkpoint is None:
         _rehearse(arguments, module, codec, rounded)
     with explained_disk_errors(arguments.output_dir, AGAIN):
@@ -152,8 +158,10 @@ def _export(run: Run, trainer: Trainer, rounded: Rounding) -> Progress:
         nonlocal found
         found = trainer.measure_export(written)
         return {
-            **run.start.meta, "base": _base(run.arguments), "result": dataclasses.asdict(found),
-        }  # fmt: skip
+            **run.start.meta,
+            "base": _base(run.arguments),
+            "result": dataclasses.asdict(found),
+        }
 
     sharding.reshard(trainer.module)
     export(trainer.module.model, run.codec, run.arguments.output_dir, rounded, facts)
@@ -197,10 +205,12 @@ def _plan(run: Run) -> Plan | None:
     passport.check_loaded(arguments.model_name_or_path)
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     case = planner.of_run(
-        arguments, run.data.corpus, run.data.train,
+        arguments,
+        run.data.corpus,
+        run.data.train,
         [devices.recognized(card.name, card.total_memory) for card in cards],
         half=run.compute == torch.bfloat16,
-    )  # fmt: skip
+    )
     if case is None:
         return None
     plan = case.plan() if arguments.skip_plan else planner.check(case)

@@ -88,8 +88,10 @@ class Start:
         """What a checkpoint or passport holds of it; JSON values."""
         changes = [dataclasses.asdict(change) for change in self.changes]
         return {
-            "run": self.identity, "ranks": self.ranks, **({"changes": changes} if changes else {}),
-        }  # fmt: skip
+            "run": self.identity,
+            "ranks": self.ranks,
+            **({"changes": changes} if changes else {}),
+        }
 
 
 def hash_inputs(arguments: Arguments, codec: Codec) -> Identity:
@@ -117,11 +119,11 @@ def describe(
     # by an earlier version is recognized.
     later = {
         "settings": planned.pop("settings") or None,
-        "adam": None if _default_adam(arguments) else [
-            arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon
-        ],
+        "adam": None
+        if _default_adam(arguments)
+        else [arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon],
         "dither_masters": sharding.Dither.of(arguments, compute) is not None or None,
-    }  # fmt: skip
+    }
     return {
         **hashes,
         "compute": str(compute).removeprefix("torch."),

@@ -29,9 +29,13 @@ async def launch(flags: list[str], root: Path) -> None:
     command += [f"--nproc_per_node={ranks}", "train.py", *flags]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     job = await asyncio.create_subprocess_exec(
-        *command, cwd=root, env=environment, start_new_session=True,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
+        *command,
+        cwd=root,
+        env=environment,
+        start_new_session=True,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
     tail = ""
     try:
         assert job.stdout is not None

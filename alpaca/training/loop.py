@@ -128,9 +128,14 @@ class Trainer:
         computed = self.forward_backward(example_ids)
         norm, rate = self.update(step)
         ranks = self.gather(
-            computed.loss, computed.tokens, computed.flops, self.peak, memory(self.device),
-            self.requests.wanted, *self.sample.count().tolist(),
-        )  # fmt: skip
+            computed.loss,
+            computed.tokens,
+            computed.flops,
+            self.peak,
+            memory(self.device),
+            self.requests.wanted,
+            *self.sample.count().tolist(),
+        )
         counts = Counts(*ranks[:, 6:].sum(0).tolist())
         whole = Computed(*ranks[:, :3].sum(0).tolist())
         if not (math.isfinite(whole.loss) and math.isfinite(norm)):

@@ -119,6 +119,8 @@ def _tensors(pack: Pack, device: torch.device) -> tuple[Any, ...]:
         return torch.as_tensor(array, device=device)
 
     return (
-        tensor(pack.ids), tensor(pack.positions), index(pack.segments, device),
+        tensor(pack.ids),
+        tensor(pack.positions),
+        index(pack.segments, device),
         tensor(pack.sources),
-    )  # fmt: skip
+    )

@@ -65,7 +65,7 @@ def _wandb(folder: Path, name: str, settings: dict[str, Any]) -> Tracker:
 
     run = wandb.init(
         project=PROJECT, name=name, id=name, dir=folder, config=settings, resume="allow"
-    )  # fmt: skip
+    )
     return Tracker(lambda numbers, step: run.log(numbers, step=step), run.finish)
 
 

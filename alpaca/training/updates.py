@@ -64,8 +64,13 @@ class UpdateSample:
         changed = before.to(self.compute) != after.to(self.compute)
         small = due < 0.25
         columns = (
-            torch.ones_like(before), before != after, changed, due, changed & small, due * small,
-        )  # fmt: skip
+            torch.ones_like(before),
+            before != after,
+            changed,
+            due,
+            changed & small,
+            due * small,
+        )
         return torch.stack([column.sum(dtype=torch.float64) for column in columns])
 
 
