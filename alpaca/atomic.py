@@ -5,6 +5,7 @@ as `.NAME.partial` next to its final path. A crash leaves only the partial folde
 deletes it, or resumes from it if the writer supports that.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -54,6 +55,51 @@ def recover(final: Path) -> None:
     old = final.with_name(f".{final.name}.old")
     if old.exists() and not final.exists():
         os.rename(old, final)
+
+
+@contextmanager
+def locked(path: Path, busy: Exception) -> Iterator[bool]:
+    """Hold the lock file `path`, which exists only meanwhile; raises `busy` if a process holds it.
+
+    The system releases the lock when its process ends, however it ends, so there are no stale ones.
+    Yields False where the file system has no locks, as some shared disks: then nothing is locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        held = flock(descriptor, busy)
+        while held and not _is_file(descriptor, path):  # its holder removed it meanwhile
+            os.close(descriptor)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            held = flock(descriptor, busy)
+        try:
+            yield held
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def flock(descriptor: int, busy: Exception) -> bool:
+    """Lock an open file until it is closed; raises `busy` if another process has locked it.
+
+    Returns False where the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise busy from None
+    except OSError:
+        return False
+    return True
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_bytes(path: Path, content: bytes) -> None:

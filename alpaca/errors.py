@@ -6,6 +6,9 @@ Any other exception is a bug and keeps its traceback.
 import sys
 from collections.abc import Callable
 
+# Printed where a folder cannot be locked; {} is the folder.
+UNLOCKED = "{} is on a disk without file locks: make sure that no other process writes there"
+
 
 class UserError(Exception):
     """Says what happened and what to do.

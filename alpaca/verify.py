@@ -14,7 +14,7 @@ from alpaca import passport, stored
 from alpaca.errors import UserError
 
 # Files written into a folder after its passport. A checkpoint has its own checks.
-WRITTEN_LATER = {"log.jsonl", "loss.png", "loss.svg", "demo.json"}
+WRITTEN_LATER = {"log.jsonl", "log.previous.jsonl", "loss.png", "loss.svg", "demo.json"}
 # Loaders look for files with these suffixes, so an added one may change what is loaded.
 LOADED = {".safetensors", ".bin", ".json", ".model", ".jinja", ".py", ".txt", ".gguf", ".pth"}
 

@@ -67,7 +67,7 @@ def commands(model: Path, out: Path) -> dict[str, tuple[list[str], str]]:
     train = ["train.py", "--model_name_or_path", model, "--data_path", DATA, "--output_dir", out]
     return {
         "verify": (["-m", "alpaca", "verify", str(model)], ""),
-        "verify, verdict": (["-m", "alpaca", "verify", str(model)], "as it was written"),
+        "verify, verdict": (["-m", "alpaca", "verify", str(model)], "golden prompts (made"),
         "train": ([str(word) for word in [*train, "--max_steps", "1"]], ""),
         "serve": (["-m", "alpaca", "serve", "--weights", str(model), "--port", PORT], "serving "),
     }

@@ -6,10 +6,8 @@ folder gets its final name after the sources have passed their checks and every 
 been read back.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -30,7 +28,7 @@ from alpaca.convert.checksums import DamagedFileError, check_file, stamp
 from alpaca.convert.expected import check_fit
 from alpaca.convert.manifest import Manifest
 from alpaca.convert.source import Source, Tensor
-from alpaca.errors import UserError
+from alpaca.errors import UNLOCKED, UserError
 from alpaca.folder import explained_disk_errors
 from alpaca.layout import INDEX, SHARD_BYTES
 from alpaca.prompt import template_hash
@@ -100,8 +98,8 @@ def _write_folder(source: Source, final: Path, layout: Layout, made_from: str) -
     manifest_path = final.with_name(f".{final.name}.journal.json")
     with (
         explained_disk_errors(final, AGAIN),
+        _locked(final),
         atomic.folder(final, keep_partial=True) as partial,
-        _lock(partial),
     ):
         manifest = Manifest(manifest_path, partial, made_from)
         kept = manifest.keep(planned)
@@ -254,15 +252,10 @@ def _check_disk(planned: list[Shard[Tensor]], kept: set[str], final: Path) -> No
 
 
 @contextmanager
-def _lock(partial: Path) -> Iterator[None]:
-    """Lock the partial folder, so that no second conversion of the same model writes to it."""
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _locked(final: Path) -> Iterator[None]:
+    """Let no second conversion of the same model write at the same time."""
+    busy = UserError(f"Another conversion is writing {final}.", "Wait until it has finished.")
+    with atomic.locked(final.with_name(f".{final.name}.lock"), busy) as held:
+        if not held:
+            print(UNLOCKED.format(final.parent))
         yield
-    except BlockingIOError:
-        raise UserError(
-            f"Another conversion is writing {partial}.", "Wait until it has finished."
-        ) from None
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ settings that shape the replies; resuming with others would mix two runs, so it 
 line ends in a checksum of itself, so a changed byte is detected and refused.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from alpaca import atomic
-from alpaca.errors import UserError
+from alpaca.errors import UNLOCKED, UserError
 
 FORMAT = 2
 UNCHECKED = 1  # the format before lines had checksums; such journals are still read
@@ -85,12 +84,11 @@ class Journal:
         self.close()
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another run is writing {self.path}.", "Wait for it, or choose another --output."
-            ) from None
+        busy = UserError(
+            f"Another run is writing {self.path}.", "Wait for it, or choose another --output."
+        )
+        if not atomic.flock(self._file.fileno(), busy):
+            print(f"generate: {UNLOCKED.format(self.path.parent)}", flush=True)
 
     def _whole_lines(self) -> list[bytes]:
         """Every complete line; a last one that a kill left incomplete is removed from the file."""

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from alpaca import passport
-from alpaca.errors import UserError
+from alpaca import atomic, passport
+from alpaca.errors import UNLOCKED, UserError
 from alpaca.folder import explained_disk_errors
 from alpaca.model import compute_dtype
 from alpaca.plan import devices, planner, report
@@ -62,14 +63,15 @@ def run(arguments: Arguments, given: inputs.Inputs | None = None) -> None:
         UserError: whatever is wrong with data, model or hardware, before the first step.
     """
     try:
-        prepared = prepare(arguments, given or inputs.read(arguments))
-        if prepared.start.finished:
-            if dist.get_rank() == 0:
-                folder = arguments.output_dir
-                _illustrate(folder)  # where a run was killed just before it
-                print(f"train: {folder} already holds the model of exactly this run")
-            return
-        execute(prepared)
+        with ExitStack() as held:
+            prepared = prepare(arguments, given or inputs.read(arguments), held)
+            if prepared.start.finished:
+                if dist.get_rank() == 0:
+                    folder = arguments.output_dir
+                    _illustrate(folder)  # where a run was killed just before it
+                    print(f"train: {folder} already holds the model of exactly this run")
+                return
+            execute(prepared)
     except StoppedError as stopped:
         if dist.get_rank() == 0:
             print(f"train: {stopped}; run the same command again to resume", file=sys.stderr)
@@ -79,8 +81,10 @@ def run(arguments: Arguments, given: inputs.Inputs | None = None) -> None:
             dist.destroy_process_group()
 
 
-def prepare(arguments: Arguments, given: inputs.Inputs) -> Run:
-    """Check everything that can be checked, and connect the ranks.
+def prepare(arguments: Arguments, given: inputs.Inputs, held: ExitStack) -> Run:
+    """Check everything that can be checked, connect the ranks, lock the output folder.
+
+    The folder is locked until `held` is closed, or this process ends.
 
     Raises:
         UserError: see `run`.
@@ -89,6 +93,7 @@ def prepare(arguments: Arguments, given: inputs.Inputs) -> Run:
     compute = _dtype(arguments, device, main=os.environ.get("RANK", "0") == "0")
     codec, data = given.codec, given.data
     compatibility.check(arguments, codec.tokenizer)
+    identity.check_output(arguments)
     # Up to here each rank is alone: a mistake in flags or data ends it before it waits for others.
     mesh = sharding.start(device, arguments.sharding)
     ranks = dist.get_world_size()
@@ -97,6 +102,7 @@ def prepare(arguments: Arguments, given: inputs.Inputs) -> Run:
         return steps.schedule(arguments, len(data.train), ranks)
 
     def begin() -> Start:
+        _lock(arguments.output_dir, held)
         hashes = identity.hash_inputs(arguments, codec)
 
         def described(other: Arguments) -> dict[str, Any]:
@@ -166,6 +172,16 @@ def _export(run: Run, trainer: Trainer, rounded: Rounding) -> Progress:
     sharding.reshard(trainer.module)
     export(trainer.module.model, run.codec, run.arguments.output_dir, rounded, facts)
     return found
+
+
+def _lock(folder: Path, held: ExitStack) -> None:
+    """Let no second run write to the output folder; raises UserError if one does."""
+    busy = UserError(
+        f"Another run is writing {folder}.",
+        "Wait until it has ended, or name another --output_dir.",
+    )
+    if not held.enter_context(atomic.locked(folder / ".train.lock", busy)):
+        print(f"train: {UNLOCKED.format(folder)}", flush=True)
 
 
 def _device() -> torch.device:

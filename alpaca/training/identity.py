@@ -144,6 +144,16 @@ def _default_adam(arguments: Arguments) -> bool:
     return all(getattr(arguments, name) == getattr(default, name) for name in names)
 
 
+def check_output(arguments: Arguments) -> None:
+    """Refuse to write the trained model over the base model, even with --overwrite_output_dir."""
+    folder, base = arguments.output_dir, arguments.model_name_or_path
+    if folder.exists() and folder.samefile(base):
+        raise UserError(
+            f"--output_dir {folder} is the folder of the base model, which training would replace.",
+            "Name another --output_dir.",
+        )
+
+
 def begin(arguments: Arguments, ranks: int, described: Callable[[Arguments], Identity]) -> Start:
     """Look at the output folder and decide how the run begins; for the first rank.
 
@@ -170,6 +180,8 @@ def begin(arguments: Arguments, ranks: int, described: Callable[[Arguments], Ide
         if newest and meta and meta["run"] == identity:
             return _continued(start, newest, meta)
         checkpoint.clear(folder)
+        if model is not None:
+            _set_log_aside(folder)
         return Start(arguments, _as_json(described(arguments)), ranks=ranks)
     if newest is None or meta is None:
         if (folder / "config.json").exists():
@@ -179,6 +191,14 @@ def begin(arguments: Arguments, ranks: int, described: Callable[[Arguments], Ide
     if model is not None:
         passport.forget_extras(folder)  # the log is about to grow
     return _continued(start, newest, meta)
+
+
+def _set_log_aside(folder: Path) -> None:
+    """Keep the log of a model that is about to be replaced: it stays if the new run fails."""
+    passport.forget_extras(folder)
+    log = folder / "log.jsonl"
+    if log.is_file():
+        log.replace(folder / "log.previous.jsonl")
 
 
 def _is_finished(model: dict[str, Any] | None, start: Start) -> bool:
