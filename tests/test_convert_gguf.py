@@ -1,10 +1,15 @@
 """GGUF files: the default model equals transformers' own reading, tiny ones the reference."""
 
+import random
+import struct
+import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 import reference
 import torch
@@ -13,8 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alpaca.convert import download, names
+from alpaca.convert.expected import check_fit
+from alpaca.convert.gguf import open_gguf
 from alpaca.convert.ggufmeta import llama3_factors
 from alpaca.convert.params import llama3_scaling
+from alpaca.errors import UserError
 from alpaca.prompt import render
 from alpaca.tokens import Codec
 
@@ -176,3 +184,79 @@ def test_default_tokenizer_has_the_right_ends_and_gives_text_back(smollm: Path) 
     for text in ["  a\n\tรามาเกียรติ์ 🙂\x00", "2026-11-23", "x = [1, 2]\r\n"]:
         assert loaded.decode(loaded(text).input_ids) == text
     assert len(loaded("2026").input_ids) == 4, "digits are tokens of their own"
+
+
+@pytest.mark.parametrize("value", [0, 3, 2**31, 10**6])
+@pytest.mark.parametrize(
+    "key",
+    ["block_count", "embedding_length", "attention.head_count", "attention.head_count_kv"],
+)
+def test_a_number_that_cannot_be_is_refused_by_its_name(
+    key: str, value: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "in" / "tiny" / "tiny.gguf"
+    write_gguf(path, LLAMA_1, reference.weights(LLAMA_1, torch.float32), Kind.F16)
+    content = path.read_bytes()
+    name = f"llama.{key}".encode()
+    at = content.index(name) + len(name) + 4  # the type of the value is before it
+    path.write_bytes(content[:at] + struct.pack("<I", value) + content[at + 4 :])
+    with pytest.raises(UserError) as caught:
+        check_fit(open_gguf([path], "tiny"))
+    if value in (0, 2**31):  # the others may be another model's, and disagree with the weights
+        assert f"llama.{key} cannot be {value}" in caught.value.happened
+
+
+ODD = [0, 1, 3, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1]
+
+
+def mutated(content: bytes, size: int, choose: random.Random) -> bytes:
+    """Some bytes among the first `size` replaced, removed or inserted."""
+    changed = bytearray(content)
+    for _ in range(choose.choice([1, 1, 1, 2, 4])):
+        at = choose.randrange(choose.choice([size, min(size, 400)]))
+        odd = choose.choice(ODD)
+        how = choose.randrange(5)
+        if how == 0:
+            changed[at] = choose.randrange(256)
+        elif how == 1:
+            changed[at : at + 4] = struct.pack("<I", odd & 0xFFFFFFFF)
+        elif how == 2:
+            changed[at : at + 8] = struct.pack("<Q", odd)
+        elif how == 3:
+            del changed[at : at + choose.randrange(1, 9)]
+        else:
+            changed[at:at] = choose.randbytes(choose.randrange(1, 9))
+    return bytes(changed)
+
+
+def outcomes(root: Path, number: int) -> Counter[str]:
+    """Open `number` damaged files; anything but a model or a UserError within 5 s is raised."""
+    found: Counter[str] = Counter()
+    for shape in (LLAMA_1, LLAMA_3_1):
+        whole = root / shape.family / "tiny.gguf"
+        write_gguf(whole, shape, reference.weights(shape, torch.float32), Kind.F16)
+        content, header = whole.read_bytes(), int(gguf.GGUFReader(whole).data_offset)
+        for index in range(number // 2):
+            damaged = root / "damaged.gguf"
+            damaged.write_bytes(mutated(content, header, random.Random(index)))
+            began = time.monotonic()
+            try:
+                check_fit(open_gguf([damaged], "damaged"))
+                found["opened"] += 1
+            except UserError:
+                found["refused"] += 1
+            assert time.monotonic() - began < 5, f"{shape.family}, {index}"
+    return found
+
+
+def test_damaged_headers_are_refused_or_harmless(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, 100)
+    assert found["refused"] > 50
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_headers_are_refused_or_harmless(tmp_path: Path) -> None:
+    before = psutil.Process().memory_info().rss
+    found = outcomes(tmp_path, 10_000)
+    assert found["refused"] > 5_000
+    assert psutil.Process().memory_info().rss < before + 500e6

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import torch
 
-from alpaca.convert import names
+from alpaca.convert import ggufheader, names
 from alpaca.convert.ggufmeta import ROPE_FACTORS, Fields, read_config, read_vocabulary
 from alpaca.convert.source import Source, Tensor, unpermute
 from alpaca.errors import UserError
@@ -53,6 +53,7 @@ def open_gguf(paths: list[Path], name: str) -> Source:
 
 def _open(path: Path) -> gguf.GGUFReader:
     try:
+        ggufheader.check(path)
         reader = gguf.GGUFReader(path)
     except Exception as error:  # on a damaged file, the reader can raise almost anything
         raise UserError(

@@ -13,12 +13,13 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from alpaca.convert.bytelevel import PATTERNS, byte_level
-from alpaca.convert.params import llama3_scaling
+from alpaca.convert.params import LARGEST, llama3_scaling
 from alpaca.convert.sentencepieces import sentencepiece_bpe
 from alpaca.convert.source import llama_config
 from alpaca.description import Vocabulary
 from alpaca.errors import UserError
 
+LONGEST = 1 << 28  # tokens of context; published models have up to ten million
 CONTROL, USER_DEFINED = 3, 4  # token types
 ROPE_FACTORS = "rope_freqs.weight"  # the tensor in which llama.cpp stores Llama 3.1's RoPE scaling
 
@@ -47,6 +48,35 @@ class Fields:
             )
         return self.get(key)
 
+    def integer(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
+        """A number from 1 to `most`; raises UserError for anything else."""
+        value = self.need(key) if default is None else self.get(key, default)
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.wrong(key, value)
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0; raises UserError for anything else."""
+        value = self.need(key) if default is None else self.get(key, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.wrong(key, value)
+        return float(value)
+
+    def array(self, key: str, kind: type, count: int | None = None) -> list[Any]:
+        """A list of values of one type, `count` of them if given; else raises UserError."""
+        value = self.need(key)
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            raise self.wrong(key, value)
+        if count is not None and len(value) != count:
+            raise UserError(
+                f"{self.path}: {key} has {len(value):,} entries, not {count:,}.", "Fetch it again."
+            )
+        return value
+
+    def wrong(self, key: str, value: object) -> UserError:
+        """The error for a value that cannot be."""
+        return UserError(f"{self.path}: {key} cannot be {repr(value)[:60]}.", "Fetch it again.")
+
 
 def read_config(fields: Fields, stored: dict[str, Any]) -> dict[str, Any]:
     """config.json from the metadata and the tensors; raises UserError if it cannot be built."""
@@ -57,32 +87,50 @@ def read_config(fields: Fields, stored: dict[str, Any]) -> dict[str, Any]:
             f"{fields.path} holds a model of architecture {architecture}{experts}.",
             "Only dense models of architecture llama can be converted from GGUF.",
         )
-    heads = fields.need("llama.attention.head_count")
-    width = fields.need("llama.embedding_length")
-    theta = fields.get("llama.rope.freq_base", 10000.0)
-    head_dim = fields.get("llama.attention.key_length", width // heads)
+    heads = fields.integer("llama.attention.head_count")
+    kv_heads = fields.integer("llama.attention.head_count_kv", heads)
+    width = fields.integer("llama.embedding_length")
+    theta = fields.real("llama.rope.freq_base", 10000.0)
+    head_dim = fields.integer("llama.attention.key_length", max(1, width // heads))
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(
+            f"{fields.path}: {width} channels, {heads} heads and {kv_heads} key-value heads of "
+            f"{head_dim} channels do not divide evenly.",
+            "The file is damaged: fetch it again.",
+        )
     return llama_config(
-        vocab_size=int(stored["token_embd.weight"].shape[1])
-        if "token_embd.weight" in stored
-        else len(fields.need("tokenizer.ggml.tokens")),
+        vocab_size=_rows(fields, stored),
         hidden_size=width,
-        intermediate_size=fields.need("llama.feed_forward_length"),
-        num_hidden_layers=fields.need("llama.block_count"),
+        intermediate_size=fields.integer("llama.feed_forward_length"),
+        # Every layer has tensors, so a damaged number cannot make a table of a million layers.
+        num_hidden_layers=fields.integer("llama.block_count", most=max(1, len(stored))),
         num_attention_heads=heads,
-        num_key_value_heads=fields.get("llama.attention.head_count_kv", heads),
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=fields.need("llama.context_length"),
-        rms_norm_eps=float(f"{fields.need('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+        max_position_embeddings=fields.integer("llama.context_length", most=LONGEST),
+        rms_norm_eps=float(f"{fields.real('llama.attention.layer_norm_rms_epsilon'):.6g}"),
         rope_theta=theta,
         rope_scaling=_scaling(fields, stored.get(ROPE_FACTORS), theta, head_dim),
         tie_word_embeddings="output.weight" not in stored,
     )
 
 
+def _rows(fields: Fields, stored: dict[str, Any]) -> int:
+    """Rows of the embedding: the size of the vocabulary."""
+    if "token_embd.weight" not in stored:
+        return len(fields.array("tokenizer.ggml.tokens", str))
+    shape = stored["token_embd.weight"].shape
+    if len(shape) != 2:
+        raise UserError(f"{fields.path}: the embedding has {len(shape)} dimensions, not 2.")
+    return int(shape[1])
+
+
 def _scaling(fields: Fields, factors: Any, theta: float, head_dim: int) -> dict[str, Any] | None:
     kind = fields.get("llama.rope.scaling.type", "none")
     if factors is not None:
         divisors = np.array(factors.data, dtype=np.float64)
+        if divisors.shape != (head_dim // 2,):
+            raise fields.wrong(ROPE_FACTORS, divisors.shape)
         scaling = llama3_scaling(float(divisors.max()))
         if not np.allclose(divisors, llama3_factors(scaling, theta, head_dim), rtol=1e-4):
             raise UserError(f"{fields.path} uses a RoPE scaling other than Llama 3.1's.")
@@ -91,7 +139,7 @@ def _scaling(fields: Fields, factors: Any, theta: float, head_dim: int) -> dict[
         return None
     if kind != "linear":
         raise UserError(f"{fields.path} uses an unknown RoPE scaling: {kind}.")
-    return {"rope_type": "linear", "factor": float(fields.need("llama.rope.scaling.factor"))}
+    return {"rope_type": "linear", "factor": fields.real("llama.rope.scaling.factor")}
 
 
 def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray[Any, Any]:
@@ -106,11 +154,18 @@ def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.n
 
 def read_vocabulary(fields: Fields) -> Vocabulary:
     """The tokenizer in the metadata; raises UserError if its kind is unknown."""
-    tokens = fields.need("tokenizer.ggml.tokens")
+    tokens = fields.array("tokenizer.ggml.tokens", str)
     kind = fields.need("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise UserError(f"{fields.path} has an unknown kind of tokenizer: {kind}.")
-    backend = (_byte_level if kind == "gpt2" else _sentencepiece)(fields, tokens)
+        raise fields.wrong("tokenizer.ggml.model", kind)
+    try:
+        backend = (_byte_level if kind == "gpt2" else _sentencepiece)(fields, tokens)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exceptions for what it cannot build
+        raise UserError(
+            f"{fields.path}: the tokenizer in its metadata is damaged: {error}", "Fetch it again."
+        ) from None
     roles = {
         role: _token(fields, role, tokens) for role in ("bos", "eos", "unknown", "padding", "eot")
     }
@@ -129,15 +184,17 @@ def read_vocabulary(fields: Fields) -> Vocabulary:
 
 def _byte_level(fields: Fields, tokens: list[str]) -> Tokenizer:
     pattern = fields.get("tokenizer.ggml.pre", "default")
-    if pattern not in PATTERNS:
-        raise UserError(f"{fields.path} uses an unknown pre-tokenizer: {pattern}.")
+    if not isinstance(pattern, str) or pattern not in PATTERNS:
+        raise fields.wrong("tokenizer.ggml.pre", pattern)
+    kinds = fields.array("tokenizer.ggml.token_type", int, len(tokens))
+    merges = [merge.split(" ", 1) for merge in fields.array("tokenizer.ggml.merges", str)]
     backend = byte_level(
         {token: index for index, token in enumerate(tokens)},
-        [tuple(merge.split(" ", 1)) for merge in fields.need("tokenizer.ggml.merges")],
+        [(left, right) for left, right in merges],
         pattern,
         whole_words=pattern in ("llama-bpe", "llama3"),
     )
-    for token, kind in zip(tokens, fields.need("tokenizer.ggml.token_type"), strict=True):
+    for token, kind in zip(tokens, kinds, strict=True):
         if kind == CONTROL:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif kind == USER_DEFINED:
@@ -146,8 +203,8 @@ def _byte_level(fields: Fields, tokens: list[str]) -> Tokenizer:
 
 
 def _sentencepiece(fields: Fields, tokens: list[str]) -> Tokenizer:
-    scores = fields.need("tokenizer.ggml.scores")
-    kinds = fields.need("tokenizer.ggml.token_type")
+    scores = fields.array("tokenizer.ggml.scores", float, len(tokens))
+    kinds = fields.array("tokenizer.ggml.token_type", int, len(tokens))
     return sentencepiece_bpe(
         list(zip(tokens, scores, kinds, strict=True)),
         leading_space=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
@@ -156,4 +213,8 @@ def _sentencepiece(fields: Fields, tokens: list[str]) -> Tokenizer:
 
 def _token(fields: Fields, role: str, tokens: list[str]) -> str | None:
     index = fields.get(f"tokenizer.ggml.{role}_token_id")
-    return None if index is None or index >= len(tokens) else tokens[index]
+    if index is None:
+        return None
+    if type(index) is not int:
+        raise fields.wrong(f"tokenizer.ggml.{role}_token_id", index)
+    return tokens[index] if 0 <= index < len(tokens) else None
