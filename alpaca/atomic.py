@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,8 +26,8 @@ def folder(final: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     partial folder of an earlier, interrupted writer is reused instead of deleted.
     """
     partial = partial_path(final)
-    if partial.exists() and not keep_partial:
-        shutil.rmtree(partial)
+    if not keep_partial or partial.is_symlink():
+        remove(partial)
     partial.mkdir(parents=True, exist_ok=True)
     yield partial
     sync_tree(partial)
@@ -41,13 +41,13 @@ def replace_folder(new: Path, final: Path) -> None:
     restores the old folder.
     """
     old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        if old.exists():
-            shutil.rmtree(old)
+    if os.path.lexists(final):
+        remove(old)
         os.rename(final, old)
     os.rename(new, final)
     sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        remove(old)
 
 
 def recover(final: Path) -> None:
@@ -55,6 +55,14 @@ def recover(final: Path) -> None:
     old = final.with_name(f".{final.name}.old")
     if old.exists() and not final.exists():
         os.rename(old, final)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one; of a link only the link, never what it names."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

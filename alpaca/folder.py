@@ -5,7 +5,6 @@ takes seconds, which a wrong path or a damaged folder should not wait for.
 """
 
 import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +26,7 @@ def staging(folder: Path) -> Path:
     A training folder also holds a log and checkpoints, so it can't be replaced as a whole.
     """
     inner = folder / STAGING
-    if inner.exists():
-        shutil.rmtree(inner)
+    atomic.remove(inner)
     inner.mkdir(parents=True)
     return inner
 
@@ -48,7 +46,7 @@ def install(inner: Path, folder: Path) -> None:
     for name in sorted(names):
         (inner / name).replace(folder / name)
     atomic.sync(folder)
-    shutil.rmtree(inner)
+    atomic.remove(inner)
 
 
 def finish_install(folder: Path) -> None:
@@ -56,8 +54,8 @@ def finish_install(folder: Path) -> None:
     inner = folder / STAGING
     if (inner / READY).exists():
         install(inner, folder)
-    elif inner.exists():
-        shutil.rmtree(inner)
+    else:
+        atomic.remove(inner)
 
 
 def check_folder(folder: Path, what: str = "model") -> dict[str, stored.Entry]:

@@ -1,6 +1,10 @@
 """Complete or absent, wherever the writer is stopped."""
 
+import errno
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +101,52 @@ def test_bugs_keep_their_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         exit_code("prog", body)
+
+
+def test_a_link_in_place_of_a_folder_is_replaced_and_what_it_names_is_kept(tmp_path: Path) -> None:
+    kept, final = tmp_path / "kept", tmp_path / "final"
+    kept.mkdir()
+    (kept / "precious").touch()
+    for _ in range(2):
+        shutil.rmtree(final, ignore_errors=True)
+        final.symlink_to(kept)
+        atomic.partial_path(final).symlink_to(kept)
+        with atomic.folder(final, keep_partial=True) as partial:
+            assert list(partial.iterdir()) == []
+            (partial / "new").touch()
+        assert [path.name for path in final.iterdir()] == ["new"]
+    assert [path.name for path in kept.iterdir()] == ["precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "kept"]
+
+
+def test_removing_a_link_keeps_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nothing")
+    for name in ("link", "dangling", "absent"):
+        atomic.remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_one_process_holds_a_lock_and_its_file_goes_with_it(tmp_path: Path) -> None:
+    path, busy = tmp_path / "lock", RuntimeError("busy")
+    with atomic.locked(path, busy) as held:
+        assert held
+        with pytest.raises(RuntimeError, match="busy"), atomic.locked(path, busy):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    holder = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 66), 2); os.kill(0, 9)"
+    subprocess.run([sys.executable, "-c", holder, path], start_new_session=True, check=False)
+    assert path.exists()  # killed before it could remove it
+    with atomic.locked(path, busy) as held:
+        assert held
+
+
+def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with atomic.locked(tmp_path / "lock", RuntimeError("busy")) as held:
+        assert not held

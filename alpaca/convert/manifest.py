@@ -6,7 +6,6 @@ an unfinished one.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ class Manifest:
         """Delete everything but finished shards; it would end up in the finished folder."""
         for path in self.partial.iterdir():
             if path.name not in self.hashes:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                atomic.remove(path)
 
     def keep(self, planned: list[Shard[Any]]) -> set[str]:
         """Names of the finished shards whose hash still matches; deletes all other files."""

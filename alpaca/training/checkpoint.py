@@ -8,8 +8,8 @@ number of ranks can read it.
 """
 
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,14 @@ def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that a later save clears what a kill leaves."""
     renamed = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(renamed)
-    shutil.rmtree(renamed)
+    atomic.remove(renamed)
 
 
 def _clear_partial(folder: Path) -> None:
     """Delete checkpoints, of any step, whose writing or deletion was interrupted."""
     for path in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            atomic.remove(path)
 
 
 def _disk_error(error: OSError | CheckpointException, folder: Path) -> str | None:
@@ -177,7 +178,7 @@ def found(folder: Path) -> list[Path]:
 def clear(folder: Path) -> None:
     """Remove all checkpoints, also partial ones left by interrupted writers."""
     for path in [*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*")]:
-        shutil.rmtree(path)
+        atomic.remove(path)
 
 
 def newest(folder: Path) -> Path | None:
