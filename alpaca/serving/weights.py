@@ -2,17 +2,17 @@
 
 Sources, in this order: the argument that Cog passes to `setup(weights)` (fine-tuned weights: a
 folder or a tar file), the environment variable ALPACA_WEIGHTS, and `alpaca_out/`, the output folder
-of training. A tar file is unpacked once, atomically, into `.cache/weights/`.
+of training. A tar file is unpacked once into `.cache/weights/`.
 """
 
 import hashlib
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alpaca import atomic
 from alpaca.errors import UserError
+from alpaca.folder import explained_disk_errors
+from alpaca.serving import archives
 
 VARIABLE = "ALPACA_WEIGHTS"
 TRAINED = "alpaca_out"
@@ -65,15 +65,13 @@ def _unpack(tar: Path, root: Path) -> Path:
         name = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = root / CACHE / name
     if target.exists():
-        return target
-    try:
-        with atomic.folder(target) as partial, tarfile.open(tar) as archive:
-            archive.extractall(partial, filter="data")  # refuses paths and links that lead outside
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"{tar} is not a whole tar file: {error}",
-            "Pack the model folder again: tar -cf weights.tar -C FOLDER .",
-        ) from None
+        if archives.unchanged(target):
+            return target
+        print(
+            f"note: {target} was changed since it was unpacked; unpacking {tar} again", flush=True
+        )
+    with explained_disk_errors(target.parent, "Free some space and start again."):
+        archives.unpack(tar, target)
     return target
 
 
