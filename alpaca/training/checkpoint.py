@@ -27,7 +27,6 @@ from alpaca.training.rendezvous import on_every_rank, on_first_rank
 
 PREFIX = "checkpoint-"
 META = "run.json"
-THREADS = 4  # that write a rank's shards, each a file of its own, which another then hashes
 FULL = 1_000_000  # bytes; a disk with less free space counts as full
 
 
@@ -64,7 +63,8 @@ def save(
     try:
         on_first_rank(begin)
         model, optim = get_state_dict(module, optimizer)
-        writer = FileSystemWriter(partial, sync_files=False, thread_count=THREADS)
+        # One thread: with several, torch drops what a failing one should have written.
+        writer = FileSystemWriter(partial, sync_files=False)
         state_dict_saver.save({"model": model, "optimizer": optim}, storage_writer=writer)
         files = _sync_and_hash(partial)
         on_first_rank(finish)
