@@ -14,8 +14,11 @@ from cog import Input, Path
 
 from alpaca.errors import exit_code
 from alpaca.recipe import arguments, fsdp_config
+from alpaca.training import uploads
 
 ROOT = LocalPath(__file__).resolve().parent
+# Cog imports this file as a module for its training API; as a program it reads what it is told.
+DOWNLOADS = None if __name__ == "__main__" else uploads.protect()
 LARGEST = 9007199254740991  # 2^53 - 1: larger integers may be rounded in JSON
 
 
@@ -37,6 +40,8 @@ async def train(
     """
     from alpaca.training import job
 
+    assert DOWNLOADS is not None
+    data = Path(uploads.check(LocalPath(data), DOWNLOADS))  # Cog leaves a path a string
     out = LocalPath(os.environ.get("ALPACA_OUT", ROOT / "alpaca_out"))
     flags = {
         "model_name_or_path": base,

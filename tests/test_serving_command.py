@@ -103,6 +103,22 @@ def test_a_download_is_gone_once_it_was_used() -> None:
         assert path is None
 
 
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+    ],
+)
+def test_only_a_loopback_address_is_reached_by_this_machine_alone(host: str, own: bool) -> None:
+    assert command.is_loopback(host) is own
+
+
 def test_half_a_tar_file_is_refused_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "weights.tar", "w") as archive:
         archive.add(tiny_model, ".")

@@ -3,16 +3,21 @@
 import base64
 import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from http_server import Server
+from http_server import Server, answering
 
 from alpaca import passport
 from alpaca.folder import check_folder
@@ -29,7 +34,12 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(out: Path) -> Iterator[Server]:
-    started = Server(None, out.parent / "server.log", "--train", ALPACA_OUT=str(out))
+    given = out.parent / "given"
+    given.mkdir()
+    shutil.copy(ROOT / "data/seed_tasks.jsonl", given)
+    (given / "link.jsonl").symlink_to("/etc/hostname")
+    folders = {"ALPACA_OUT": str(out), "ALPACA_DATA_DIR": str(given)}
+    started = Server(None, out.parent / "server.log", "--train", **folders)
     try:
         started.wait_until_ready()
         yield started
@@ -101,6 +111,67 @@ def test_bad_inputs_are_refused(
 ) -> None:
     answer = server.client.post("/trainings", json={"input": inputs(tiny_model, **changed)})
     assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    "named", ["/etc/hostname", "{}/../server.log", "{}/link.jsonl", "train.py"]
+)
+def test_a_client_cannot_have_files_of_the_server_read(
+    named: str, server: Server, tiny_model: Path, out: Path
+) -> None:
+    path = named.format(out.parent / "given")
+    answer = server.client.post("/trainings", json={"input": inputs(tiny_model, data=path)}).json()
+    assert answer["status"] == "failed"
+    assert "is a path of the server, which a client may not name" in answer["error"]
+
+
+def test_files_of_the_folder_that_the_host_names_may_be_named(
+    server: Server, tiny_model: Path, out: Path
+) -> None:
+    changed = {"data": str(out.parent / "given/seed_tasks.jsonl"), "epochs": 0.01}
+    answer = server.client.post("/trainings", json={"input": inputs(tiny_model, **changed)}).json()
+    assert answer["status"] == "succeeded", answer
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_cog_does_not_fetch_from_the_server_itself(
+    host: str, server: Server, tiny_model: Path
+) -> None:
+    url = f"http://{host}:{server.port}/openapi.json"
+    answer = server.client.post("/trainings", json={"input": inputs(tiny_model, data=url)}).json()
+    assert answer["status"] == "failed"
+    assert "is an address of the server itself" in answer["error"]
+
+
+def test_local_addresses_can_be_allowed(tmp_path: Path) -> None:
+    """And other connections of the process are none of the guard's business."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"[]")
+
+    program = """
+import sys, urllib.request
+from pathlib import Path
+import cog
+from alpaca.training import uploads
+folder = uploads.protect()
+assert urllib.request.urlopen(sys.argv[1]).read() == b"[]"
+found = cog.Path.validate(sys.argv[1]).convert()
+assert uploads.check(found, folder, {}).read_bytes() == b"[]"
+"""
+    with answering(Handler) as url:
+        for allowed in ("0", "1"):
+            done = subprocess.run(
+                [sys.executable, "-c", program, url],
+                env={**os.environ, "ALPACA_LOCAL_URLS": allowed},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert (done.returncode == 0) == (allowed == "1"), done.stderr
 
 
 def test_the_table_of_inputs_names_every_input_with_its_default_and_range() -> None:

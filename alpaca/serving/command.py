@@ -5,6 +5,7 @@ itself with the server, `python -m cog.server.http`.
 """
 
 import argparse
+import ipaddress
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,11 @@ from alpaca.serving import schema, weights
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "predict.py:Runner"
 TRAIN = "train.py:train"
+OPEN = (
+    "serve: listening on {host}: whoever reaches port {port} can ask, cancel, name webhooks that "
+    "the server calls, and stop it (POST /shutdown); there is no key. With --train they can also "
+    "train and fetch URLs. Put a proxy that checks who asks in front of it."
+)
 IMAGE = {"TOKIO_WORKER_THREADS": "1", "GOMP_SPINCOUNT": "10000"}  # reasons: cog.yaml
 
 
@@ -62,6 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
         # The server starts its worker as `python`, which must be this interpreter.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
     }
+    if not is_loopback(arguments.host):
+        print(OPEN.format(host=arguments.host, port=arguments.port), flush=True)
     os.chdir(ROOT)
     server = [sys.executable, "-m", "cog.server.http", "--host", arguments.host]
     mode = ["--x-mode", "train"] if arguments.train else []
@@ -74,6 +82,14 @@ def named(environment: dict[str, str], folder: str | None) -> dict[str, str]:
         return environment
     others = {name: value for name, value in environment.items() if name != "COG_WEIGHTS"}
     return {**others, weights.VARIABLE: str(Path(folder).resolve())}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_port(port: int) -> None:
