@@ -16,7 +16,11 @@ from alpaca.errors import UserError
 # Files written into a folder after its passport. A checkpoint has its own checks.
 WRITTEN_LATER = {"log.jsonl", "log.previous.jsonl", "loss.png", "loss.svg", "demo.json"}
 # Loaders look for files with these suffixes, so an added one may change what is loaded.
-LOADED = {".safetensors", ".bin", ".json", ".model", ".jinja", ".py", ".txt", ".gguf", ".pth"}
+RUN = {
+    ".safetensors", ".bin", ".model", ".jinja", ".py", ".so", ".gguf", ".pth", ".pt", ".pkl",
+    ".pickle", ".ckpt", ".h5", ".msgpack", ".onnx",
+}  # fmt: skip
+LOADED = {*RUN, ".json", ".txt"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,7 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if not golden and arguments.add_golden:
         golden = add_golden(folder, recorded)
-    print(summary(folder, recorded, checked=bool(golden) and not arguments.no_golden))
+    unchecked = "--no-golden" if golden else "the passport holds none"
+    checked = bool(golden) and not arguments.no_golden
+    print(summary(folder, recorded, unchecked=None if checked else unchecked))
 
 
 def sealed(folder: Path, recorded: dict[str, Any]) -> list[str]:
@@ -111,14 +117,22 @@ def foreign(folder: Path, wanted: dict[str, str]) -> list[str]:
 
 
 def added(folder: Path, wanted: dict[str, str]) -> list[str]:
-    """Files that a loader would read and the passport does not list."""
-    return sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_file()
-        and path.suffix in LOADED
-        and path.name not in {*wanted, *WRITTEN_LATER, passport.NAME}
-    )
+    """Files that a loader would read and the passport does not list, also below subfolders.
+
+    A subfolder is read where another file names it, so only weights, code and templates count
+    there. Checkpoints have their own hashes.
+    """
+    known = {*wanted, *WRITTEN_LATER, passport.NAME}
+    found = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        top = name.parts[0]
+        if len(name.parts) > 1 and top.startswith((".", "checkpoint-")):
+            continue
+        loaded = LOADED if len(name.parts) == 1 else RUN
+        if path.is_file() and path.suffix in loaded and name.as_posix() not in known:
+            found.append(name.as_posix())
+    return sorted(found)
 
 
 def tensors(path: Path, recorded: dict[str, Any]) -> list[str]:
@@ -171,11 +185,12 @@ def add_golden(folder: Path, recorded: dict[str, Any]) -> list[dict[str, Any]] |
     return list(recorded["golden"])
 
 
-def summary(folder: Path, recorded: dict[str, Any], *, checked: bool) -> str:
-    """One line that says what was verified."""
+def summary(folder: Path, recorded: dict[str, Any], *, unchecked: str | None) -> str:
+    """One line that says what was verified, and why the logits were not, if so."""
     size = sum((folder / name).stat().st_size for name in recorded["files"])
-    logits = f", {len(recorded.get('golden') or [])} golden prompts" if checked else ""
+    prompts = f"{len(recorded.get('golden') or [])} golden prompts"
+    logits = f"logits NOT checked ({unchecked})" if unchecked else prompts
     return (
-        f"{folder} is intact: {len(recorded['files'])} files, {size / 1e9:,.2f} GB"
-        f"{logits} (made by {recorded['made_by']})"
+        f"{folder} is intact: {len(recorded['files'])} files, {size / 1e9:,.2f} GB, {logits} "
+        f"(made by {recorded['made_by']})"
     )

@@ -152,6 +152,35 @@ def test_missing_and_added_files_are_named(folder: Path) -> None:
     assert "notes.md" not in told
 
 
+def test_weights_and_code_in_subfolders_are_named_and_checkpoints_are_not(folder: Path) -> None:
+    for name in (
+        "sub/model.safetensors",
+        "sub/deep/code.py",
+        "sub/data.json",
+        "checkpoint-3/a.bin",
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    told = check(folder)
+    assert "sub/model.safetensors was added" in told
+    assert "sub/deep/code.py was added" in told
+    assert told.count("was added") == 2
+
+
+def test_the_verdict_says_that_logits_were_not_checked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(folder, "--no-golden") == ""
+    assert "logits NOT checked (--no-golden)" in capsys.readouterr().out
+    held = json.loads((folder / "passport.json").read_text())
+    del held["golden"]
+    (folder / "passport.json").write_text(passport.render(held))
+    forge(folder)
+    assert check(folder) == ""
+    assert "logits NOT checked (the passport holds none)" in capsys.readouterr().out
+
+
 def test_a_copy_without_the_log_is_whole(folder: Path) -> None:
     (folder / "log.jsonl").unlink()
     assert check(folder) == ""

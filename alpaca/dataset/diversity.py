@@ -85,8 +85,13 @@ def table(sets: "Sequence[Diversity]") -> str:
     for data in sets:
         counts = Counter(item for item in data.asked if item.verb)
         for item, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
-            rows.writerow([data.name, item.verb, item.object, count])
+            rows.writerow([*map(_cell, (data.name, item.verb, item.object)), count])
     return written.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Text that a spreadsheet shows and does not run: a formula gets an apostrophe in front."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _model(name: str | None) -> str:
