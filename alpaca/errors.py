@@ -3,9 +3,11 @@
 Any other exception is a bug and keeps its traceback.
 """
 
+import errno
 import sys
 from collections.abc import Callable
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # Printed where a folder cannot be locked; {} is the folder.
 UNLOCKED = "{} is on a disk without file locks: make sure that no other process writes there"
 
@@ -32,6 +34,16 @@ def exit_code(program: str, body: Callable[[], None]) -> int:
         return 2
     except PermissionError as error:
         print(f"{program}: error: {error.filename}: permission denied", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"{program}: error: the disk is full{where}\n"
+            "  Free some space and run the same command again; what is complete is kept.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"\n{program}: stopped; run the same command again to resume", file=sys.stderr)

@@ -4,14 +4,13 @@ A folder is what transformers reads: `config.json`, safetensors shards, a tokeni
 takes seconds, which a wrong path or a damaged folder should not wait for.
 """
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alpaca import atomic, stored
-from alpaca.errors import UserError
+from alpaca.errors import FULL, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +95,13 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     stored.check_pointer(folder / "tokenizer.json")
     from transformers import PreTrainedTokenizerFast  # a second, for a folder that is there
 
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises plain Exceptions for a damaged file
+        raise UserError(
+            f"The tokenizer in {folder} cannot be read: {error}",
+            "Fetch or convert the folder again.",
+        ) from None
 
 
 @contextmanager
@@ -105,6 +110,6 @@ def explained_disk_errors(folder: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise UserError(f"The disk of {folder} is full.", remedy) from None

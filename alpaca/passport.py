@@ -111,7 +111,7 @@ def read(folder: Path) -> dict[str, Any] | None:
                 "Use the version of the program that wrote it, or a newer one.",
             )
         _check(passport)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged: {reason}", "Write the folder again.") from None
     return passport

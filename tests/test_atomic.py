@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,21 @@ def test_only_one_process_holds_a_lock_and_its_file_goes_with_it(tmp_path: Path)
     assert path.exists()  # killed before it could remove it
     with atomic.locked(path, busy) as held:
         assert held
+
+
+def test_a_full_disk_is_a_sentence_and_other_errors_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(number: int) -> Callable[[], None]:
+        def body() -> None:
+            raise OSError(number, "no space", "/data/x")
+
+        return body
+
+    assert exit_code("generate", fails(errno.ENOSPC)) == 2
+    assert "generate: error: the disk is full (/data/x)" in capsys.readouterr().err
+    with pytest.raises(OSError, match="no space"):
+        exit_code("generate", fails(errno.EIO))
 
 
 def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def read_tokenizer(
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} is not JSON: {error}", "Fetch the file again.") from None
     return value if isinstance(value, dict) else {}
 

@@ -112,7 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} is not JSON: {error}", "Fetch the file again.") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a JSON object.", "Fetch the file again.")

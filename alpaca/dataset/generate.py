@@ -72,7 +72,7 @@ def _positive(text: str) -> int:
 def _object(text: str) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("is not a JSON object")

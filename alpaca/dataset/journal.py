@@ -104,7 +104,7 @@ class Journal:
         whole = line[: found.start()] + b"}" if found else line
         try:
             value = json.loads(whole)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if found:
             sound = int(found[1], 16) == zlib.crc32(whole)

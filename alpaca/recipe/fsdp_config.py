@@ -70,7 +70,7 @@ def _read(given: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--fsdp_config is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise UserError("--fsdp_config must be a JSON object of settings.")

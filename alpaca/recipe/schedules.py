@@ -188,7 +188,7 @@ def settings(shape: str, text: str, peak: float) -> dict[str, Any]:
     flag = "--lr_scheduler_kwargs"
     try:
         given = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{flag} is not JSON: {error}.", f"{_example(shape)}") from None
     if not isinstance(given, dict):
         raise UserError(f"{flag} {text} is not a JSON object.", _example(shape))

@@ -57,7 +57,7 @@ def unchanged(folder: Path) -> bool:
     """Whether an unpacked folder has the files, sizes and times that it was written with."""
     try:
         recorded = json.loads(_record(folder).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return bool(recorded == _stats(folder))
 
