@@ -3,8 +3,11 @@
 import json
 import random
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +30,13 @@ def test_a_save_clears_what_was_half_written_or_half_deleted(tmp_path: Path) -> 
     module(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, module, optimizer, {"run": {}}, keep=1)
+        checkpoint.write(
+            tmp_path, step, checkpoint.state_of(module, optimizer), {"run": {}}, keep=1
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     (tmp_path / ".checkpoint-1.old" / "a").mkdir(parents=True)
     (tmp_path / ".checkpoint-3.partial").mkdir()
-    checkpoint.save(tmp_path, 3, module, optimizer, {"run": {}}, keep=2)
+    checkpoint.write(tmp_path, 3, checkpoint.state_of(module, optimizer), {"run": {}}, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
@@ -43,7 +48,9 @@ def saved(folder: Path, steps: int = 1) -> tuple[torch.nn.Module, torch.optim.Op
     for step in range(1, steps + 1):
         module(torch.ones(1, 64)).sum().backward()
         optimizer.step()
-        checkpoint.save(folder, step, module, optimizer, {"run": {"seed": 1}}, keep=steps)
+        checkpoint.write(
+            folder, step, checkpoint.state_of(module, optimizer), {"run": {"seed": 1}}, keep=steps
+        )
     return module, optimizer
 
 
@@ -90,3 +97,73 @@ def test_a_checkpoint_of_an_earlier_version_has_no_hashes_and_is_loaded(tmp_path
     kept = {"run": {"seed": 1}, "step": 1}
     record.write_text(json.dumps(kept))
     assert checkpoint.load(tmp_path / "checkpoint-1", module, optimizer) == kept
+
+
+def module_and_optimizer() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    module = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(module.parameters())
+    train(module, optimizer)
+    return module, optimizer
+
+
+def train(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    module(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the checkpoint holds what there was when it was asked for; the next one waits for it."""
+    gate, write = threading.Event(), checkpoint.write
+
+    def slow(*arguments: Any) -> None:
+        gate.wait()
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    module, optimizer = module_and_optimizer()
+    with checkpoint.Saver(tmp_path, keep=2) as saver:
+        before = [parameter.clone() for parameter in module.parameters()]
+        saver.save(1, module, optimizer, {"run": {}})
+        train(module, optimizer)
+        assert not any(map(torch.equal, before, module.parameters()))
+        assert checkpoint.found(tmp_path) == []
+        gate.set()
+        saver.save(2, module, optimizer, {"run": {}})
+        assert checkpoint.found(tmp_path)[0].name == "checkpoint-1"
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    checkpoint.load(tmp_path / "checkpoint-1", module, optimizer)
+    assert all(map(torch.equal, before, module.parameters()))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise UserError("no space")
+
+    monkeypatch.setattr(checkpoint, "write", fails)
+    module, optimizer = module_and_optimizer()
+    with checkpoint.Saver(tmp_path, keep=1) as saver:
+        saver.save(1, module, optimizer, {"run": {}})
+        while not saver.failed:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="no space"):
+            saver.wait()
+        assert not saver.failed
+
+
+@pytest.mark.parametrize(
+    ("copies", "room", "wait"),
+    [(False, 1 << 40, False), (True, 1000, False), (True, 1 << 40, True)],
+)
+def test_nothing_is_copied_where_it_must_not_be(
+    copies: bool, room: int, wait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alpaca.ram.available", lambda: room)
+    module, optimizer = module_and_optimizer()
+    with checkpoint.Saver(tmp_path, keep=1, copies=copies) as saver:
+        saver.save(1, module, optimizer, {"run": {}}, wait=wait)
+        assert saver._thread is None
+        assert len(checkpoint.found(tmp_path)) == 1

@@ -66,10 +66,10 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(disk: Path) -> No
     optimizer = torch.optim.AdamW(module.parameters())
     module(torch.ones(1, 1000)).sum().backward()
     optimizer.step()
-    checkpoint.save(out, 1, module, optimizer, {"run": {}}, keep=2)
+    checkpoint.write(out, 1, checkpoint.state_of(module, optimizer), {"run": {}}, keep=2)
     leave(disk, ROOM)
     with pytest.raises(UserError, match="checkpoint-2 could not be written"):
-        checkpoint.save(out, 2, module, optimizer, {"run": {}}, keep=2)
+        checkpoint.write(out, 2, checkpoint.state_of(module, optimizer), {"run": {}}, keep=2)
     assert [path.name for path in out.iterdir()] == ["checkpoint-1"]
     assert checkpoint.load(out / "checkpoint-1", module, optimizer)["step"] == 1
 

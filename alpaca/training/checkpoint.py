@@ -8,37 +8,147 @@ number of ranks can read it.
 """
 
 import json
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
-from alpaca import atomic, passport
+from alpaca import atomic, passport, ram
 from alpaca.atomic import free_disk
 from alpaca.errors import UserError
 from alpaca.training.rendezvous import on_every_rank, on_first_rank
+from alpaca.training.sharding import TIMEOUT
 
 PREFIX = "checkpoint-"
 META = "run.json"
 FULL = 1_000_000  # bytes; a disk with less free space counts as full
 
 
-def save(
+class Saver:
+    """Writes the checkpoints of a run, one at a time, while training goes on.
+
+    The weights and moments are first copied to host memory. Where that has no room for a copy, or
+    where the optimizer keeps tensors of its own kind, training waits until they are written.
+    """
+
+    def __init__(self, folder: Path, keep: int, *, copies: bool = True) -> None:
+        """Keep the newest `keep` in `folder`; a collective call. Without `copies`, always wait."""
+        self.folder, self.keep, self.copies = folder, keep, copies
+        # The collective calls of the writing thread must not mix with those of training.
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def save(
+        self,
+        step: int,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        meta: dict[str, Any],
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Begin to write `checkpoint-STEP`, once an earlier one is written; a collective call.
+
+        With `wait` it is written when this returns, and nothing is copied.
+
+        Raises:
+            UserError: as `wait`.
+        """
+        self.wait()
+        state = state_of(module, optimizer)
+        copies = self.copies and not wait
+        if not (copies and all(on_every_rank(lambda: has_room(state), self._group))):
+            write(self.folder, step, state, meta, self.keep, self._group)
+            return
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # a plain copy
+        copied = stager.stage(state)
+        stager.close()
+        assert isinstance(copied, dict)  # a future only with asynchronous staging
+        self._thread = threading.Thread(
+            target=self._write, args=(step, copied, meta), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _write(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        try:
+            write(self.folder, step, state, meta, self.keep, self._group)
+        except Exception as error:  # raised again by `wait`
+            self._failure = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed, as far as this rank knows; `wait` then raises."""
+        return self._failure is not None
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written; a collective call.
+
+        Raises:
+            UserError: on every rank, when the disk of one of them is full or cannot be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def __enter__(self) -> Self:
+        """Leaving the context waits, as `wait` does, but raises nothing after another error."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait."""
+        if kind is None:
+            self.wait()
+        elif self._thread is not None and not issubclass(kind, KeyboardInterrupt):
+            self._thread.join()
+
+
+def state_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """This rank's shards of the weights and moments."""
+    model, optim = get_state_dict(module, optimizer)
+    return {"model": model, "optimizer": optim}
+
+
+def has_room(state: dict[str, Any]) -> bool:
+    """Whether the ranks of this host can each copy their state to memory, and keep half as much."""
+    size = 0
+
+    def add(value: object) -> object:
+        nonlocal size
+        if isinstance(value, torch.Tensor):
+            local = value.to_local() if isinstance(value, DTensor) else value
+            size += local.nbytes
+        return value
+
+    tree_map(add, state)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 1.5 * size * ranks <= ram.available()
+
+
+def write(
     folder: Path,
     step: int,
-    module: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
     meta: dict[str, Any],
     keep: int,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write `checkpoint-STEP` in `folder` and keep the newest `keep`; a collective call.
+    """Write `state` as `checkpoint-STEP` in `folder`, keep the newest `keep`; a collective call.
 
     Raises:
         UserError: on every rank, when the disk of one of them is full or cannot be written.
@@ -61,18 +171,17 @@ def save(
             _remove(old)
 
     try:
-        on_first_rank(begin)
-        model, optim = get_state_dict(module, optimizer)
+        on_first_rank(begin, group)
         # One thread: with several, torch drops what a failing one should have written.
         writer = FileSystemWriter(partial, sync_files=False)
-        state_dict_saver.save({"model": model, "optimizer": optim}, storage_writer=writer)
-        files = _sync_and_hash(partial)
-        on_first_rank(finish)
+        state_dict_saver.save(state, storage_writer=writer, process_group=group)
+        files = _sync_and_hash(partial, group)
+        on_first_rank(finish, group)
     except (OSError, CheckpointException) as error:
         reason = _disk_error(error, folder)
         if reason is None:
             raise
-        dist.barrier()  # every rank has checked the free space before rank 0 frees some
+        dist.barrier(group)  # every rank has checked the free space before rank 0 frees some
         if dist.get_rank() == 0:
             _clear_partial(folder)
         raise UserError(
@@ -81,7 +190,7 @@ def save(
         ) from None
 
 
-def _sync_and_hash(checkpoint: Path) -> dict[str, str]:
+def _sync_and_hash(checkpoint: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
     """Flush the files to the disk, and hash them meanwhile, which does not wait for the disk.
 
     Each rank flushes its own files, because hosts may have caches of their own.
@@ -89,12 +198,12 @@ def _sync_and_hash(checkpoint: Path) -> dict[str, str]:
     own = list(checkpoint.glob(f"__{dist.get_rank()}_*"))
     with ThreadPoolExecutor() as pool:
         flushed = [pool.submit(atomic.sync, path) for path in own]
-        files = _hash_shared(checkpoint)
-    on_every_rank(lambda: [one.result() for one in flushed])
+        files = _hash_shared(checkpoint, group)
+    on_every_rank(lambda: [one.result() for one in flushed], group)
     return files
 
 
-def _hash_shared(checkpoint: Path) -> dict[str, str]:
+def _hash_shared(checkpoint: Path, group: dist.ProcessGroup | None = None) -> dict[str, str]:
     """Name and SHA-256 of every file, each hashed by one of the ranks; a collective call.
 
     Raises:
@@ -107,7 +216,7 @@ def _hash_shared(checkpoint: Path) -> dict[str, str]:
         names = [path.name for path in paths]
         return dict(zip(names, passport.hash_files(paths), strict=True))
 
-    return {name: value for own in on_every_rank(hash_own) for name, value in own.items()}
+    return {name: value for own in on_every_rank(hash_own, group) for name, value in own.items()}
 
 
 def _remove(checkpoint: Path) -> None:

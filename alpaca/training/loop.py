@@ -72,6 +72,10 @@ class Trainer:
         self.reduces_once = reduces_once
         self.optimizer = optimizer.build(module, flags)
         self.sample = UpdateSample(module, compute)
+        # 8-bit moments are tensors of torchao's own kind, which cannot be copied to host memory.
+        self.saver = checkpoint.Saver(
+            flags.output_dir, flags.save_total_limit, copies=not flags.moments_8bit
+        )
         self.requests = Requests()
         self.progress = Progress()
         self.model_flops = flops.ModelFlops.of(module.model)
@@ -97,7 +101,8 @@ class Trainer:
         self.sample.count()  # counts start here
         watch = UpdateWatch(self.compute)
         tracker = self.tracker(resumed=newest is not None)
-        with RunLog(folder, self.schedule.steps, self.progress.steps, tracker) as run_log:
+        log = RunLog(folder, self.schedule.steps, self.progress.steps, tracker)
+        with self.saver, log as run_log:
             if newest is None:
                 self.evaluate(run_log)
             for step in range(self.progress.steps, self.schedule.steps):
@@ -112,7 +117,7 @@ class Trainer:
                 # The last step is saved whatever the period, because the export may still fail.
                 if wanted or self.due(saves, self.flags.save_steps, last=saves != "no"):
                     self.requests.saving()
-                    self.save()
+                    self.save(wait=wanted == STOP or step + 1 == self.schedule.steps)
                 if wanted == STOP and self.progress.steps < self.schedule.steps:
                     raise StoppedError(self.requests.number, self.progress.steps)
         return self.progress
@@ -134,10 +139,13 @@ class Trainer:
             self.peak,
             memory(self.device),
             self.requests.wanted,
+            self.saver.failed,
             *self.sample.count().tolist(),
         )
-        counts = Counts(*ranks[:, 6:].sum(0).tolist())
+        counts = Counts(*ranks[:, 7:].sum(0).tolist())
         whole = Computed(*ranks[:, :3].sum(0).tolist())
+        if ranks[:, 6].any():
+            self.saver.wait()  # raises, on every rank
         if not (math.isfinite(whole.loss) and math.isfinite(norm)):
             raise UserError(
                 f"Step {step + 1}: the loss is {whole.loss}, the gradient's norm {norm}.",
@@ -299,11 +307,10 @@ class Trainer:
         """SHA-256 of the held-out data that a run evaluates on."""
         return meta.get("run", {}).get("eval_data_sha256")
 
-    def save(self) -> None:
-        """Write a checkpoint of the steps done so far."""
+    def save(self, *, wait: bool) -> None:
+        """Write a checkpoint of the steps done so far, while training goes on unless `wait`."""
         meta = {**self.meta, "progress": dataclasses.asdict(self.progress)}
-        keep, folder = self.flags.save_total_limit, self.flags.output_dir
-        checkpoint.save(folder, self.progress.steps, self.module, self.optimizer, meta, keep)
+        self.saver.save(self.progress.steps, self.module, self.optimizer, meta, wait=wait)
 
     def due(self, strategy: str, every: int, *, last: bool = False) -> bool:
         """Whether `strategy` is due after the steps done so far; `last`: always at the end."""

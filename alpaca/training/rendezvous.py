@@ -20,8 +20,10 @@ TIMEOUT_SECONDS = 600.0
 T = TypeVar("T")
 
 
-def on_first_rank(body: Callable[[], T]) -> T:
+def on_first_rank(body: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `body` on rank 0 while the others wait; returns its result on every rank.
+
+    `group` holds the same ranks, for a thread whose collective calls may not mix with others.
 
     Raises:
         UserError, OSError: on every rank, where `body` raises it on rank 0.
@@ -32,15 +34,17 @@ def on_first_rank(body: Callable[[], T]) -> T:
             outcome[0] = body()
         except (UserError, OSError) as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]
     return result
 
 
-def on_every_rank(body: Callable[[], T]) -> list[T]:
+def on_every_rank(body: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run `body` on every rank; returns the results of all, in order of rank, on each.
+
+    `group` is as for `on_first_rank`.
 
     Raises:
         UserError, OSError: on every rank, where `body` raises it on one of them.
@@ -51,7 +55,7 @@ def on_every_rank(body: Callable[[], T]) -> list[T]:
     except (UserError, OSError) as error:
         mine = None, error
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, mine)
+    dist.all_gather_object(outcomes, mine, group=group)
     for _, failure in outcomes:
         if failure is not None:
             raise failure
