@@ -157,6 +157,27 @@ def test_a_run_killed_within_a_save_goes_on_bit_for_bit(
     assert_same_model(out, undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_any_moment_of_a_save_goes_on_bit_for_bit(
+    tiny_model: Path, undisturbed: Path, tmp_path: Path, seed: int
+) -> None:
+    """Training goes on meanwhile, so the kill comes at any moment of a step too."""
+    out, choose = tmp_path / "out", random.Random(seed)
+    words = command(tiny_model, out)
+    job = start(words)
+    saved = choose.randrange(3)
+    wait_until(lambda: len(checkpoint.found(out)) >= min(saved, 2), job)
+    wait_until(lambda: any(out.glob(".checkpoint-*.partial")), job)
+    time.sleep(choose.random() * 0.1)
+    job.kill()
+    job.communicate()
+    finish(words)
+    assert not list(out.glob(".checkpoint-*"))
+    assert losses(out) == losses(undisturbed)
+    assert_same_model(out, undisturbed)
+
+
 def test_a_signal_to_stop_within_a_save_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = start(command(tiny_model, out, "--save_steps=1"))
