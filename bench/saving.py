@@ -49,7 +49,7 @@ def main() -> None:
 def run(tree: Path, flags: list[str], accumulation: int) -> float:
     """Seconds of the steps of one run."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         words = [f"--model_name_or_path={MODEL}", f"--data_path={DATA}", f"--output_dir={folder}"]
         words += [f"--gradient_accumulation_steps={accumulation}", *flags]
         done = subprocess.run(
