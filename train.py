@@ -42,7 +42,7 @@ async def train(
 
     assert DOWNLOADS is not None
     data = Path(uploads.check(LocalPath(data), DOWNLOADS))  # Cog leaves a path a string
-    out = LocalPath(os.environ.get("ALPACA_OUT", ROOT / "alpaca_out"))
+    out = ROOT / os.environ.get("ALPACA_OUT", "alpaca_out")
     flags = {
         "model_name_or_path": base,
         "data_path": data,
@@ -57,7 +57,7 @@ async def train(
         "bf16": True,
     }
     await job.launch([f"--{name}={value}" for name, value in flags.items()], ROOT)
-    return Path(job.archive(out, out.with_suffix(".tar")))
+    return Path(job.archive(out, out.with_name(f"{out.name}.tar")))
 
 
 def train_from_command_line() -> None:

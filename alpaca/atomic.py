@@ -77,8 +77,8 @@ def locked(path: Path, busy: Exception) -> Iterator[bool]:
     try:
         held = flock(descriptor, busy)
         while held and not _is_file(descriptor, path):  # its holder removed it meanwhile
-            os.close(descriptor)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            removed, descriptor = descriptor, os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            os.close(removed)
             held = flock(descriptor, busy)
         try:
             yield held

@@ -99,6 +99,17 @@ def test_a_checkpoint_of_an_earlier_version_has_no_hashes_and_is_loaded(tmp_path
     assert checkpoint.load(tmp_path / "checkpoint-1", module, optimizer) == kept
 
 
+def test_a_folder_of_another_program_with_a_checkpoints_name_is_kept(tmp_path: Path) -> None:
+    module, optimizer = module_and_optimizer()
+    other = tmp_path / "checkpoint-1"
+    other.mkdir()
+    (other / "precious").touch()
+    with pytest.raises(UserError, match="is not a checkpoint of this program"):
+        checkpoint.write(tmp_path, 1, checkpoint.state_of(module, optimizer), {"run": {}}, keep=1)
+    checkpoint.clear(tmp_path)
+    assert (other / "precious").exists()
+
+
 def module_and_optimizer() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     module = torch.nn.Linear(8, 8)
     optimizer = torch.optim.AdamW(module.parameters())

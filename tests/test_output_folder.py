@@ -51,6 +51,25 @@ def steps_done(out: Path) -> int:
     return int(checkpoint.found(out)[-1].name.removeprefix("checkpoint-"))
 
 
+def test_a_base_model_among_the_checkpoints_is_not_deleted(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """transformers' Trainer puts models there; a copy of a checkpoint is the user's own too."""
+    out = tmp_path / "out"
+    base = out / "checkpoint-500"
+    shutil.copytree(tiny_model, base)
+    done = train(*flags(base, out, "--overwrite_output_dir"))
+    assert done.returncode == 2
+    assert "holds the base model where training would replace it" in done.stderr
+    assert (base / "config.json").is_file()
+    assert train(*flags(tiny_model, out)).returncode == 0
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-2.bak")
+    again = train(*flags(tiny_model, out, "--overwrite_output_dir", "--seed=1"))
+    assert again.returncode == 0, again.stderr
+    assert (base / "config.json").is_file()
+    assert (out / "checkpoint-2.bak" / checkpoint.META).is_file()
+
+
 @pytest.mark.parametrize("through_a_link", [False, True])
 def test_the_base_model_is_never_replaced(
     through_a_link: bool, tiny_model: Path, tmp_path: Path
@@ -64,7 +83,7 @@ def test_the_base_model_is_never_replaced(
         out.symlink_to(base)
     done = train(*flags(base, out, "--overwrite_output_dir"))
     assert done.returncode == 2
-    assert "is the folder of the base model" in done.stderr
+    assert "holds the base model where training would replace it" in done.stderr
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
 
 

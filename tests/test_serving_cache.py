@@ -14,13 +14,13 @@ from tiny import set_eos
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
+from alpaca.ram import available, container_memory_left
 from alpaca.serving import packed
 from alpaca.serving.attention import PrefillChunk, Step, spans
 from alpaca.serving.cache import (
     Capacity,
     LayerShape,
     SlotCache,
-    container_memory_left,
     fitting_tokens,
     plan_capacity,
 )
@@ -82,6 +82,13 @@ def test_the_memory_of_a_container_is_what_files_do_not_keep(tmp_path: Path) -> 
     )
     write(tmp_path / "1" / "memory", "2000", "1800", "total_inactive_file", old)
     assert container_memory_left(tmp_path / "1") == 900
+    # A job's own group, as Slurm and systemd make it, and the groups it is in.
+    own = tmp_path / "cgroup"
+    own.write_text("0::/slurm/job/step\n")
+    write(tmp_path / "3/slurm", "3000", "1900", "inactive_file", new)
+    (tmp_path / "3/slurm/job/step").mkdir(parents=True)
+    assert available(tmp_path / "3", own) == 1800
+    assert available(tmp_path / "1", tmp_path / "absent") == 900
 
 
 @given(st.data())

@@ -9,11 +9,13 @@ is refused.
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,10 +28,30 @@ OPENERS: dict[bytes, Any] = {
     b"\xfd7zXZ": lzma.open,
 }
 PIECE = 1 << 20  # bytes
+MOST_FILES = 10_000
 # Weights do not compress to a tenth of their size; an archive that does would fill the disk.
 MOST_GROWTH = 10
 SMALL = 256 << 20  # bytes that any archive may unpack to
 DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+
+
+class _Bounded(io.RawIOBase):
+    """An archive's decompressed bytes, up to a number of them, whatever asks for more."""
+
+    def __init__(self, stream: IO[bytes], tar: Path, most: int) -> None:
+        super().__init__()
+        self.stream, self.tar, self.left = stream, tar, most
+
+    def read(self, size: int = -1) -> bytes:
+        if size > self.left:
+            raise _hostile(self.tar, f"it unpacks to more than {MOST_GROWTH} times its size")
+        piece = self.stream.read(size)
+        self.left -= len(piece)
+        return piece
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
 
 
 def unpack(tar: Path, target: Path) -> None:
@@ -44,7 +66,9 @@ def unpack(tar: Path, target: Path) -> None:
             hashes = _extract(tar, partial)
             _compare(tar, partial, hashes)
         atomic.write_text(_record(target), json.dumps(_stats(target)))
-    except DAMAGED as error:
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's; a damaged archive's has no number
         raise UserError(
             f"{tar} is not a whole tar file: {error}",
             "Pack the model folder again: tar -cf weights.tar -C FOLDER .",
@@ -54,22 +78,46 @@ def unpack(tar: Path, target: Path) -> None:
 
 
 def unchanged(folder: Path) -> bool:
-    """Whether an unpacked folder has the files, sizes and times that it was written with."""
+    """Whether an unpacked folder is as it was written.
+
+    Files of the recorded sizes and times count as unchanged. Without a record, or with other times,
+    as in a copy, the passport's hashes decide.
+    """
     try:
-        recorded = json.loads(_record(folder).read_text())
+        if json.loads(_record(folder).read_text()) == _stats(folder):
+            return True
     except (OSError, ValueError, RecursionError):
+        pass
+    if not _matches_passport(folder):
         return False
-    return bool(recorded == _stats(folder))
+    with suppress(OSError):  # a file system that can only be read
+        atomic.write_text(_record(folder), json.dumps(_stats(folder)))
+    return True
+
+
+def _matches_passport(folder: Path) -> bool:
+    found = [path.parent for path in folder.rglob(passport.NAME)]
+    if len(found) != 1:
+        return False
+    try:
+        recorded = passport.read(found[0])
+        assert recorded is not None
+        paths = [found[0] / name for name in recorded["files"]]
+        return passport.hash_files(paths) == list(recorded["files"].values())
+    except (OSError, UserError):
+        return False
 
 
 def _extract(tar: Path, folder: Path) -> dict[str, str]:
     """Write the archive's files below `folder`; returns the SHA-256 of each by its path."""
     most = max(SMALL, MOST_GROWTH * tar.stat().st_size)
     hashes: dict[str, str] = {}
-    with _opened(tar) as stream:
+    with _Bounded(_opened(tar), tar, most + SMALL) as stream:
         with tarfile.open(fileobj=stream, mode="r|") as archive:
-            for member in _checked(tar, archive, folder):
-                if (most := most - member.size) < 0:
+            for count, member in enumerate(_checked(tar, archive, folder)):
+                if count > MOST_FILES:
+                    raise _hostile(tar, f"it has more than {MOST_FILES:,} files")
+                if member.size < 0 or (most := most - member.size) < 0:
                     raise _hostile(tar, f"it unpacks to more than {MOST_GROWTH} times its size")
                 path = folder / member.name
                 if member.isdir():

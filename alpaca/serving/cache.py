@@ -11,16 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
+from alpaca import ram
 from alpaca.errors import UserError
 
 # share of free memory; the rest is for activations and, on a CPU, for other processes
 SHARE = {"cpu": 0.5, "cuda": 0.9}
-GROUPS = Path("/sys/fs/cgroup")  # control groups
 
 
 @dataclass(frozen=True)
@@ -87,34 +85,7 @@ def unused_bytes(device: torch.device) -> int:
     """Free memory of a GPU, or of the machine or container, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)  # of the whole machine, even in a container
-    container = container_memory_left(GROUPS)
-    return available if container is None else min(available, container)
-
-
-def container_memory_left(groups: Path) -> int | None:
-    """Bytes that the container may still allocate, or None without a limit.
-
-    `groups` is the folder of the control groups; version 2 is tried first, then version 1. The
-    kernel counts cached file pages as used but frees them on demand, so inactive ones do not
-    count here (kernel documentation of control groups, memory.stat).
-    """
-    for limit, used, stat, files in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
-        try:
-            counts = dict(line.split() for line in (groups / stat).read_text().splitlines())
-            taken = int((groups / used).read_text()) - int(counts[files])
-            return int((groups / limit).read_text()) - taken
-        except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
-            continue
-    return None
+    return ram.available()
 
 
 class SlotCache:

@@ -6,10 +6,12 @@ of training. A tar file is unpacked once into `.cache/weights/`.
 """
 
 import hashlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from alpaca import atomic
 from alpaca.errors import UserError
 from alpaca.folder import explained_disk_errors
 from alpaca.serving import archives
@@ -64,15 +66,22 @@ def _unpack(tar: Path, root: Path) -> Path:
     with open(tar, "rb") as file:
         name = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = root / CACHE / name
-    if target.exists():
-        if archives.unchanged(target):
-            return target
-        print(
-            f"note: {target} was changed since it was unpacked; unpacking {tar} again", flush=True
-        )
-    with explained_disk_errors(target.parent, "Free some space and start again."):
-        archives.unpack(tar, target)
+    while not (target.exists() and archives.unchanged(target)):
+        try:
+            with (
+                explained_disk_errors(target.parent, "Free some space and start again."),
+                atomic.locked(target.with_name(f".{name}.lock"), _UnpackingError()),
+            ):
+                if target.exists() and not archives.unchanged(target):
+                    print(f"note: {target} was changed since; unpacking {tar} again", flush=True)
+                archives.unpack(tar, target)
+        except _UnpackingError:
+            time.sleep(1)  # another server unpacks it
     return target
+
+
+class _UnpackingError(Exception):
+    """Another process unpacks the same archive."""
 
 
 def _inner(folder: Path) -> Path:

@@ -158,6 +158,11 @@ def write(
     partial = atomic.partial_path(final)
 
     def begin() -> None:
+        if final.exists() and not _is_ours(final):
+            raise UserError(
+                f"{final} is not a checkpoint of this program, and the next one has its name.",
+                "Move it away, or name another --output_dir.",
+            )
         _clear_partial(folder)
         partial.mkdir(parents=True)
 
@@ -178,10 +183,12 @@ def write(
         files = _sync_and_hash(partial, group)
         on_first_rank(finish, group)
     except (OSError, CheckpointException) as error:
-        reason = _disk_error(error, folder)
+        # Decided by all together, before rank 0 frees some space.
+        failed = error
+        reasons = on_every_rank(lambda: _disk_error(failed, folder), group)
+        reason = next((one for one in reasons if one is not None), None)
         if reason is None:
             raise
-        dist.barrier(group)  # every rank has checked the free space before rank 0 frees some
         if dist.get_rank() == 0:
             _clear_partial(folder)
         raise UserError(
@@ -211,10 +218,15 @@ def _hash_shared(checkpoint: Path, group: dist.ProcessGroup | None = None) -> di
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
+    # Listed by one rank: another host may not see a new file yet.
+    every = on_first_rank(
+        lambda: sorted(path.name for path in checkpoint.iterdir() if path.name != META), group
+    )
+
     def hash_own() -> dict[str, str]:
-        paths = sorted(path for path in checkpoint.iterdir() if path.name != META)[rank::ranks]
-        names = [path.name for path in paths]
-        return dict(zip(names, passport.hash_files(paths), strict=True))
+        names = every[rank::ranks]
+        hashes = passport.hash_files([checkpoint / name for name in names])
+        return dict(zip(names, hashes, strict=True))
 
     return {name: value for own in on_every_rank(hash_own, group) for name, value in own.items()}
 
@@ -280,13 +292,18 @@ def _damaged(checkpoint: Path, reason: str) -> UserError:
 
 def found(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    complete = [path for path in folder.glob(f"{PREFIX}*") if (path / META).is_file()]
+    complete = [path for path in folder.glob(f"{PREFIX}*") if _is_ours(path)]
     return sorted(complete, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a complete checkpoint; a copy with another ending is the user's own."""
+    return path.name.removeprefix(PREFIX).isdecimal() and (path / META).is_file()
 
 
 def clear(folder: Path) -> None:
     """Remove all checkpoints, also partial ones left by interrupted writers."""
-    for path in [*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*")]:
+    for path in [*found(folder), *folder.glob(f".{PREFIX}*")]:
         atomic.remove(path)
 
 

@@ -46,6 +46,8 @@ FLAGS = {
     "moments": "--optim",
     "adam": "AdamW's betas and epsilon",
 }
+# Beginnings of the names that a run deletes or replaces in its output folder.
+REPLACED = (checkpoint.PREFIX, ".")
 Identity = dict[str, Any]
 
 
@@ -147,11 +149,16 @@ def _default_adam(arguments: Arguments) -> bool:
 def check_output(arguments: Arguments) -> None:
     """Refuse to write the trained model over the base model, even with --overwrite_output_dir."""
     folder, base = arguments.output_dir, arguments.model_name_or_path
-    if folder.exists() and folder.samefile(base):
+    inside = base.resolve().relative_to(folder.resolve()) if _contains(folder, base) else None
+    if inside is not None and (not inside.parts or inside.parts[0].startswith(REPLACED)):
         raise UserError(
-            f"--output_dir {folder} is the folder of the base model, which training would replace.",
+            f"--output_dir {folder} holds the base model where training would replace it.",
             "Name another --output_dir.",
         )
+
+
+def _contains(folder: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def begin(arguments: Arguments, ranks: int, described: Callable[[Arguments], Identity]) -> Start:
