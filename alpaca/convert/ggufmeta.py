@@ -120,8 +120,8 @@ def _rows(fields: Fields, stored: dict[str, Any]) -> int:
     if "token_embd.weight" not in stored:
         return len(fields.array("tokenizer.ggml.tokens", str))
     shape = stored["token_embd.weight"].shape
-    if len(shape) != 2:
-        raise UserError(f"{fields.path}: the embedding has {len(shape)} dimensions, not 2.")
+    if len(shape) != 2 or not 1 <= shape[1] <= LARGEST:
+        raise fields.wrong("the shape of token_embd.weight", [int(size) for size in shape])
     return int(shape[1])
 
 
