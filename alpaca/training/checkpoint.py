@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 from alpaca import atomic, passport, ram
 from alpaca.atomic import free_disk
@@ -126,16 +126,8 @@ def state_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def has_room(state: dict[str, Any]) -> bool:
     """Whether the ranks of this host can each copy their state to memory, and keep half as much."""
-    size = 0
-
-    def add(value: object) -> object:
-        nonlocal size
-        if isinstance(value, torch.Tensor):
-            local = value.to_local() if isinstance(value, DTensor) else value
-            size += local.nbytes
-        return value
-
-    tree_map(add, state)
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    size = sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in tensors)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 1.5 * size * ranks <= ram.available()
 

@@ -35,7 +35,7 @@ from alpaca.recipe.arguments import PrecisionFlags, ShardingFlags
 from alpaca.shards import finite
 from alpaca.training import attention
 from alpaca.training.loss import TargetLoss
-from alpaca.training.rendezvous import meet
+from alpaca.training.rendezvous import meet, on_every_rank
 
 # How long a rank waits for the others. Rank 0 works alone longest at the end of an export: hashing
 # 140 GB twice at 100 MB/s takes 47 minutes. torchrun finds dead ranks and hosts within seconds, so
@@ -188,18 +188,8 @@ def load(model: PreTrainedModel, folder: Path, dither: Dither | None = None) -> 
         UserError: a tensor is missing, its shape differs, or it holds NaN or infinite numbers; the
             message names it. Raised on every rank, even if only one of them found it.
     """
-    failure: UserError | None = None
-    nonfinite: list[str] = []
-    try:
-        nonfinite = _fill_all(model, folder, dither)
-    except UserError as error:
-        failure = error
-    results: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, (failure and (failure.happened, failure.remedy), nonfinite))
-    for failed, _ in results:
-        if failed:
-            raise UserError(*failed)
-    if nonfinite := sorted({name for _, names in results for name in names}):
+    found = on_every_rank(lambda: _fill_all(model, folder, dither))
+    if nonfinite := sorted({name for names in found for name in names}):
         raise UserError(
             f"{nonfinite[0]} holds NaN or infinite numbers"
             + (f", and so do {len(nonfinite) - 1} more tensors." if nonfinite[1:] else "."),
