@@ -66,18 +66,25 @@ def _unpack(tar: Path, root: Path) -> Path:
     with open(tar, "rb") as file:
         name = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = root / CACHE / name
-    while not (target.exists() and archives.unchanged(target)):
+    while not _is_unpacked(target):
         try:
             with (
                 explained_disk_errors(target.parent, "Free some space and start again."),
                 atomic.locked(target.with_name(f".{name}.lock"), _UnpackingError()),
             ):
-                if target.exists() and not archives.unchanged(target):
-                    print(f"note: {target} was changed since; unpacking {tar} again", flush=True)
-                archives.unpack(tar, target)
+                if not _is_unpacked(target):  # by a server that held the lock until now
+                    if target.exists():
+                        print(
+                            f"note: {target} was changed since; unpacking {tar} again", flush=True
+                        )
+                    archives.unpack(tar, target)
         except _UnpackingError:
             time.sleep(1)  # another server unpacks it
     return target
+
+
+def _is_unpacked(target: Path) -> bool:
+    return target.exists() and archives.unchanged(target)
 
 
 class _UnpackingError(Exception):
