@@ -17,6 +17,7 @@ from alpaca.training import checkpoint
 
 def flags(model: Path, out: Path, *more: object) -> list[object]:
     given = {"model_name_or_path": model, "output_dir": out, "save_steps": 1, "max_steps": 2}
+    given["keep_last_checkpoint"] = True
     return [*(f"--{name}={value}" for name, value in given.items()), *more]
 
 

@@ -225,6 +225,7 @@ def test_three_nodes_are_faster_than_one_and_copies_cost_traffic() -> None:
         ({"save_steps": 2000}, 2, 0),  # the one at the end, and one that a signal asked for
         ({"save_steps": 10, "save_total_limit": 3}, 4, 0),
         ({"save_steps": 60, "save_total_limit": 9}, 3, 1),
+        ({"save_steps": 100, "save_only_model": True}, 1, 1),  # the signal's
     ],
 )
 def test_disk_is_counted_for_the_worst_moment(
@@ -233,6 +234,43 @@ def test_disk_is_counted_for_the_worst_moment(
     counted = dataclasses.replace(work(2048, 1600), steps=100)
     needed = disk.disk_bytes(Arguments(**flags), counted, 1000, 10)
     assert needed == checkpoints * 1000 + exports * 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "host", "saves", "saving"),
+    [
+        ({"save_strategy": "no"}, None, 0, 0),
+        # two beside the training, copied from 8 devices at 16 GB/s, and the last of 80.9 GB
+        ({"save_steps": 4000}, None, 3, 2 * 80.9 / 8 / 16 + 80.9),
+        ({"save_steps": 4000}, 100 * 10**9, 3, 3 * 80.9),  # no room for a copy
+        ({"save_steps": 4000, "optim": "adamw_8bit"}, None, 3, 3 * 6.738 * (4 + 2 + 8 / 256)),
+        ({"save_steps": 4000, "save_only_model": True}, None, 2, 2 * 3 * 13.48),
+    ],
+)
+def test_the_time_of_saving_is_that_in_which_training_waits(
+    flags: dict[str, Any], host: int | None, saves: int, saving: float
+) -> None:
+    counted = dataclasses.replace(work(2048, 1600), steps=10_000, tokens=10**9)
+    machine = Machine(devices.named("a100-80"), 8, host=host)
+    made = plan.make(shapes.KNOWN["llama-7b"], Arguments(bf16=True, **flags), machine, counted)
+    assert made.saves == saves
+    assert made.files.saving == pytest.approx(saving, rel=1e-3, abs=1e-9)
+    assert made.files.loading == pytest.approx(13.48, rel=1e-3)
+    assert made.files.total == pytest.approx(saving + 5 * 13.48, rel=1e-3)
+    assert made.seconds is not None
+    hours = made.cost(2.0)
+    assert hours == pytest.approx((made.seconds + made.files.total) / 3600 * 8 * 2)
+
+
+def test_saves_that_take_longer_than_the_steps_between_them_wait_for_each_other() -> None:
+    shape = shapes.KNOWN["llama-7b"]
+    counted = dataclasses.replace(work(2048, 1600), steps=100, tokens=10**6)
+    machine = Machine(devices.named("a100-80"), 8)
+    made = plan.make(shape, Arguments(bf16=True, save_steps=10), machine, counted)
+    assert made.seconds is not None
+    apart = made.seconds / 10
+    assert apart < 80.9
+    assert made.files.saving == pytest.approx(9 * (80.9 - apart + 80.9 / 128) + 80.9, rel=1e-3)
 
 
 def test_fewer_checkpoints_are_a_remedy_for_a_small_disk() -> None:

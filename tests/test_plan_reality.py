@@ -62,6 +62,7 @@ def test_steps_tokens_and_disk_are_exactly_those_of_the_run(
         "--save_steps=5",
         "--eval_fraction=0.1",
         "--max_tokens_per_pack=700",
+        "--keep_last_checkpoint",
     ]
     made = plan(flags, ranks)
     told = train(flags, ranks)

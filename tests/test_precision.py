@@ -71,6 +71,7 @@ def flags(base: Path, out: Path, *more: object) -> list[str]:
         50,
         "--learning_rate",
         1e-5,
+        "--keep_last_checkpoint",
         *more,
     ]
     return [str(word) for word in words]

@@ -38,6 +38,7 @@ def command(tiny_model: Path, out: Path, *changed: object, ranks: int = 0) -> li
         "eval_fraction": 0.05,
         "save_steps": 3,
         "save_total_limit": 2,
+        "keep_last_checkpoint": True,
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
     return [*launcher, "train.py", *words, *map(str, changed)]

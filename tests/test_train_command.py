@@ -43,6 +43,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         "2",
         "--num_train_epochs",
         "1",
+        "--keep_last_checkpoint",
     ]
     return out, flags, train(*flags)
 

@@ -120,6 +120,7 @@ class ShardingFlags(Compilation):
     )
     fsdp_config: str = flag("", "JSON file or text with FSDP settings, as transformers reads it")
     gradient_checkpointing: bool = flag(False, "compute activations again to save memory")
+    ddp_timeout: int = flag(600, "seconds after which a rank that does not answer is given up")
 
     @property
     def sharding(self) -> str:
@@ -152,6 +153,8 @@ class SavingFlags:
     save_strategy: str = flag("steps", "when to write a checkpoint", "no", "steps", "epoch")
     save_steps: int = flag(500, "steps between checkpoints")
     save_total_limit: int = flag(1, "how many checkpoints to keep")
+    save_only_model: bool = flag(False, "checkpoints are models to load, not states to resume from")
+    keep_last_checkpoint: bool = flag(False, "keep the last one after the export: for more epochs")
 
 
 @dataclass(frozen=True)
@@ -334,6 +337,7 @@ def check(arguments: Arguments) -> None:
         "save_total_limit",
         "eval_steps",
         "logging_steps",
+        "ddp_timeout",
     ):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")

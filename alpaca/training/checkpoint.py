@@ -5,11 +5,15 @@ ranks are done. It records what the run is made of (data, base model, recipe), a
 each file, which is checked before the checkpoint is loaded: torch reads a damaged one without
 complaint. A checkpoint of another run is refused, and the error names the difference. A different
 number of ranks can read it.
+
+With `--save_only_model` a checkpoint is a model folder instead: smaller, and nothing resumes from
+it.
 """
 
 import json
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,11 +32,11 @@ from torch.utils._pytree import tree_leaves
 from alpaca import atomic, passport, ram
 from alpaca.atomic import free_disk
 from alpaca.errors import UserError
-from alpaca.training.rendezvous import on_every_rank, on_first_rank
-from alpaca.training.sharding import TIMEOUT
+from alpaca.training.rendezvous import PATIENCE, lost_rank, on_every_rank, on_first_rank
 
 PREFIX = "checkpoint-"
 META = "run.json"
+STEP = "checkpoint"  # in the passport of a checkpoint that is a model folder: its step
 FULL = 1_000_000  # bytes; a disk with less free space counts as full
 
 
@@ -47,7 +51,7 @@ class Saver:
         """Keep the newest `keep` in `folder`; a collective call. Without `copies`, always wait."""
         self.folder, self.keep, self.copies = folder, keep, copies
         # The collective calls of the writing thread must not mix with those of training.
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -110,11 +114,13 @@ class Saver:
         """Leaving the context waits, as `wait` does, but raises nothing after another error."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait."""
-        if kind is None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Wait, unless the user or a lost rank ended the run."""
+        if error is None:
             self.wait()
-        elif self._thread is not None and not issubclass(kind, KeyboardInterrupt):
+        elif self._thread is not None and not (
+            isinstance(error, KeyboardInterrupt) or lost_rank(error)
+        ):
             self._thread.join()
 
 
@@ -149,26 +155,15 @@ def write(
     final = folder / f"{PREFIX}{step}"
     partial = atomic.partial_path(final)
 
-    def begin() -> None:
-        if final.exists() and not _is_ours(final):
-            raise UserError(
-                f"{final} is not a checkpoint of this program, and the next one has its name.",
-                "Move it away, or name another --output_dir.",
-            )
-        _clear_partial(folder)
-        partial.mkdir(parents=True)
-
     def finish() -> None:
         recorded = {**meta, "step": step, "files": files}
         recorded[passport.SEAL] = passport.seal(recorded)
         atomic.write_text(partial / META, json.dumps(recorded, indent=1))
         atomic.sync_tree(partial)
-        atomic.replace_folder(partial, final)
-        for old in found(folder)[:-keep]:
-            _remove(old)
+        _finish(partial, final, keep)
 
     try:
-        on_first_rank(begin, group)
+        on_first_rank(lambda: _begin(final), group)
         # One thread: with several, torch drops what a failing one should have written.
         writer = FileSystemWriter(partial, sync_files=False)
         state_dict_saver.save(state, storage_writer=writer, process_group=group)
@@ -187,6 +182,40 @@ def write(
             f"{final} could not be written: {reason}.",
             "Free some space and run the same command again; it resumes from the last checkpoint.",
         ) from None
+
+
+def write_model(
+    folder: Path, step: int, export: Callable[[Path, dict[str, Any]], None], keep: int
+) -> None:
+    """Write `checkpoint-STEP` as a model folder, keep the newest `keep`; a collective call.
+
+    `export` writes a model to a folder, on all ranks, with facts for its passport.
+    """
+    final = folder / f"{PREFIX}{step}"
+    partial = atomic.partial_path(final)
+    on_first_rank(lambda: _begin(final))
+    export(partial, {STEP: step})
+    on_first_rank(lambda: _finish(partial, final, keep))
+
+
+def _begin(final: Path) -> None:
+    """Make the folder that a checkpoint is written to before it gets its name."""
+    if final.exists() and _record(final) is None:
+        raise UserError(
+            f"{final} is not a checkpoint of this program, and the next one has its name.",
+            "Move it away, or name another --output_dir.",
+        )
+    _clear_partial(final.parent)
+    atomic.partial_path(final).mkdir(parents=True)
+
+
+def _finish(partial: Path, final: Path, keep: int) -> None:
+    """Give a complete checkpoint its name, and remove all but the last `keep` that were written."""
+    atomic.replace_folder(partial, final)
+    records = {path: _record(path) for path in final.parent.glob(f"{PREFIX}*")}
+    written = {path: record.stat().st_mtime_ns for path, record in records.items() if record}
+    for old in sorted(written, key=lambda path: (path == final, written[path]))[:-keep]:
+        remove(old)
 
 
 def _sync_and_hash(checkpoint: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
@@ -223,7 +252,7 @@ def _hash_shared(checkpoint: Path, group: dist.ProcessGroup | None = None) -> di
     return {name: value for own in on_every_rank(hash_own, group) for name, value in own.items()}
 
 
-def _remove(checkpoint: Path) -> None:
+def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that a later save clears what a kill leaves."""
     renamed = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(renamed)
@@ -283,19 +312,45 @@ def _damaged(checkpoint: Path, reason: str) -> UserError:
 
 
 def found(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    complete = [path for path in folder.glob(f"{PREFIX}*") if _is_ours(path)]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    """The complete checkpoints in `folder` that a run can resume from, oldest first."""
+    return _complete(folder, META)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a folder is a complete checkpoint; a copy with another ending is the user's own."""
-    return path.name.removeprefix(PREFIX).isdecimal() and (path / META).is_file()
+def models(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that are model folders, oldest first."""
+    return _complete(folder, passport.NAME)
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step a checkpoint was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def _complete(folder: Path, name: str) -> list[Path]:
+    """Checkpoints that are recorded in a file of that name."""
+    records = {path: _record(path) for path in folder.glob(f"{PREFIX}*")}
+    fitting = [path for path, record in records.items() if record and record.name == name]
+    return sorted(fitting, key=step_of)
+
+
+def _record(path: Path) -> Path | None:
+    """The file that makes a folder a complete checkpoint of this program; None for any other.
+
+    A copy whose name ends in something else is the user's own, as is a model with that name.
+    """
+    if not path.name.removeprefix(PREFIX).isdecimal():
+        return None
+    if (path / META).is_file():
+        return path / META
+    with suppress(UserError):  # a damaged passport is nobody's
+        model = passport.read(path)
+        return path / passport.NAME if model and model.get(STEP) == step_of(path) else None
+    return None
 
 
 def clear(folder: Path) -> None:
     """Remove all checkpoints, also partial ones left by interrupted writers."""
-    for path in [*found(folder), *folder.glob(f".{PREFIX}*")]:
+    for path in [*found(folder), *models(folder), *folder.glob(f".{PREFIX}*")]:
         atomic.remove(path)
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from alpaca.recipe.arguments import Arguments
 from alpaca.recipe.progress import Progress
 from alpaca.recipe.steps import Schedule
 from alpaca.tokens import Codec
-from alpaca.training import compatibility, identity, inputs, run_log, sharding
+from alpaca.training import (
+    checkpoint,
+    compatibility,
+    identity,
+    inputs,
+    rendezvous,
+    run_log,
+    sharding,
+)
 from alpaca.training.export import Rounding, export, rehearse
 from alpaca.training.identity import Start
 from alpaca.training.inputs import Data
@@ -74,8 +83,10 @@ def run(arguments: Arguments, given: inputs.Inputs | None = None) -> None:
             execute(prepared)
     except StoppedError as stopped:
         if dist.get_rank() == 0:
-            print(f"train: {stopped}; run the same command again to resume", file=sys.stderr)
+            print(f"train: {stopped}", file=sys.stderr)
         sys.exit(stopped.exit_code)
+    except RuntimeError as error:
+        raise rendezvous.lost_rank(error) or error from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -95,7 +106,7 @@ def prepare(arguments: Arguments, given: inputs.Inputs, held: ExitStack) -> Run:
     compatibility.check(arguments, codec.tokenizer)
     identity.check_output(arguments)
     # Up to here each rank is alone: a mistake in flags or data ends it before it waits for others.
-    mesh = sharding.start(device, arguments.sharding)
+    mesh = sharding.start(device, arguments)
     ranks = dist.get_world_size()
 
     def schedule(arguments: Arguments) -> Schedule:
@@ -139,6 +150,7 @@ def execute(run: Run) -> None:
         run.device,
         run.compute,
         run.start.meta,
+        write_model=partial(_write_model, run, module, rounded),
         reduces_once=once,
     )
     if run.start.checkpoint is None:
@@ -146,6 +158,8 @@ def execute(run: Run) -> None:
     with explained_disk_errors(arguments.output_dir, AGAIN):
         trainer.train(run.start.checkpoint)
         result = _export(run, trainer, rounded)
+    if not arguments.keep_last_checkpoint:
+        on_first_rank(lambda: _remove_checkpoint(run))
     sample = _sample(trainer, codec)
     if main:
         _illustrate(arguments.output_dir)
@@ -165,13 +179,43 @@ def _export(run: Run, trainer: Trainer, rounded: Rounding) -> Progress:
         found = trainer.measure_export(written)
         return {
             **run.start.meta,
-            "base": _base(run.arguments),
+            "base": _base(run.arguments.model_name_or_path),
             "result": dataclasses.asdict(found),
         }
 
     sharding.reshard(trainer.module)
     export(trainer.module.model, run.codec, run.arguments.output_dir, rounded, facts)
     return found
+
+
+def _write_model(
+    run: Run, module: TargetLoss, rounded: Rounding, folder: Path, facts: dict[str, Any]
+) -> None:
+    """Write the model of a step before the last to `folder`; a collective call."""
+    sharding.reshard(module)
+    known = {**run.start.meta, **facts}
+    export(
+        module.model,
+        run.codec,
+        folder,
+        rounded,
+        lambda _: {**known, "base": _base(run.arguments.model_name_or_path)},
+    )
+
+
+def _remove_checkpoint(run: Run) -> None:
+    """Remove what the complete model makes useless, unless more epochs are to follow.
+
+    With a higher --save_total_limit, the checkpoints before the last stay.
+    """
+    arguments = run.arguments
+    for path in checkpoint.found(arguments.output_dir):
+        if arguments.save_total_limit == 1 or checkpoint.step_of(path) == run.schedule.steps:
+            checkpoint.remove(path)
+            print(
+                f"train: the model is complete, so {path.name} was removed "
+                "(--keep_last_checkpoint True keeps it, to train more epochs later)"
+            )
 
 
 def _lock(folder: Path, held: ExitStack) -> None:
@@ -242,8 +286,8 @@ def _illustrate(folder: Path) -> None:
         passport.add_extras(folder, ["log.jsonl", "loss.png", "loss.svg"])
 
 
-def _base(arguments: Arguments) -> dict[str, Any]:
-    folder = arguments.model_name_or_path
+@cache
+def _base(folder: Path) -> dict[str, Any]:
     found = passport.read(folder)
     if found is not None:
         return {"folder": folder.name, "files": found["files"]}

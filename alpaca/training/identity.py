@@ -191,8 +191,7 @@ def begin(arguments: Arguments, ranks: int, described: Callable[[Arguments], Ide
             _set_log_aside(folder)
         return Start(arguments, _as_json(described(arguments)), ranks=ranks)
     if newest is None or meta is None:
-        if (folder / "config.json").exists():
-            raise _another_model(folder, [])
+        _check_starts(start, model)
         return start
     _check_continues(start, newest, meta, model)
     if model is not None:
@@ -216,6 +215,32 @@ def _is_finished(model: dict[str, Any] | None, start: Start) -> bool:
     return exported == start.arguments.export_dtype
 
 
+def _check_starts(start: Start, model: dict[str, Any] | None) -> None:
+    """Refuse to start from the base model where another model, or other checkpoints, would go."""
+    folder, identity = start.arguments.output_dir, start.identity
+    if (folder / "config.json").exists():
+        refused, changed = differences((model or {}).get("run", {}), identity)
+        if model is not None and not refused and changed:
+            raise UserError(
+                f"{folder} holds the model of this run with other settings, and no checkpoint to "
+                "continue from:\n    " + "\n    ".join(changed),
+                "Choose another --output_dir, or give --overwrite_output_dir to train it again "
+                "from the base model. --keep_last_checkpoint True keeps the checkpoint next time.",
+            )
+        raise _another_model(folder, [])
+    for path in checkpoint.models(folder):
+        refused, changed = differences((passport.read(path) or {}).get("run", {}), identity)
+        if refused or changed:
+            raise _another_run(path, refused + changed)
+
+
+def _another_run(found: Path, differing: list[str]) -> UserError:
+    return UserError(
+        f"{found} belongs to another run:\n    " + "\n    ".join(differing),
+        "Choose another --output_dir, or give --overwrite_output_dir to start over.",
+    )
+
+
 def _check_continues(
     start: Start, newest: Path, meta: dict[str, Any], model: dict[str, Any] | None
 ) -> None:
@@ -230,10 +255,7 @@ def _check_continues(
         if other or refused or left <= 0:
             raise _another_model(folder, refused + changed)
     if refused:
-        raise UserError(
-            f"{newest} belongs to another run:\n    " + "\n    ".join(refused + changed),
-            "Choose another --output_dir, or give --overwrite_output_dir to start over.",
-        )
+        raise _another_run(newest, refused + changed)
     if changed and left <= 0:
         raise UserError(
             f"{newest} is at or beyond the last of {identity['steps']} steps, and was trained with "

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,8 @@ from alpaca.training.run_log import RunLog
 from alpaca.training.signals import STOP, Requests, StoppedError
 from alpaca.training.trackers import Tracker, open_tracker
 from alpaca.training.updates import Counts, UpdateSample, UpdateWatch
+
+ModelWriter = Callable[[Path, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,13 @@ class Trainer:
         meta: dict[str, Any],
         *,
         reduces_once: bool,
+        write_model: ModelWriter | None = None,
     ) -> None:
         """`meta` is stored in checkpoints; its entry `run` is the run's identity.
 
         `reduces_once`: each rank adds up whole gradients and reduces them with the last pack.
+        `write_model`, for `--save_only_model`: writes the model as it is now to a folder, with
+        facts for its passport.
         """
         self.flags = flags
         self.module = module
@@ -69,6 +74,7 @@ class Trainer:
         self.device = device
         self.compute = compute
         self.meta = meta
+        self.write_model = write_model
         self.reduces_once = reduces_once
         self.optimizer = optimizer.build(module, flags)
         self.sample = UpdateSample(module, compute)
@@ -113,13 +119,13 @@ class Trainer:
                 run_log.step(line, write=(step + 1) % self.flags.logging_steps == 0)
                 if self.due(self.flags.eval_strategy, self.flags.eval_steps, last=True):
                     self.evaluate(run_log)
-                saves = self.flags.save_strategy
-                # The last step is saved whatever the period, because the export may still fail.
-                if wanted or self.due(saves, self.flags.save_steps, last=saves != "no"):
+                if self.saves(wanted):
                     self.requests.saving()
                     self.save(wait=wanted == STOP or step + 1 == self.schedule.steps)
                 if wanted == STOP and self.progress.steps < self.schedule.steps:
-                    raise StoppedError(self.requests.number, self.progress.steps)
+                    steps = self.progress.steps
+                    resumes = not self.flags.save_only_model
+                    raise StoppedError(self.requests.number, steps, resumes=resumes)
         return self.progress
 
     def step(self, step: int) -> tuple[dict[str, Any], int, Counts]:
@@ -307,8 +313,25 @@ class Trainer:
         """SHA-256 of the held-out data that a run evaluates on."""
         return meta.get("run", {}).get("eval_data_sha256")
 
+    def saves(self, wanted: int) -> bool:
+        """Whether a checkpoint is due after the steps done so far; `wanted` as `step` returns it.
+
+        The last step is saved whatever the period, because the export may still fail. Only a model
+        would be what the export writes.
+        """
+        flags = self.flags
+        if flags.save_only_model and self.progress.steps == self.schedule.steps:
+            return False
+        last = flags.save_strategy != "no"
+        return bool(wanted) or self.due(flags.save_strategy, flags.save_steps, last=last)
+
     def save(self, *, wait: bool) -> None:
         """Write a checkpoint of the steps done so far, while training goes on unless `wait`."""
+        if self.flags.save_only_model:
+            assert self.write_model is not None
+            folder, keep = self.flags.output_dir, self.flags.save_total_limit
+            checkpoint.write_model(folder, self.progress.steps, self.write_model, keep)
+            return
         meta = {**self.meta, "progress": dataclasses.asdict(self.progress)}
         self.saver.save(self.progress.steps, self.module, self.optimizer, meta, wait=wait)
 

@@ -9,7 +9,9 @@ part of the store: each publishes a new random name, and rank 0 answers every na
 import time
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -17,7 +19,38 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from alpaca.errors import UserError
 
 TIMEOUT_SECONDS = 600.0
+# What one rank does alone, hashing 140 GB from a slow disk above all, may take long.
+PATIENCE = timedelta(hours=6)
+_patient: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 T = TypeVar("T")
+
+
+def add_patient_group() -> None:
+    """Let `on_first_rank` and `on_every_rank` wait in a group of their own; a collective call.
+
+    `--ddp_timeout` ends a run whose ranks hang in a step, and must not end one in which a rank
+    reads a slow disk.
+    """
+    assert dist.group.WORLD is not None
+    _patient[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    assert dist.group.WORLD is not None
+    return given or _patient.get(dist.group.WORLD)
+
+
+def lost_rank(error: BaseException) -> UserError | None:
+    """The error for a user where gloo has lost another rank; None for any other error."""
+    if "Timed out waiting" in str(error):
+        return UserError(
+            "Another rank has not answered within --ddp_timeout.",
+            "Look for a hung machine or disk, then run the same command again: it resumes from "
+            "the last checkpoint.",
+        )
+    if "Connection closed by peer" in str(error):
+        return UserError("Another rank has ended; its own message says why.")
+    return None
 
 
 def on_first_rank(body: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -34,7 +67,7 @@ def on_first_rank(body: Callable[[], T], group: dist.ProcessGroup | None = None)
             outcome[0] = body()
         except (UserError, OSError) as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, group=group)
+    dist.broadcast_object_list(outcome, group=_group(group))
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]
@@ -55,7 +88,7 @@ def on_every_rank(body: Callable[[], T], group: dist.ProcessGroup | None = None)
     except (UserError, OSError) as error:
         mine = None, error
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, mine, group=group)
+    dist.all_gather_object(outcomes, mine, group=_group(group))
     for _, failure in outcomes:
         if failure is not None:
             raise failure

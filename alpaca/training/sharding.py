@@ -35,15 +35,10 @@ from alpaca.recipe.arguments import PrecisionFlags, ShardingFlags
 from alpaca.shards import finite
 from alpaca.training import attention
 from alpaca.training.loss import TargetLoss
-from alpaca.training.rendezvous import meet, on_every_rank
-
-# How long a rank waits for the others. Rank 0 works alone longest at the end of an export: hashing
-# 140 GB twice at 100 MB/s takes 47 minutes. torchrun finds dead ranks and hosts within seconds, so
-# this limit matters only for a rank that is alive but hung.
-TIMEOUT = timedelta(hours=1)
+from alpaca.training.rendezvous import add_patient_group, meet, on_every_rank
 
 
-def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
+def start(device: torch.device, flags: ShardingFlags | None = None) -> DeviceMesh:
     """Join the process group that torchrun describes, or make one of this process alone.
 
     The mesh defines the sharding. A mesh of one dimension shards over all ranks. In a mesh of two,
@@ -52,14 +47,17 @@ def start(device: torch.device, how: str = "full_shard") -> DeviceMesh:
 
     gloo is used besides NCCL, for data in host memory: offloaded weights and Python objects.
     """
+    flags = flags or ShardingFlags()
+    how, timeout = flags.sharding, timedelta(seconds=flags.ddp_timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         store, rank, world = next(rendezvous("env://"))
         store = meet(store, rank, world)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    add_patient_group()
     world = dist.get_world_size()
     if how not in ("hybrid_shard", "no_shard"):
         return init_device_mesh(device.type, (world,))

@@ -43,7 +43,15 @@ class Requests:
 class StoppedError(Exception):
     """The job saved a checkpoint because a signal asked it to stop."""
 
-    def __init__(self, number: int, step: int) -> None:
-        """`number` is the signal's; 0 where another rank received it."""
-        super().__init__(f"stopped after step {step}")
+    def __init__(self, number: int, step: int, *, resumes: bool = True) -> None:
+        """`number` is the signal's; 0 where another rank received it.
+
+        `resumes`: the same command goes on from that checkpoint.
+        """
+        then = (
+            "run the same command again to resume"
+            if resumes
+            else f"its model is checkpoint-{step}, from which no run resumes"
+        )
+        super().__init__(f"stopped after step {step}; {then}")
         self.exit_code = 128 + (number or signal.SIGTERM)
