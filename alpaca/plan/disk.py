@@ -17,16 +17,24 @@ def checkpoint_bytes(shape: Shape, moments: float) -> int:
 def disk_bytes(flags: SavingFlags, work: Workload, checkpoint: int, exported: int) -> int:
     """Peak disk use: while a checkpoint, or the export, is written next to older checkpoints.
 
-    A run writes a checkpoint at its end, and before that those that `save_strategy` asks for. If a
-    signal stops it, it writes one more. An older one is deleted when the next is complete.
+    If a signal stops a run, it writes one checkpoint more. An older one is deleted when the next is
+    complete, the last one when the export is. The rehearsal of the export, before the first step,
+    takes no more than the export.
     """
     if flags.save_strategy == "no":
         return exported
+    written, limit = saves(flags, work) + 1, flags.save_total_limit
+    return max(min(limit + 1, written) * checkpoint, min(limit, written) * checkpoint + exported)
+
+
+def saves(flags: SavingFlags, work: Workload) -> int:
+    """How many checkpoints a run writes that nothing interrupts."""
+    if flags.save_strategy == "no":
+        return 0
     per_epoch = steps_per_epoch(work.examples, work.batch)
     period = rules.period(flags.save_strategy, flags.save_steps, per_epoch)
-    written = -(-work.steps // period) + 1
-    limit = flags.save_total_limit
-    return max(min(limit + 1, written) * checkpoint, min(limit, written) * checkpoint + exported)
+    before_the_last = -(-work.steps // period) - 1
+    return before_the_last + (not flags.save_only_model)  # the last model is the export
 
 
 def export_bytes(shape: Shape, dtype: str = "bf16") -> int:

@@ -18,6 +18,7 @@ CPU_EFFICIENCY = 0.6  # of numpy's own rate, which is already measured
 LINK_EFFICIENCY = 0.7  # of a link's nominal bandwidth that a collective reaches
 PCI = 16e9  # bytes/s between a card and its node's memory: half of generation 4's peak
 HOST_BANDWIDTH = 100e9  # bytes/s of a node's memory that its ranks share in the update
+DISK = 1e9  # bytes/s at which a node's files are read and written: a common SSD's
 NETWORK = 25e9  # bytes/s from node to node for each GPU: 200 Gb/s InfiniBand, as in a DGX A100
 
 
@@ -27,6 +28,50 @@ class Time:
 
     seconds: float
     bound: str
+
+
+@dataclass(frozen=True)
+class FileTimes:
+    """Seconds that a run's files take besides its steps."""
+
+    loading: float
+    rehearsal: float
+    saving: float
+    export: float
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.loading + self.rehearsal + self.saving + self.export
+
+
+def file_times(
+    shape: Shape,
+    setting: Setting,
+    saves: int,
+    checkpoint: int | None,
+    exported: int,
+    apart: float | None,
+) -> FileTimes:
+    """Expected seconds for the files of a run that writes `saves` checkpoints.
+
+    `checkpoint`: its size; None where checkpoints are models, exported as the last one is. `apart`:
+    seconds between two of them, in which a copy in host memory is written; None where training
+    waits for each. It always waits for the last. An export is written, and read back twice (its
+    tensors, its files). The base weights are read once, in 16 bits.
+    """
+    exporting = 3 * exported / DISK
+    writing = exporting if checkpoint is None else checkpoint / DISK
+    waits = saves * writing
+    if apart is not None and checkpoint is not None and saves:
+        own = checkpoint / setting.shards / PCI  # copied from the device
+        waits = (saves - 1) * (own + max(0.0, writing - apart)) + writing
+    return FileTimes(
+        loading=2 * shape.parameters / DISK,
+        rehearsal=exported / DISK,
+        saving=waits,
+        export=exporting,
+    )
 
 
 def flops(shape: Shape, work: Workload, checkpointing: bool) -> float:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from alpaca import layout
-from alpaca.plan import duration
+from alpaca.plan import disk, duration
 from alpaca.plan import memory as plan_memory
 from alpaca.plan.devices import Device
-from alpaca.plan.disk import checkpoint_bytes, disk_bytes, export_bytes
-from alpaca.plan.duration import Time
+from alpaca.plan.disk import checkpoint_bytes, export_bytes
+from alpaca.plan.duration import FileTimes, Time
 from alpaca.plan.memory import Memory, Setting
 from alpaca.plan.shapes import Shape
 from alpaca.plan.workload import Workload
@@ -47,6 +47,8 @@ class Machine:
 class Plan:
     """What a run needs; all sizes in bytes, `time` None where the device's speed isn't known.
 
+    `time` is that of all steps, `files` that of loading, rehearsing, saving and exporting.
+
     `memory` is for one device, `host` for one node. `disk` is the peak, if a signal stops the run
     at most once.
     """
@@ -60,7 +62,9 @@ class Plan:
     checkpoint: int
     export: int
     disk: int
+    saves: int
     time: Time | None
+    files: FileTimes
 
     @property
     def seconds(self) -> float | None:
@@ -91,10 +95,10 @@ class Plan:
         return not self.problems
 
     def cost(self, price: float) -> float | None:
-        """What the run costs at `price` per device and hour."""
+        """What the run costs at `price` per device and hour, files included."""
         if self.seconds is None:
             return None
-        return self.seconds / 3600 * self.machine.world_size * price
+        return (self.seconds + self.files.total) / 3600 * self.machine.world_size * price
 
     def facts(self) -> dict[str, Any]:
         """Everything, as JSON values."""
@@ -120,21 +124,37 @@ def make(shape: Shape, arguments: Arguments, machine: Machine, work: Workload) -
         runtime += plan_memory.COMPILER
     memory = plan_memory.peak(shape, work.largest, chosen, runtime)
     exported = export_bytes(shape, arguments.export_dtype)
-    checkpoint = checkpoint_bytes(shape, chosen.optimizer)
+    models = arguments.save_only_model
+    checkpoint = exported if models else checkpoint_bytes(shape, chosen.optimizer)
+    time = duration.expected(shape, work, chosen, machine.device, machine.world_size, machine.nodes)
+    written = disk.saves(arguments, work)
+    host = host_bytes(shape, chosen, machine, memory, exported)
+    copied = checkpoint * machine.ranks // chosen.shards
+    apart = None  # training waits for its saves
+    if time is not None and _copies(arguments, machine, host + copied * 3 // 2):
+        apart = time.seconds / max(1, written)
     return Plan(
         parameters=shape.parameters,
         machine=machine,
         setting=chosen,
         work=work,
         memory=memory,
-        host=host_bytes(shape, chosen, machine, memory, exported),
+        host=host,
         checkpoint=checkpoint,
         export=exported,
-        disk=disk_bytes(arguments, work, checkpoint, exported),
-        time=duration.expected(
-            shape, work, chosen, machine.device, machine.world_size, machine.nodes
+        disk=disk.disk_bytes(arguments, work, checkpoint, exported),
+        saves=written,
+        time=time,
+        files=duration.file_times(
+            shape, chosen, written, None if models else checkpoint, exported, apart
         ),
     )
+
+
+def _copies(arguments: Arguments, machine: Machine, needed: int) -> bool:
+    """Whether checkpoints are copied to memory and written from there (`checkpoint.Saver`)."""
+    roomy = machine.host is None or needed <= machine.host
+    return roomy and not arguments.moments_8bit
 
 
 def setting(shape: Shape, arguments: Arguments, machine: Machine) -> Setting:

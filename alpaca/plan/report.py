@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from alpaca.plan.duration import CPU_EFFICIENCY, EFFICIENCY, LINK_EFFICIENCY
+from alpaca.plan.duration import CPU_EFFICIENCY, DISK, EFFICIENCY, LINK_EFFICIENCY
 from alpaca.plan.plan import Plan
 from alpaca.plan.planner import Case, more_devices
 from alpaca.plan.remedies import Remedy
@@ -38,6 +38,7 @@ def lines(given: Case, made: Plan, price: float | None) -> list[str]:
         f"the model {made.export / 1e9:.1f}{_of(one.disk)}; "
         f"RAM {made.host / 1e9:.1f} GB per node{_of(one.host)}",
         f"  time      {duration(made.seconds)}{_assumption(made)}",
+        f"            {_files(made)}",
         *([f"  cost      {_cost(made, price)}"] if price is not None else []),
     ]
 
@@ -74,6 +75,19 @@ def _assumption(made: Plan) -> str:
         return f" at {CPU_EFFICIENCY:.0%} of this processor's matrix products"
     kind = "bf16" if made.setting.compute == 2 else "fp32"
     return f" at {EFFICIENCY:.0%} of the {kind} peak"
+
+
+def _files(made: Plan) -> str:
+    """The time of a run's files, and what it consists of."""
+    saves = f"{made.saves} save{'' if made.saves == 1 else 's'}"
+    parts = [
+        ("loading", made.files.loading),
+        ("rehearsal", made.files.rehearsal),
+        (saves, made.files.saving),
+        ("export", made.files.export),
+    ]
+    listed = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts if seconds)
+    return f"{duration(made.files.total)} for files at {DISK / 1e9:g} GB/s: {listed}"
 
 
 def _cost(made: Plan, price: float) -> str:
