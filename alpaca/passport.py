@@ -24,6 +24,7 @@ from alpaca.prompt import template_hash
 NAME = "passport.json"
 FORMAT = 1
 SEAL = "seal"
+EXTRAS = ("beside", "accepted")
 PIECE = 1 << 18  # bytes read at a time: small enough to be hashed from a core's cache
 SMALL = 64 << 20  # files up to this size are hashed before the model is loaded
 
@@ -61,22 +62,24 @@ def json_numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def add_extras(folder: Path, names: list[str]) -> None:
-    """Add the hashes of files written after the model (log, plots) to its passport.
+def add_extras(folder: Path, names: list[str], kind: str = "beside") -> None:
+    """Add the hashes of files that came after the model to its passport.
 
-    These files are optional: a copy of the folder may lack them, but a changed one is detected.
+    They are of one of the `EXTRAS`: `beside` are log and plots, `accepted` the owner's files. They
+    are optional: a copy of the folder may lack them, but a changed one is detected.
     """
     passport = read(folder)
     assert passport is not None
     present = [name for name in names if (folder / name).is_file()]
     hashes = hash_files([folder / name for name in present])
-    passport["beside"] = dict(zip(present, hashes, strict=True))
+    added = dict(zip(present, hashes, strict=True))
+    passport[kind] = {**passport.get(kind, {}), **added}
     passport[SEAL] = seal(passport)
     atomic.write_text(folder / NAME, render(passport))
 
 
 def forget_extras(folder: Path) -> None:
-    """Remove those files from the passport, because they are about to change."""
+    """Remove log and plots from the passport, because they are about to change."""
     passport = read(folder)
     if passport is not None and passport.pop("beside", None):
         passport[SEAL] = seal(passport)
@@ -122,7 +125,8 @@ def _check(passport: dict[str, Any]) -> None:
     for name in ("made_by", "template_sha256", SEAL):
         if not isinstance(passport[name], str):
             raise ValueError(f"{name} is not text")
-    for name, value in [*passport["files"].items(), *passport.get("beside", {}).items()]:
+    extras = [entry for kind in EXTRAS for entry in passport.get(kind, {}).items()]
+    for name, value in [*passport["files"].items(), *extras]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not isinstance(value, str):
             raise ValueError(f"{name!r} is not a file of a model folder")

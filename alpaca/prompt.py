@@ -42,22 +42,26 @@ def chat_template(adds_bos: bool) -> str:
     One user message is rendered exactly as by `render`, after the BOS token if the tokenizer adds
     one. A message of role `input` before it becomes its input. The Alpaca templates have no system
     message, so the text of one is put at the start of the next instruction. Earlier answers end
-    with EOS, like training examples.
+    with EOS, like training examples. A message's content is a text, or a list of text parts.
     """
     head, middle, tail = (json.dumps(piece) for piece in _pieces(WITH_INPUT))
     head_plain, tail_plain, _ = (json.dumps(piece) for piece in _pieces(NO_INPUT))
     return "".join(
         [
             "{{ bos_token }}" if adds_bos else "",
-            "{% set ns = namespace(system='', input='') %}",
+            "{% set ns = namespace(system='', input='', text='') %}",
             "{% for m in messages %}",
-            "{% if m['role'] == 'system' %}{% set ns.system = m['content'] + '\\n\\n' %}",
-            "{% elif m['role'] == 'input' %}{% set ns.input = m['content'] %}",
-            "{% elif m['role'] == 'user' %}{% set text = ns.system + m['content'] %}",
+            "{% if m['content'] is string %}{% set ns.text = m['content'] %}",
+            "{% else %}{% set ns.text = '' %}{% for part in m['content'] %}",
+            "{% if part['type'] != 'text' %}{{ raise_exception('Only text is answered.') }}",
+            "{% endif %}{% set ns.text = ns.text + part['text'] %}{% endfor %}{% endif %}",
+            "{% if m['role'] == 'system' %}{% set ns.system = ns.text + '\\n\\n' %}",
+            "{% elif m['role'] == 'input' %}{% set ns.input = ns.text %}",
+            "{% elif m['role'] == 'user' %}{% set text = ns.system + ns.text %}",
             f"{{% if ns.input %}}{{{{ {head} + text + {middle} + ns.input + {tail} }}}}",
             f"{{% else %}}{{{{ {head_plain} + text + {tail_plain} }}}}{{% endif %}}",
             "{% set ns.system = '' %}{% set ns.input = '' %}",
-            "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}",
+            "{% elif m['role'] == 'assistant' %}{{ ns.text + eos_token }}",
             "{% endif %}{% endfor %}",
         ]
     )

@@ -21,6 +21,7 @@ RUN = {
     ".pickle", ".ckpt", ".h5", ".msgpack", ".onnx",
 }  # fmt: skip
 LOADED = {*RUN, ".json", ".txt"}
+READ_BY_PEOPLE = ("license", "notice", "use_policy", "readme")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,6 +37,13 @@ def parser() -> argparse.ArgumentParser:
         "--add-golden",
         action="store_true",
         help="compute golden logits for a folder that has none, if its hashes match",
+    )
+    made.add_argument(
+        "--accept",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="record files that you added or changed on purpose, by their path in the folder",
     )
     return made
 
@@ -56,6 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
             "passports existed.",
             "Only folders written by convert and train.py can be verified.",
         )
+    if arguments.accept:
+        accept(folder, recorded, arguments.accept)
     problems = sealed(folder, recorded) + files(folder, recorded)
     golden = recorded.get("golden")
     if not problems and golden and not arguments.no_golden:
@@ -74,6 +84,28 @@ def run(arguments: argparse.Namespace) -> None:
     print(summary(folder, recorded, unchecked=None if checked else unchecked))
 
 
+def accept(folder: Path, recorded: dict[str, Any], names: list[str]) -> None:
+    """Add the owner's files to the passport.
+
+    Raises:
+        UserError: one is missing, or is a file of the model as it was written.
+    """
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{name} is not a file of the folder.", "Give its path in the folder.")
+        if not (folder / name).is_file():
+            raise UserError(f"There is no file {folder / name}.", "Give its path in the folder.")
+        if name in recorded["files"]:
+            raise UserError(
+                f"{name} is part of the model that {recorded['made_by']} wrote.",
+                "A changed model is another one: convert or train the folder again.",
+            )
+    if problems := sealed(folder, recorded):
+        raise UserError(f"{folder}: {problems[0]}.", "Nothing can be accepted there.")
+    passport.add_extras(folder, names, kind="accepted")
+    recorded.update(passport.read(folder) or {})
+
+
 def sealed(folder: Path, recorded: dict[str, Any]) -> list[str]:
     """Problems of the passport itself."""
     text = (folder / passport.NAME).read_text(encoding="utf-8")
@@ -87,7 +119,8 @@ def files(folder: Path, recorded: dict[str, Any]) -> list[str]:
     wanted: dict[str, str] = recorded["files"]
     extra = {
         name: value
-        for name, value in recorded.get("beside", {}).items()
+        for kind in passport.EXTRAS
+        for name, value in recorded.get(kind, {}).items()
         if (folder / name).is_file()
     }
     present = [name for name in wanted if (folder / name).is_file()]
@@ -101,7 +134,7 @@ def files(folder: Path, recorded: dict[str, Any]) -> list[str]:
     for name, value in zip(names, hashes, strict=True):
         if value != {**wanted, **extra}[name]:
             problems += [f"{name} differs", *tensors(folder / name, recorded)]
-    problems += [f"{name} was added" for name in added(folder, wanted)]
+    problems += [f"{name} was added" for name in added(folder, {**wanted, **extra})]
     return problems + foreign(folder, wanted)
 
 
@@ -130,6 +163,8 @@ def added(folder: Path, wanted: dict[str, str]) -> list[str]:
         if len(name.parts) > 1 and top.startswith((".", "checkpoint-")):
             continue
         loaded = LOADED if len(name.parts) == 1 else RUN
+        if path.name.lower().startswith(READ_BY_PEOPLE) and path.suffix == ".txt":
+            continue
         if path.is_file() and path.suffix in loaded and name.as_posix() not in known:
             found.append(name.as_posix())
     return sorted(found)

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from alpaca import prompt
@@ -50,6 +51,28 @@ def test_chat_template_renders_the_same_bytes(
         messages, chat_template=prompt.chat_template(adds_bos), tokenize=False
     )
     assert rendered == (bpe.bos_token if adds_bos else "") + prompt.render(ask, given)
+
+
+@given(ask=text, given=text)
+def test_chat_template_takes_text_parts(bpe: PreTrainedTokenizerBase, ask: str, given: str) -> None:
+    """As clients of OpenAI's API send them."""
+    parts = [{"type": "text", "text": ask}, {"type": "text", "text": given}]
+    rendered = bpe.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        chat_template=prompt.chat_template(False),
+        tokenize=False,
+    )
+    assert rendered == prompt.render(ask + given)
+
+
+def test_chat_template_refuses_what_is_no_text(bpe: PreTrainedTokenizerBase) -> None:
+    image = [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]
+    with pytest.raises(TemplateError, match="Only text is answered"):
+        bpe.apply_chat_template(
+            [{"role": "user", "content": image}],
+            chat_template=prompt.chat_template(False),
+            tokenize=False,
+        )
 
 
 def test_chat_template_closes_earlier_answers_and_keeps_the_system_message(

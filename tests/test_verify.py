@@ -152,6 +152,33 @@ def test_missing_and_added_files_are_named(folder: Path) -> None:
     assert "notes.md" not in told
 
 
+def test_files_that_the_owner_added_are_accepted_once_and_watched_from_then_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "LICENSE.txt").write_text("a licence")
+    (folder / "Notice.txt").write_text("a notice")
+    assert check(folder) == ""
+    (folder / "params.json").write_text("{}")
+    assert "params.json was added" in check(folder)
+    assert check(folder, "--accept", "params.json") == ""
+    assert check(folder) == ""
+    (folder / "params.json").write_text("[]")
+    assert "params.json differs" in check(folder)
+    assert check(folder, "--accept", "params.json") == ""
+    (folder / "params.json").unlink()
+    assert check(folder) == ""
+    assert passport.check_loaded(folder) is not None
+
+
+def test_neither_a_file_of_the_model_nor_one_outside_is_accepted(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    assert "config.json is part of the model" in check(folder, "--accept", "config.json")
+    assert "There is no file" in check(folder, "--accept", "nothing.json")
+    outside = folder.parent / "outside.json"
+    outside.write_text("{}")
+    assert "not a file of the folder" in check(folder, "--accept", "../outside.json")
+
+
 def test_weights_and_code_in_subfolders_are_named_and_checkpoints_are_not(folder: Path) -> None:
     for name in (
         "sub/model.safetensors",
