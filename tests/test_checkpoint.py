@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from alpaca.errors import UserError
 from alpaca.training import checkpoint
@@ -178,3 +179,44 @@ def test_nothing_is_copied_where_it_must_not_be(
         saver.save(1, module, optimizer, {"run": {}}, wait=wait)
         assert saver._thread is None
         assert len(checkpoint.found(tmp_path)) == 1
+
+
+class Tied(torch.nn.Module):
+    """Its output matrix is its embedding, as SmolLM's and Qwen's small models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(16, 8)
+        self.head = torch.nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_a_tied_weight_is_stored_once_and_comes_back_under_both_names(tmp_path: Path) -> None:
+    module = Tied()
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.head(module.embedding(torch.arange(3))).sum().backward()
+    optimizer.step()
+    kept = module.head.weight.detach().clone()
+    state = checkpoint.state_of(module, optimizer)
+    assert list(state["model"]) == ["embedding.weight"]
+    checkpoint.write(tmp_path, 1, state, {"run": {}}, keep=1)
+    other = Tied()
+    again = torch.optim.AdamW(other.parameters())
+    checkpoint.load(tmp_path / "checkpoint-1", other, again)
+    assert other.head.weight is other.embedding.weight
+    assert other.head.weight.equal(kept)
+    moments = [one["exp_avg"] for one in again.state.values()]
+    assert [moment.abs().sum() > 0 for moment in moments] == [True]
+
+
+def test_a_checkpoint_that_holds_a_tied_weight_twice_is_loaded(tmp_path: Path) -> None:
+    """Earlier versions wrote such."""
+    module = Tied()
+    optimizer = torch.optim.AdamW(module.parameters())
+    model, optim = get_state_dict(module, optimizer)
+    assert len(model) == 2
+    state = {"model": model, "optimizer": optim}
+    checkpoint.write(tmp_path, 1, state, {"run": {}}, keep=1)
+    other = Tied()
+    checkpoint.load(tmp_path / "checkpoint-1", other, torch.optim.AdamW(other.parameters()))
+    assert other.embedding.weight.equal(module.embedding.weight)

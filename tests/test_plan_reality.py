@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from model_folders import copied, save, tensors
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -48,13 +49,20 @@ def tensor_bytes(checkpoint: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    ("ranks", "tied"), [pytest.param(1, False, marks=pytest.mark.slow), (2, True)]
+)
 def test_steps_tokens_and_disk_are_exactly_those_of_the_run(
-    tiny_model: Path, tmp_path: Path, ranks: int
+    tiny_model: Path, tmp_path: Path, ranks: int, tied: bool
 ) -> None:
     out = tmp_path / "out"
+    model = copied(tiny_model, tmp_path / "model", tie_word_embeddings=tied)
+    if tied:
+        held = tensors(model)
+        del held["lm_head.weight"]
+        save(model, held)
     flags = [
-        f"--model_name_or_path={tiny_model}",
+        f"--model_name_or_path={model}",
         f"--output_dir={out}",
         "--num_train_epochs=0.5",
         "--per_device_train_batch_size=4",

@@ -125,9 +125,21 @@ class Saver:
 
 
 def state_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """This rank's shards of the weights and moments."""
+    """This rank's shards of the weights and moments; a tied weight is there once."""
     model, optim = get_state_dict(module, optimizer)
+    for name in _tied(module):
+        del model[name]
     return {"model": model, "optimizer": optim}
+
+
+def _tied(module: torch.nn.Module) -> dict[str, str]:
+    """For each further name of a parameter, its first name."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if (known := first.setdefault(id(parameter), name)) != name:
+            tied[name] = known
+    return tied
 
 
 def has_room(state: dict[str, Any]) -> bool:
@@ -288,8 +300,10 @@ def load(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer
     recorded = meta(folder)
     if "files" in recorded:  # checkpoints of earlier versions have none
         _check(folder, recorded["files"])
-    model, optim = get_state_dict(module, optimizer)
-    state_dict_loader.load({"model": model, "optimizer": optim}, checkpoint_id=folder)
+    state = state_of(module, optimizer)
+    state_dict_loader.load(state, checkpoint_id=folder)
+    model, optim = state["model"], state["optimizer"]
+    model |= {name: model[known] for name, known in _tied(module).items()}
     set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=optim)
     return recorded
 
