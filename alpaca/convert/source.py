@@ -129,3 +129,10 @@ def unpermute(heads: torch.Tensor, count: int) -> torch.Tensor:
     rest = heads.shape[1:]
     half = heads.shape[0] // count // 2
     return heads.view(count, half, 2, *rest).transpose(1, 2)  # (heads, 2, half, ...)
+
+
+def permute(heads: torch.Tensor, count: int) -> torch.Tensor:
+    """Undo `unpermute`: from Hugging Face's rotary layout to Meta's, as GGUF keeps it; a view."""
+    rest = heads.shape[1:]
+    half = heads.shape[0] // count // 2
+    return heads.view(count, 2, half, *rest).transpose(1, 2)  # (heads, half, 2, ...)
