@@ -305,7 +305,8 @@ def _encode(tensor: Tensor, part: torch.Tensor, error: rounding.Error) -> bytes 
     exact = part.float()
     quantized = gguf.quantize(exact.numpy(), tensor.kind)
     error.add(exact, torch.from_numpy(gguf.dequantize(quantized, tensor.kind)))
-    return quantized.tobytes()
+    content: bytes = quantized.tobytes()
+    return content
 
 
 def own_type(folder: Path) -> str:
