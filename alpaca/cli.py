@@ -28,6 +28,7 @@ VERBS = {
     ),
     "plan": ("alpaca.plan.command", "estimate memory, disk, time and cost of a training run"),
     "serve": ("alpaca.serving.command", "serve a model folder over Cog's HTTP API"),
+    "diff": ("alpaca.release.diffcommand", "publish a model as its difference from its base"),
     "export": ("alpaca.release.command", "write a model folder for llama.cpp or Ollama"),
     "verify": ("alpaca.verify", "check a model folder against its passport: hashes, golden logits"),
     "audit": ("alpaca.dataset.audit", "report what is wrong with a data set, record by record"),

@@ -6,14 +6,12 @@ rows at a time, so memory does not grow with the model. GGUF keeps Meta's rotary
 Format: the GGUF specification, version 3.
 """
 
-import hashlib
 import math
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from alpaca.convert.ggufmeta import ROPE_FACTORS, llama3_factors
 from alpaca.convert.source import permute
 from alpaca.errors import UserError
 from alpaca.release import ggufvocab
+from alpaca.release.streams import Digest
 from alpaca.stored import Entry
 
 # model_type: the architecture's name in GGUF
@@ -257,22 +256,17 @@ def _add_model(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any], ki
 
 def _append(path: Path, tensors: list[Tensor], error: rounding.Error) -> str:
     """Write the tensors behind the header; returns the SHA-256 of the whole file."""
-    digest = hashlib.sha256()
+    digest = Digest()
     total = sum(tensor.size for tensor in tensors)
     with (
         open(path, "r+b") as file,
-        ThreadPoolExecutor(max_workers=1) as hasher,
         tqdm(total=total, unit="B", unit_scale=True, desc="gguf", disable=None) as bar,
     ):
         digest.update(file.read())
-        hashed = None
 
         def put(content: bytes | memoryview) -> None:
-            nonlocal hashed
-            before, hashed = hashed, hasher.submit(digest.update, content)
+            digest.update(content)
             file.write(content)
-            if before is not None:
-                before.result()  # at most two pieces are in memory
 
         put(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
         for tensor in tensors:
@@ -281,8 +275,6 @@ def _append(path: Path, tensors: list[Tensor], error: rounding.Error) -> str:
                 put(content)
                 bar.update(len(content))
             put(bytes(-tensor.size % gguf.GGUF_DEFAULT_ALIGNMENT))
-        if hashed is not None:
-            hashed.result()
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,440 @@
+"""The difference of a tuned model folder from its base; with the base it is the folder again.
+
+A diff is a zip file of parts, compressed with zstandard. A tensor that the base holds with the same
+name and type is stored as the exclusive or of both; the bytes of a number's equal places lie
+together, so that the places that training does not change compress to nothing. All else is stored
+as it is. A diff is no model: no program loads it.
+
+    diff.json        what it is of: SHA-256 of each tensor, in the base and in the tuned folder
+    header/FILE      the header of a weight file, as it is
+    tensor/NAME      pieces: 4 bytes of length, one zstandard frame
+    file/NAME        any other file of the tuned folder
+
+The last 64 bytes, the zip's comment, are the SHA-256 of all before them.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import zstandard
+from tqdm import tqdm
+
+from alpaca import atomic, passport, stored
+from alpaca.errors import UserError
+from alpaca.folder import explained_disk_errors
+from alpaca.layout import ITEM_BYTES
+from alpaca.release.streams import Digest, in_order
+from alpaca.stored import Entry
+
+FORMAT = 1
+INDEX = "diff.json"
+PIECE = 4 << 20  # bytes of a tensor that are compressed at a time
+LEVEL = 1  # of zstandard: on the low bits of weights, higher ones gain 1% and take 5 times as long
+DIGEST = 64  # characters of a SHA-256
+AGAIN = "Free some space and run the same command again."
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor in a diff.
+
+    base: SHA-256 of the base's bytes that it is the difference from, None if it is stored whole;
+    common: how many bytes of both it is the difference of; the rest, new rows, is stored whole.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    sha256: str
+    base: str | None
+    common: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished diff: its size, and the bytes of the tensors it is of."""
+
+    path: Path
+    size: int
+    whole: int
+
+
+def make(tuned: Path, base: Path, path: Path) -> Made:
+    """Write the diff of a tuned folder from its base; the file is complete or absent.
+
+    Raises:
+        UserError: a folder is no model, or nothing of the base is in the tuned model.
+    """
+    ours, theirs = stored.tensors(tuned), stored.tensors(base)
+    pairs = {name: theirs.get(name) for name in ours}
+    if not any(_common(ours[name], other) for name, other in pairs.items()):
+        raise UserError(
+            f"No tensor of {tuned} has the name, type and width of one in {base}.",
+            "Name the folder that it was trained from, in the type that was trained.",
+        )
+    partial = atomic.partial_path(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with explained_disk_errors(path.parent, AGAIN):
+            with _Hashed(partial) as file, _zip(file) as bundle:
+                bundle.comment = b"0" * DIGEST
+                _put_files(bundle, tuned, ours)
+                parts = list(_put_tensors(bundle, ours, theirs))
+                index = {
+                    "format": FORMAT,
+                    "made_by": passport.versions(),
+                    "base": base.resolve().name,
+                    "tensors": [asdict(part) for part in parts],
+                }
+                _put(bundle, INDEX, json.dumps(index, indent=1).encode())
+            _seal(partial, file.digest())
+            os.replace(partial, path)
+            atomic.sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Made(path, path.stat().st_size, sum(part.size for part in parts))
+
+
+def apply(base: Path, path: Path, tuned: Path) -> dict[str, Any]:
+    """Write the tuned folder, bit for bit, from its base and the diff; returns the diff's index.
+
+    The diff and the base's tensors are hashed before anything is written.
+
+    Raises:
+        UserError: the diff is damaged, or the base is not the one that it was made from; the
+            message names the part or the tensors.
+    """
+    with _opened(path) as (bundle, index):
+        parts = {part.name: part for part in _parts(index)}
+        held = stored.entries(base)
+        _check_base(base, held, list(parts.values()), path)
+        with explained_disk_errors(tuned, AGAIN), atomic.folder(tuned) as partial:
+            hashes = _write_weights(bundle, parts, held, partial, path)
+            for name in _below(bundle, "file/"):
+                atomic.write_bytes(partial / name, _get(bundle, f"file/{name}"))
+            read = passport.hash_files([partial / name for name in hashes])
+            if read != list(hashes.values()):
+                raise UserError(
+                    f"{partial} reads back differently from what was written.",
+                    "The disk is failing; write to another one.",
+                )
+    return index
+
+
+def _common(ours: Entry, theirs: Entry | None) -> int:
+    """Bytes of a tensor that can be compared with the base's: rows of the same type and width."""
+    if theirs is None or ours.dtype != theirs.dtype or ours.shape[1:] != theirs.shape[1:]:
+        return 0
+    return min(ours.size, theirs.size)
+
+
+def _put_files(bundle: zipfile.ZipFile, tuned: Path, ours: dict[str, Entry]) -> None:
+    """The headers of the weight files, and every other file of the folder but checkpoints."""
+    weights = {entry.path.name for entry in ours.values()}
+    for name in sorted(weights):
+        entries = [entry for entry in ours.values() if entry.path.name == name]
+        start, end = min(e.start for e in entries), max(e.start + e.size for e in entries)
+        if end != (tuned / name).stat().st_size or sum(e.size for e in entries) != end - start:
+            raise UserError(f"{tuned / name} holds bytes that belong to no tensor.")
+        with open(tuned / name, "rb") as file:
+            _put(bundle, f"header/{name}", file.read(start))
+    for path in sorted(tuned.iterdir()):
+        if not path.is_file() or path.name in weights or path.name.startswith("."):
+            continue
+        if path.stat().st_size > passport.SMALL:
+            print(f"note: {path.name} is no part of the model and is left out")
+        else:
+            _put(bundle, f"file/{path.name}", path.read_bytes())
+
+
+def _put_tensors(
+    bundle: zipfile.ZipFile, ours: dict[str, Entry], theirs: dict[str, Entry]
+) -> Iterator[Part]:
+    total = sum(entry.size for entry in ours.values())
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="diff", disable=None) as bar,
+    ):
+        for name, entry in ours.items():
+            with bundle.open(_member(f"tensor/{name}"), "w", force_zip64=True) as out:
+                yield _put_tensor(pool, out, name, entry, theirs.get(name))
+            bar.update(entry.size)
+
+
+def _put_tensor(
+    pool: ThreadPoolExecutor, out: IO[bytes], name: str, entry: Entry, other: Entry | None
+) -> Part:
+    common, width = _common(entry, other), ITEM_BYTES[entry.dtype]
+    own, of_base = Digest(), Digest()
+
+    def pieces() -> Iterator[tuple[bytes, bytes, int]]:
+        theirs = _bytes(other, common) if other is not None else iter(())
+        for piece in _bytes(entry, entry.size):
+            base = next(theirs, b"")
+            own.update(piece)
+            of_base.update(base)
+            yield piece, base, width
+
+    for frame in in_order(pool, _compress, pieces()):
+        out.write(struct.pack("<I", len(frame)) + frame)
+    base = of_base.hexdigest() if common else None
+    return Part(name, entry.dtype, entry.shape, entry.size, own.hexdigest(), base, common)
+
+
+def _bytes(entry: Entry, size: int) -> Iterator[bytes]:
+    with open(entry.path, "rb") as file:
+        file.seek(entry.start)
+        for start in range(0, size, PIECE):
+            wanted = min(PIECE, size - start)
+            piece = file.read(wanted)
+            if len(piece) != wanted:
+                raise UserError(f"{entry.path} is cut short.", "Fetch or train it again.")
+            yield piece
+
+
+def _compress(job: tuple[bytes, bytes, int]) -> bytes:
+    """A piece, its base and the width of a number, as a zstandard frame.
+
+    It holds the exclusive or: the first byte of every number, then the second, and so on.
+    """
+    piece, base, width = job
+    planes = _exclusive_or(piece, base).reshape(-1, width).T
+    frame: bytes = zstandard.ZstdCompressor(level=LEVEL).compress(planes.tobytes())
+    return frame
+
+
+def _expand(job: tuple[bytes, bytes, int, int]) -> bytes:
+    """Undo `_compress`; raises ValueError unless the frame holds as many bytes as the last says."""
+    frame, base, width, size = job
+    try:
+        planes = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    if len(planes) != size:
+        raise ValueError(f"{len(planes)} bytes instead of {size}")
+    numbers = np.frombuffer(planes, dtype=np.uint8).reshape(width, -1).T
+    return _exclusive_or(np.ascontiguousarray(numbers).reshape(-1), base).tobytes()
+
+
+def _exclusive_or(piece: Any, base: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """`piece` changed by `base`, which may be shorter."""
+    mixed = np.array(np.frombuffer(piece, dtype=np.uint8))
+    mixed[: len(base)] ^= np.frombuffer(base, dtype=np.uint8)
+    return mixed
+
+
+def _zip(file: Any) -> zipfile.ZipFile:
+    return zipfile.ZipFile(file, "w", allowZip64=True)
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """A part without the time, so that the same folders give the same diff."""
+    return zipfile.ZipInfo(name)
+
+
+def _put(bundle: zipfile.ZipFile, name: str, content: bytes) -> None:
+    bundle.writestr(_member(name), zstandard.ZstdCompressor(level=LEVEL).compress(content))
+
+
+def _get(bundle: zipfile.ZipFile, name: str) -> bytes:
+    content: bytes = zstandard.ZstdDecompressor().decompress(bundle.read(name))
+    return content
+
+
+def _below(bundle: zipfile.ZipFile, prefix: str) -> list[str]:
+    """Names of the parts below a prefix; each must be a plain file name."""
+    names = [name.removeprefix(prefix) for name in bundle.namelist() if name.startswith(prefix)]
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"The diff holds {name!r}, which is not a file of a model folder.")
+    return names
+
+
+class _Hashed:
+    """A file to write a zip into, which hashes all but its last `DIGEST` bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("wb")
+        self._digest, self._held = Digest(), b""
+
+    def write(self, content: bytes) -> int:
+        """Write, and hash what is no longer among the last bytes."""
+        known = self._held + content
+        self._digest.update(known[:-DIGEST])
+        self._held = known[-DIGEST:]
+        return self._file.write(content)
+
+    def digest(self) -> str:
+        """SHA-256 of all but the last bytes."""
+        return self._digest.hexdigest()
+
+    def flush(self) -> None:
+        """As of a file; without `seek`, the zip is written in one go."""
+        self._file.flush()
+
+    def __enter__(self) -> "_Hashed":
+        """Close the file at the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self._file.close()
+
+
+def _seal(path: Path, digest: str) -> None:
+    """Write the digest over the zip's comment, and check that the disk holds what was written."""
+    with open(path, "r+b") as file:
+        file.seek(-DIGEST, os.SEEK_END)
+        file.write(digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if not _sealed(path):
+        raise UserError(
+            f"{path} reads back differently from what was written.",
+            "The disk is failing; write to another one.",
+        )
+
+
+def _sealed(path: Path) -> bool:
+    digest, left = hashlib.sha256(), path.stat().st_size - DIGEST
+    with open(path, "rb") as file:
+        while left > 0 and (piece := file.read(min(PIECE, left))):
+            digest.update(piece)
+            left -= len(piece)
+        return file.read().decode(errors="replace") == digest.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
+    """An intact diff and its index; raises UserError where it is damaged, and names the part."""
+    if not path.is_file():
+        raise UserError(f"There is no diff {path}.", "Give the file that `diff make` wrote.")
+    intact = _sealed(path)
+    try:
+        with zipfile.ZipFile(path) as bundle:
+            if not intact:
+                raise _damaged(path, bundle.testzip() or "its directory")
+            index: dict[str, Any] = json.loads(_get(bundle, INDEX))
+            if index["format"] > FORMAT:
+                raise UserError(
+                    f"{path} has format {index['format']}; this program reads up to {FORMAT}.",
+                    "Use the version of the program that wrote it, or a newer one.",
+                )
+            yield bundle, index
+    except (zipfile.BadZipFile, zstandard.ZstdError, KeyError, ValueError, OSError) as error:
+        if intact and isinstance(error, OSError):
+            raise
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged or is no diff ({what}).", "Fetch it again.")
+
+
+def _parts(index: dict[str, Any]) -> list[Part]:
+    return [Part(**{**part, "shape": tuple(part["shape"])}) for part in index["tensors"]]
+
+
+def _check_base(base: Path, held: dict[str, Entry], parts: list[Part], path: Path) -> None:
+    """Raise UserError unless the base holds every tensor that the diff was made from."""
+
+    def differs(part: Part) -> bool:
+        entry = held.get(part.name)
+        if entry is None or entry.dtype != part.dtype or entry.size < part.common:
+            return True
+        digest = hashlib.sha256()
+        for piece in _bytes(entry, part.common):
+            digest.update(piece)
+        return digest.hexdigest() != part.base
+
+    needed = sorted((part for part in parts if part.base), key=lambda part: -part.common)
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(needed), desc="checking the base", disable=None) as bar,
+    ):
+        wrong = []
+        for part, bad in zip(needed, pool.map(differs, needed), strict=True):
+            bar.update()
+            if bad:
+                wrong.append(part.name)
+    if wrong:
+        shown = ", ".join(sorted(wrong)[:4]) + (" ..." if len(wrong) > 4 else "")
+        raise UserError(
+            f"{base} is not the base that {path.name} was made from: {len(wrong)} of "
+            f"{len(needed)} tensors differ: {shown}",
+            "Give the folder that was trained, in the same type; nothing was written.",
+        )
+
+
+def _write_weights(
+    bundle: zipfile.ZipFile,
+    parts: dict[str, Part],
+    held: dict[str, Entry],
+    folder: Path,
+    path: Path,
+) -> dict[str, str]:
+    """Write the weight files; returns the SHA-256 of each."""
+    total = sum(part.size for part in parts.values())
+    hashes = {}
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="applying", disable=None) as bar,
+    ):
+        for name in _below(bundle, "header/"):
+            header = _get(bundle, f"header/{name}")
+            whole = Digest()
+            whole.update(header)
+            with open(folder / name, "wb") as file:
+                file.write(header)
+                for tensor in _order(header):
+                    part = parts[tensor]
+                    own = Digest()
+                    for piece in _rebuilt(pool, bundle, part, held.get(tensor)):
+                        own.update(piece)
+                        whole.update(piece)
+                        file.write(piece)
+                        bar.update(len(piece))
+                    if own.hexdigest() != part.sha256:
+                        raise _damaged(path, f"tensor/{tensor}")
+                file.flush()
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            hashes[name] = whole.hexdigest()
+    return hashes
+
+
+def _order(header: bytes) -> list[str]:
+    """Names of a weight file's tensors in the order of their bytes."""
+    table = json.loads(header[8:])
+    names = [name for name in table if name != "__metadata__"]
+    return sorted(names, key=lambda name: table[name]["data_offsets"])
+
+
+def _rebuilt(
+    pool: ThreadPoolExecutor, bundle: zipfile.ZipFile, part: Part, base: Entry | None
+) -> Iterator[bytes]:
+    """The pieces of a tuned tensor."""
+    width = ITEM_BYTES[part.dtype]
+
+    def pieces() -> Iterator[tuple[bytes, bytes, int, int]]:
+        theirs = _bytes(base, part.common) if base is not None else iter(())
+        with bundle.open(f"tensor/{part.name}") as file:
+            for start in range(0, part.size, PIECE):
+                (length,) = struct.unpack("<I", file.read(4))
+                yield file.read(length), next(theirs, b""), width, min(PIECE, part.size - start)
+
+    assert part.size == math.prod(part.shape) * width
+    return in_order(pool, _expand, pieces())
