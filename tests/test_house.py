@@ -17,7 +17,7 @@ NEIGHBOURS = {"training": {"plan"}, "release": {"convert"}}
 GROUND = ("errors", "prompt", "atomic", "ram", "layout")
 # each may import those before it
 SHARED = (
-    "rounding", "stored", "folder", "datafile", "records", "passport", "tokens", "recipe",
+    "rounding", "stored", "folder", "datafile", "records", "passport", "card", "tokens", "recipe",
     "description", "shards", "model", "golden", "verify",
 )  # fmt: skip
 DOORS = (

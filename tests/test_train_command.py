@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from training_runs import ROOT, lines, master_weights, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from alpaca import passport, rounding
+from alpaca import card, passport, rounding, verify
 from alpaca.folder import load_tokenizer
 from alpaca.prompt import render, template_hash
 from alpaca.recipe import packing
@@ -65,6 +66,42 @@ def test_the_loss_curve_is_drawn(run: Run) -> None:
     out, _, _ = run
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "loss.svg").read_text()
+
+
+def test_the_card_says_what_the_passport_does(run: Run, tmp_path: Path) -> None:
+    out, _, done = run
+    told, held = (out / "README.md").read_text(), passport.read(out)
+    assert held is not None
+    result = held["result"]
+    for value in (
+        held["run"]["data_sha256"],
+        f"{held['run']['examples']:,} examples",
+        "| held out, base model | " + f"{result['eval_loss_before']:.4f} |",
+        "| held out, this folder | " + f"{result['eval_loss_exported']:.4f} |",
+        f'base_model: "{held["base"]["folder"]}"',
+        "license: other",
+        "whose folder does not name it",
+        render("Name three colors."),
+    ):
+        assert value in told
+    assert f"hf upload {out.name} {out} --exclude" in done.stdout
+    assert yaml.safe_load(told.split("---\n")[1])["pipeline_tag"] == "text-generation"
+
+
+def test_the_bases_licence_goes_along_and_an_owners_card_stays(run: Run, tmp_path: Path) -> None:
+    out, base = tmp_path / "out", tmp_path / "base"
+    shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    base.mkdir()
+    (base / "LICENSE.txt").write_text("the terms")
+    (base / "README.md").write_text("---\nlicense: llama2\n---\n# base\n")
+    told = card.write(out, base).read_text()
+    assert "license: llama2" in told
+    assert "That of the base model" in told
+    assert "Its files lie here: LICENSE.txt" in told
+    assert (out / "LICENSE.txt").read_text() == "the terms"
+    (out / "README.md").write_text("my own words")
+    assert card.write(out, base).read_text() == "my own words"
+    verify.run(verify.parser().parse_args([str(out)]))  # neither is a change of the model
 
 
 def test_both_kinds_of_example_are_shown_with_what_is_masked_and_trained(run: Run) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from alpaca import atomic, passport
+from alpaca import atomic, card, passport
 from alpaca.errors import UNLOCKED, UserError
 from alpaca.folder import explained_disk_errors
 from alpaca.model import compute_dtype
@@ -77,7 +77,8 @@ def run(arguments: Arguments, given: inputs.Inputs | None = None) -> None:
             if prepared.start.finished:
                 if dist.get_rank() == 0:
                     folder = arguments.output_dir
-                    _illustrate(folder)  # where a run was killed just before it
+                    # where a run was killed just before it
+                    _illustrate(folder, arguments.model_name_or_path)
                     print(f"train: {folder} already holds the model of exactly this run")
                 return
             execute(prepared)
@@ -162,12 +163,17 @@ def execute(run: Run) -> None:
         on_first_rank(lambda: _remove_checkpoint(run))
     sample = _sample(trainer, codec)
     if main:
-        _illustrate(arguments.output_dir)
+        _illustrate(arguments.output_dir, arguments.model_name_or_path)
         print(sample)
         print(run_log.summary(result, dist.get_world_size(), arguments.output_dir))
         if (warning := run_log.changed_by_export(result, rounded.facts)) is not None:
             print(warning)
         print("\n".join(report.compare(plan, result)))
+        name = arguments.output_dir.resolve().name
+        print(
+            f"train: {arguments.output_dir / card.NAME} is its model card; to publish it all: "
+            f'hf upload {name} {arguments.output_dir} --exclude "checkpoint-*" ".*"'
+        )
 
 
 def _export(run: Run, trainer: Trainer, rounded: Rounding) -> Progress:
@@ -278,12 +284,13 @@ def _plan(run: Run) -> Plan | None:
     return plan
 
 
-def _illustrate(folder: Path) -> None:
-    """Plot the losses of a finished model, and add log and plots to its passport, once."""
+def _illustrate(folder: Path, base: Path) -> None:
+    """Plot the losses of a finished model, add log and plots to its passport, write its card."""
     found = passport.read(folder)
     if found is not None and "beside" not in found and (folder / "log.jsonl").is_file():
         run_log.draw(folder)
         passport.add_extras(folder, ["log.jsonl", "loss.png", "loss.svg"])
+    card.write(folder, base)
 
 
 @cache

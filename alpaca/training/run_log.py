@@ -120,7 +120,8 @@ def changed_by_export(result: Progress, export: dict[str, str]) -> str | None:
         f"train: warning: the held-out loss of the exported folder is {exported:.4f}, the "
         f"trainer's {trained:.4f}: the weights were rounded to {export['dtype']} "
         f"({export['rounding']}); the same command with --overwrite_output_dir --export_dtype fp32 "
-        "exports them as they were trained"
+        "trains again and exports them as they are; with --keep_last_checkpoint True it would only "
+        "export"
     )
 
 

@@ -1,0 +1,188 @@
+"""The model card of a trained folder, `README.md`: what its passport says, for people.
+
+Hubs show it, and read its head (YAML). What the passport does not hold, such as the licence of a
+data set, is named as missing: nothing is made up.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from alpaca import atomic, passport, prompt, stored
+from alpaca.errors import UserError
+
+NAME = "README.md"
+MARK = "<!-- Written by alpaca-cog from passport.json. Without this line it is kept as it is. -->"
+LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(txt|md))?", re.IGNORECASE)
+ASK = "Name three colors."
+
+
+def write(folder: Path, base: Path | None = None) -> Path:
+    """Write the card of a folder, and copy the base's licence files beside it.
+
+    A card that somebody else has written is kept. `base`: the folder it was trained from.
+
+    Raises:
+        UserError: the folder has no passport, or was not trained here.
+    """
+    path = folder / NAME
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return path
+    recorded = passport.read(folder)
+    if recorded is None or "run" not in recorded:
+        raise UserError(f"{folder} was not trained here: its passport holds no run.")
+    if base is not None and base.is_dir():
+        for file in base.iterdir():
+            if file.is_file() and LEGAL.fullmatch(file.name) and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+    atomic.write_text(path, text(folder, recorded, licence(folder, base)))
+    return path
+
+
+def licence(folder: Path, base: Path | None) -> str | None:
+    """The licence that the base's own card names, if it has one."""
+    card = base / NAME if base is not None else None
+    if card is None or not card.is_file():
+        return None
+    head = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    found = re.search(r"^license: *[\"']?([\w.-]+)", head[1], re.M) if head else None
+    return found[1] if found else None
+
+
+def text(folder: Path, recorded: dict[str, Any], of_base: str | None) -> str:
+    """The card, as Markdown."""
+    run, result = recorded["run"], recorded["result"]
+    base = recorded.get("base", {}).get("folder", "unknown")
+    legal = sorted(path.name for path in folder.iterdir() if LEGAL.fullmatch(path.name))
+    kind = stored.read_json(folder / "config.json")["model_type"]
+    return "\n".join(
+        [
+            "---",
+            f"license: {of_base or 'other'}",
+            f"base_model: {json.dumps(base)}",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags: [alpaca, instruction-following]",
+            "---",
+            MARK,
+            "",
+            f"# {folder.resolve().name}",
+            "",
+            f"`{base}` (`{kind}`), fine-tuned to follow instructions on {run['examples']:,} "
+            "examples in the Alpaca format.",
+            "",
+            "## Licence",
+            "",
+            _licence(base, of_base, legal),
+            "",
+            "## How it was trained",
+            "",
+            *_table(_training(recorded)),
+            "",
+            "## Losses",
+            "",
+            *_table(_losses(result)),
+            "",
+            "## Prompt",
+            "",
+            "It was trained on exactly this text, which ends with a colon and no space. The chat "
+            "template writes it.",
+            "",
+            "```text",
+            prompt.NO_INPUT.replace("{instruction}", ASK),
+            "```",
+            "",
+            "With an input:",
+            "",
+            "```text",
+            prompt.render("Translate to French.", "Good morning."),
+            "```",
+            "",
+            "## Run it",
+            "",
+            *_programs(folder.resolve().name),
+            "",
+        ]
+    )
+
+
+def _licence(base: str, of_base: str | None, legal: list[str]) -> str:
+    told = [
+        f"That of the base model, `{base}`: {of_base}."
+        if of_base
+        else f"That of the base model, `{base}`, whose folder does not name it."
+    ]
+    if legal:
+        told.append(f"Its files lie here: {', '.join(legal)}.")
+    told.append("The data set may have a licence of its own.")
+    return " ".join(told)
+
+
+def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
+    run, result = recorded["run"], recorded["result"]
+    held_out = run["eval_fraction"] or run.get("eval_data_sha256")
+    rows = [
+        ("data, SHA-256", f"`{run['data_sha256']}`"),
+        ("examples", f"{run['examples']:,}" + (", others held out" if held_out else "")),
+        ("steps", f"{result['steps']:,} of {run['batch']} examples"),
+        ("learning rate", f"{run['peak']:g}, {run['shape']}, {run['warmup']} steps of warm-up"),
+        ("AdamW", f"weight decay {run['weight_decay']:g}, moments {run['moments']}"),
+        ("computed in", run["compute"]),
+        (
+            "exported as",
+            f"{recorded['export']['dtype']}, rounding: {recorded['export']['rounding']}",
+        ),
+        ("longest example", f"{run['model_max_length']} tokens"),
+        ("seed", str(run["seed"])),
+        ("versions", ", ".join(f"{name} {value}" for name, value in recorded["versions"].items())),
+    ]
+    changes = recorded.get("changes", [])
+    if changes:
+        told = "; ".join(f"after step {c['step']} {c['name']} {c['new']}" for c in changes)
+        rows.append(("changed on the way", told))
+    return rows
+
+
+def _losses(result: dict[str, Any]) -> list[tuple[str, str]]:
+    names = {
+        "loss": "training, last step",
+        "eval_loss_before": "held out, base model",
+        "eval_loss_after": "held out, trained",
+        "eval_loss_exported": "held out, this folder",
+    }
+    known = [(label, result.get(key)) for key, label in names.items()]
+    return [(label, f"{value:.4f}") for label, value in known if value is not None]
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def _programs(name: str) -> list[str]:
+    messages = json.dumps([{"role": "user", "content": ASK}])
+    body = json.dumps({"input": {"prompt": ASK}})
+    return [
+        "```python",
+        "# transformers",
+        "from transformers import pipeline",
+        f'ask = pipeline("text-generation", "{name}")',
+        f"print(ask({messages}, max_new_tokens=64, do_sample=False)[0]['generated_text'][-1])",
+        "```",
+        "```sh",
+        "# vLLM",
+        f"vllm serve {name}",
+        "# mlx-lm",
+        f"mlx_lm.generate --model {name} --prompt {json.dumps(ASK)} --max-tokens 64 --temp 0",
+        "# llama.cpp, with alpaca-cog's export",
+        f"python -m alpaca export {name} --to gguf -o {name}.gguf && llama-server -m {name}.gguf",
+        "# Ollama",
+        f"python -m alpaca export {name} --to ollama -o {name}-ollama",
+        f"cd {name}-ollama && ollama create {name} -f Modelfile",
+        "# alpaca-cog",
+        f"python -m alpaca serve --weights {name}",
+        "curl -s http://127.0.0.1:5000/predictions -H 'Content-Type: application/json' "
+        f"-d '{body}'",
+        "```",
+    ]
