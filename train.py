@@ -38,6 +38,7 @@ async def train(
 
     The model is also kept in alpaca_out/, or in the folder that the variable ALPACA_OUT names.
     """
+    from alpaca.folder import pack
     from alpaca.training import job
 
     assert DOWNLOADS is not None
@@ -57,7 +58,7 @@ async def train(
         "bf16": True,
     }
     await job.launch([f"--{name}={value}" for name, value in flags.items()], ROOT)
-    return Path(job.archive(out, out.with_name(f"{out.name}.tar")))
+    return Path(pack(out, out.with_name(f"{out.name}.tar")))
 
 
 def train_from_command_line() -> None:

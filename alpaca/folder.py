@@ -4,6 +4,7 @@ A folder is what transformers reads: `config.json`, safetensors shards, a tokeni
 takes seconds, which a wrong path or a damaged folder should not wait for.
 """
 
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,24 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             f"The tokenizer in {folder} cannot be read: {error}",
             "Fetch or convert the folder again.",
         ) from None
+
+
+def pack(folder: Path, path: Path) -> Path:
+    """Pack a model folder's files (not its log and checkpoints) as a tar file; returns `path`.
+
+    It is complete or absent, and what `COG_WEIGHTS` takes.
+    """
+    partial = atomic.partial_path(path)
+    try:
+        with tarfile.open(partial, "w") as tar:
+            for file in sorted(folder.iterdir()):
+                if file.is_file() and file.suffix != ".jsonl":
+                    tar.add(file, arcname=file.name)
+        atomic.sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
 
 
 @contextmanager

@@ -4,12 +4,21 @@ import argparse
 import math
 from pathlib import Path
 
+from alpaca.convert.command import shard_size
 from alpaca.errors import UserError
+
+AGAIN = "Free some space and run the same command again."
 
 FORMS = {
     "gguf": "one file for llama.cpp",
     "ollama": "a GGUF file and the Modelfile that Ollama builds a model from",
+    "tar": "one file for COG_WEIGHTS, as the training API returns it",
+    "bf16": "a model folder in that type, in files of --max_shard_size",
+    "fp16": "",
+    "fp32": "",
 }
+# What a folder in another type keeps of the passport: how the model came to be.
+CARRIED = ("run", "ranks", "changes", "base", "result")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +37,13 @@ def parser() -> argparse.ArgumentParser:
         help="GGUF's type of weights: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0; or a K-quant "
         "such as Q4_K_M, which needs llama.cpp's llama-quantize (default: the folder's own type)",
     )
+    made.add_argument(
+        "--max_shard_size",
+        type=shard_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest file of a folder, for example 500MB (default: 5GB)",
+    )
     made.add_argument("--force", action="store_true", help="replace what is there")
     return made
 
@@ -45,6 +61,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.output} is already there.", "--force replaces it.")
     if arguments.to == "ollama":
         _ollama(arguments)
+    elif arguments.to == "tar":
+        with folders.explained_disk_errors(arguments.output.parent, AGAIN):
+            folders.pack(source, arguments.output)
+        print(f"{arguments.output}\n  ./script/serve --weights {arguments.output}")
+    elif arguments.to != "gguf":
+        _weights(arguments)
     else:
         _gguf(source, arguments.output, arguments.type)
 
@@ -60,6 +82,29 @@ def _gguf(source: Path, output: Path, kind: str | None) -> None:
     print(f"{written.path}: {kind}, {written.size / 1e9:.2f} GB{far}")
     print(f"  sha256 {written.sha256}")
     print(f"  llama-server -m {written.path}")
+
+
+def _weights(arguments: argparse.Namespace) -> None:
+    """Write a model folder in another type, as the converter does, with where it comes from."""
+    from dataclasses import replace
+
+    from alpaca import card, passport
+    from alpaca.convert.conversion import Layout, convert
+    from alpaca.convert.huggingface import open_folder
+    from alpaca.shards import DTYPES
+
+    source, output = arguments.folder, arguments.output
+    found = open_folder(source, output.name)
+    recorded = passport.read(source) or {}
+    carried = {key: recorded[key] for key in CARRIED if key in recorded}
+    if "run" in carried:
+        carried["export"] = {"dtype": arguments.to, "rounding": "nearest"}
+    found = replace(found, facts={**found.facts, **carried})
+    layout = Layout(DTYPES[arguments.to], arguments.max_shard_size)
+    convert(found, output.parent, layout, force=True)
+    if "run" in carried:
+        card.write(output, source)
+    print(f"{output} is ready.")
 
 
 def _far(rounding: float) -> str:

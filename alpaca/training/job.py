@@ -3,13 +3,11 @@
 import asyncio
 import os
 import sys
-import tarfile
 from pathlib import Path
 
 import psutil
 import torch
 
-from alpaca import atomic
 from alpaca.errors import UserError
 
 GRACE_SECONDS = 4.0
@@ -67,15 +65,3 @@ def end_family(pid: int) -> None:
     _, alive = psutil.wait_procs(family, timeout=GRACE_SECONDS)
     for process in alive:
         process.kill()
-
-
-def archive(folder: Path, path: Path) -> Path:
-    """Pack a model folder's files (not its log and checkpoints) as a tar file; returns `path`."""
-    partial = atomic.partial_path(path)
-    with tarfile.open(partial, "w") as tar:
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and file.suffix != ".jsonl":
-                tar.add(file, arcname=file.name)
-    atomic.sync(partial)
-    partial.replace(path)
-    return path
