@@ -1,0 +1,32 @@
+"""onnxruntime-genai: its model builder's export in fp32, its own tokenizer."""
+
+import subprocess
+import sys
+
+import common
+import onnxruntime_genai as og
+from transformers import AutoTokenizer
+
+folder, task = common.task()
+command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", folder, "-o", "model"]
+subprocess.run([*command, "-p", "fp32", "-e", "cpu"], check=True, capture_output=True)
+model = og.Model("model")
+own = og.Tokenizer(model)
+templates = common.templates(AutoTokenizer.from_pretrained(folder), task["prompts"])
+answers = []
+for ids in templates:
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(ids) + task["new"], do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(ids)
+    made: list[int] = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        made.append(int(generator.get_next_tokens()[0]))
+    answers.append(common.without(made, common.stops(folder)))
+common.report(
+    version=f"onnxruntime-genai {og.__version__}",
+    texts=[[int(one) for one in own.encode(text)] for text in task["texts"]],
+    templates=templates,
+    answers=answers,
+)
