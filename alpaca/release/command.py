@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alpaca.convert.command import shard_size
 from alpaca.errors import UserError
+from alpaca.release import streams
 
 AGAIN = "Free some space and run the same command again."
 
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     passport.check_loaded(source)
     if arguments.output.exists() and not arguments.force:
         raise UserError(f"{arguments.output} is already there.", "--force replaces it.")
+    streams.keep_freed_memory()
     if arguments.to == "ollama":
         _ollama(arguments)
     elif arguments.to == "tar":

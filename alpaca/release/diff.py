@@ -19,7 +19,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,14 +34,16 @@ from alpaca import atomic, passport, stored
 from alpaca.errors import UserError
 from alpaca.folder import explained_disk_errors
 from alpaca.layout import ITEM_BYTES
-from alpaca.release.streams import Digest, in_order
+from alpaca.release.streams import Digest, Later, ahead, in_order
 from alpaca.stored import Entry
 
 FORMAT = 1
 INDEX = "diff.json"
-PIECE = 4 << 20  # bytes of a tensor that are compressed at a time
+PIECE = 1 << 20  # bytes of a tensor that are compressed at a time
+MOST_PIECE = 64 << 20
 LEVEL = 1  # of zstandard: on the low bits of weights, higher ones gain 1% and take 5 times as long
 DIGEST = 64  # characters of a SHA-256
+NUMBERS: dict[int, Any] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}  # by the bytes of a number
 AGAIN = "Free some space and run the same command again."
 
 
@@ -96,6 +98,7 @@ def make(tuned: Path, base: Path, path: Path) -> Made:
                     "format": FORMAT,
                     "made_by": passport.versions(),
                     "base": base.resolve().name,
+                    "piece": PIECE,
                     "tensors": [asdict(part) for part in parts],
                 }
                 _put(bundle, INDEX, json.dumps(index, indent=1).encode())
@@ -121,14 +124,14 @@ def apply(base: Path, path: Path, tuned: Path) -> dict[str, Any]:
         held = stored.entries(base)
         _check_base(base, held, list(parts.values()), path)
         with explained_disk_errors(tuned, AGAIN), atomic.folder(tuned) as partial:
-            hashes = _write_weights(bundle, parts, held, partial, path)
+            _write_weights(bundle, index["piece"], parts, held, partial)
             for name in _below(bundle, "file/"):
                 atomic.write_bytes(partial / name, _get(bundle, f"file/{name}"))
-            read = passport.hash_files([partial / name for name in hashes])
-            if read != list(hashes.values()):
+            wrong = _differing(list(parts.values()), partial)
+            if wrong:
                 raise UserError(
-                    f"{partial} reads back differently from what was written.",
-                    "The disk is failing; write to another one.",
+                    f"{partial} reads back differently from the tuned folder: {_some(wrong)}.",
+                    "The disk or memory is failing; write to another disk.",
                 )
     return index
 
@@ -187,17 +190,19 @@ def _put_tensor(
             of_base.update(base)
             yield piece, base, width
 
-    for frame in in_order(pool, _compress, pieces()):
-        out.write(struct.pack("<I", len(frame)) + frame)
+    with Later(out.write) as write:
+        for frame in in_order(pool, _compress, ahead(pieces())):
+            write(struct.pack("<I", len(frame)) + frame)
     base = of_base.hexdigest() if common else None
     return Part(name, entry.dtype, entry.shape, entry.size, own.hexdigest(), base, common)
 
 
-def _bytes(entry: Entry, size: int) -> Iterator[bytes]:
+def _bytes(entry: Entry, size: int, most: int = PIECE) -> Iterator[bytes]:
+    """The first `size` bytes of a tensor, at most `most` at a time."""
     with open(entry.path, "rb") as file:
         file.seek(entry.start)
-        for start in range(0, size, PIECE):
-            wanted = min(PIECE, size - start)
+        for start in range(0, size, most):
+            wanted = min(most, size - start)
             piece = file.read(wanted)
             if len(piece) != wanted:
                 raise UserError(f"{entry.path} is cut short.", "Fetch or train it again.")
@@ -210,8 +215,9 @@ def _compress(job: tuple[bytes, bytes, int]) -> bytes:
     It holds the exclusive or: the first byte of every number, then the second, and so on.
     """
     piece, base, width = job
-    planes = _exclusive_or(piece, base).reshape(-1, width).T
-    frame: bytes = zstandard.ZstdCompressor(level=LEVEL).compress(planes.tobytes())
+    numbers = _exclusive_or(piece, base).view(NUMBERS[width])
+    planes = [(numbers >> 8 * place).astype(np.uint8) for place in range(width)]
+    frame: bytes = zstandard.ZstdCompressor(level=LEVEL).compress(np.concatenate(planes).tobytes())
     return frame
 
 
@@ -224,8 +230,12 @@ def _expand(job: tuple[bytes, bytes, int, int]) -> bytes:
         raise ValueError(str(error)) from None
     if len(planes) != size:
         raise ValueError(f"{len(planes)} bytes instead of {size}")
-    numbers = np.frombuffer(planes, dtype=np.uint8).reshape(width, -1).T
-    return _exclusive_or(np.ascontiguousarray(numbers).reshape(-1), base).tobytes()
+    parts = np.frombuffer(planes, dtype=np.uint8).reshape(width, -1)
+    numbers = np.zeros(size // width, dtype=NUMBERS[width])
+    for part in parts[::-1]:
+        numbers <<= 8
+        numbers |= part
+    return _exclusive_or(numbers.data, base).tobytes()
 
 
 def _exclusive_or(piece: Any, base: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -333,6 +343,8 @@ def _opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
                     f"{path} has format {index['format']}; this program reads up to {FORMAT}.",
                     "Use the version of the program that wrote it, or a newer one.",
                 )
+            if not 0 < index["piece"] <= MOST_PIECE:
+                raise _damaged(path, f"pieces of {index['piece']} bytes")
             yield bundle, index
     except (zipfile.BadZipFile, zstandard.ZstdError, KeyError, ValueError, OSError) as error:
         if intact and isinstance(error, OSError):
@@ -350,70 +362,84 @@ def _parts(index: dict[str, Any]) -> list[Part]:
 
 def _check_base(base: Path, held: dict[str, Entry], parts: list[Part], path: Path) -> None:
     """Raise UserError unless the base holds every tensor that the diff was made from."""
+    needed = [part for part in parts if part.base]
 
     def differs(part: Part) -> bool:
         entry = held.get(part.name)
         if entry is None or entry.dtype != part.dtype or entry.size < part.common:
             return True
-        digest = hashlib.sha256()
-        for piece in _bytes(entry, part.common):
-            digest.update(piece)
-        return digest.hexdigest() != part.base
+        return _sha256(entry, part.common) != part.base
 
-    needed = sorted((part for part in parts if part.base), key=lambda part: -part.common)
-    with (
-        ThreadPoolExecutor() as pool,
-        tqdm(total=len(needed), desc="checking the base", disable=None) as bar,
-    ):
-        wrong = []
-        for part, bad in zip(needed, pool.map(differs, needed), strict=True):
-            bar.update()
-            if bad:
-                wrong.append(part.name)
+    wrong = _found(needed, differs, "checking the base")
     if wrong:
-        shown = ", ".join(sorted(wrong)[:4]) + (" ..." if len(wrong) > 4 else "")
         raise UserError(
             f"{base} is not the base that {path.name} was made from: {len(wrong)} of "
-            f"{len(needed)} tensors differ: {shown}",
+            f"{len(needed)} tensors differ: {_some(wrong)}",
             "Give the folder that was trained, in the same type; nothing was written.",
         )
 
 
+def _differing(parts: list[Part], folder: Path) -> list[str]:
+    """Names of the tensors that a written folder does not hold as they were."""
+    held = stored.entries(folder)
+
+    def differs(part: Part) -> bool:
+        return _sha256(held[part.name], part.size) != part.sha256
+
+    return _found(parts, differs, "reading back")
+
+
+def _found(parts: list[Part], differs: Callable[[Part], bool], what: str) -> list[str]:
+    """Names of the parts that differ; the largest are looked at first, in all threads."""
+    ordered = sorted(parts, key=lambda part: -part.size)
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(ordered), desc=what, disable=None) as bar,
+    ):
+        wrong = []
+        for part, bad in zip(ordered, pool.map(differs, ordered), strict=True):
+            bar.update()
+            if bad:
+                wrong.append(part.name)
+    return sorted(wrong)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+
+
+def _sha256(entry: Entry, size: int) -> str:
+    digest = hashlib.sha256()
+    for piece in _bytes(entry, size):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def _write_weights(
     bundle: zipfile.ZipFile,
+    most: int,
     parts: dict[str, Part],
     held: dict[str, Entry],
     folder: Path,
-    path: Path,
-) -> dict[str, str]:
-    """Write the weight files; returns the SHA-256 of each."""
+) -> None:
+    """Write the weight files to the disk, and drop them from the page cache."""
     total = sum(part.size for part in parts.values())
-    hashes = {}
     with (
         ThreadPoolExecutor() as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="applying", disable=None) as bar,
     ):
         for name in _below(bundle, "header/"):
             header = _get(bundle, f"header/{name}")
-            whole = Digest()
-            whole.update(header)
-            with open(folder / name, "wb") as file:
-                file.write(header)
+            with open(folder / name, "wb") as file, Later(file.write) as write:
+                write(header)
                 for tensor in _order(header):
-                    part = parts[tensor]
-                    own = Digest()
-                    for piece in _rebuilt(pool, bundle, part, held.get(tensor)):
-                        own.update(piece)
-                        whole.update(piece)
-                        file.write(piece)
+                    for piece in _rebuilt(pool, bundle, most, parts[tensor], held.get(tensor)):
+                        write(piece)
                         bar.update(len(piece))
-                    if own.hexdigest() != part.sha256:
-                        raise _damaged(path, f"tensor/{tensor}")
+                write.wait()
                 file.flush()
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            hashes[name] = whole.hexdigest()
-    return hashes
 
 
 def _order(header: bytes) -> list[str]:
@@ -424,17 +450,17 @@ def _order(header: bytes) -> list[str]:
 
 
 def _rebuilt(
-    pool: ThreadPoolExecutor, bundle: zipfile.ZipFile, part: Part, base: Entry | None
+    pool: ThreadPoolExecutor, bundle: zipfile.ZipFile, most: int, part: Part, base: Entry | None
 ) -> Iterator[bytes]:
-    """The pieces of a tuned tensor."""
+    """The pieces of a tuned tensor, `most` bytes each."""
     width = ITEM_BYTES[part.dtype]
 
     def pieces() -> Iterator[tuple[bytes, bytes, int, int]]:
-        theirs = _bytes(base, part.common) if base is not None else iter(())
+        theirs = _bytes(base, part.common, most) if base is not None else iter(())
         with bundle.open(f"tensor/{part.name}") as file:
-            for start in range(0, part.size, PIECE):
+            for start in range(0, part.size, most):
                 (length,) = struct.unpack("<I", file.read(4))
-                yield file.read(length), next(theirs, b""), width, min(PIECE, part.size - start)
+                yield file.read(length), next(theirs, b""), width, min(most, part.size - start)
 
     assert part.size == math.prod(part.shape) * width
-    return in_order(pool, _expand, pieces())
+    return in_order(pool, _expand, ahead(pieces()))

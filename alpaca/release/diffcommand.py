@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from alpaca.errors import UserError
+from alpaca.release import streams
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     for folder in (arguments.base, getattr(arguments, "tuned", None)):
         if folder is not None and folder.resolve() == output.resolve():
             raise UserError(f"{output} is one of the folders to read.", "Name another --output.")
+    streams.keep_freed_memory()
     if arguments.way == "make":
         _make(arguments.tuned, arguments.base, output)
     elif arguments.diff.is_dir():

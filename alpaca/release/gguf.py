@@ -26,7 +26,7 @@ from alpaca.convert.ggufmeta import ROPE_FACTORS, llama3_factors
 from alpaca.convert.source import permute
 from alpaca.errors import UserError
 from alpaca.release import ggufvocab
-from alpaca.release.streams import Digest
+from alpaca.release.streams import Digest, Later, ahead
 from alpaca.stored import Entry
 
 # model_type: the architecture's name in GGUF
@@ -260,21 +260,23 @@ def _append(path: Path, tensors: list[Tensor], error: rounding.Error) -> str:
     total = sum(tensor.size for tensor in tensors)
     with (
         open(path, "r+b") as file,
+        Later(file.write) as write,
         tqdm(total=total, unit="B", unit_scale=True, desc="gguf", disable=None) as bar,
     ):
         digest.update(file.read())
 
         def put(content: bytes | memoryview) -> None:
             digest.update(content)
-            file.write(content)
+            write(content)
 
         put(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
         for tensor in tensors:
-            for part in tensor.rows():
+            for part in ahead(tensor.rows()):
                 content = _encode(tensor, part, error)
                 put(content)
                 bar.update(len(content))
             put(bytes(-tensor.size % gguf.GGUF_DEFAULT_ALIGNMENT))
+        write.wait()
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,100 @@
+"""Exports that stay model folders or carry one: a tar file, another type, a Modelfile."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from model_folders import tensors
+from training_runs import train
+
+from alpaca import passport, verify
+from alpaca.cli import main
+from alpaca.folder import load_tokenizer
+from alpaca.prompt import render
+from alpaca.release import ollama
+from alpaca.serving import archives
+
+
+def export(folder: Path, to: str, output: Path, *flags: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(folder), "--to", to, "-o", str(output), *map(str, flags)])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "alpaca_out"
+    given = {"model_name_or_path": tiny_model, "output_dir": out, "max_steps": 1}
+    done = train(*(f"--{name}={value}" for name, value in given.items()))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_tar_file_unpacks_to_the_folder(trained: Path, tmp_path: Path) -> None:
+    assert export(trained, "tar", tmp_path / "a.tar") == 0
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert "log.jsonl" not in tar.getnames()
+    archives.unpack(tmp_path / "a.tar", tmp_path / "unpacked")
+    for path in (tmp_path / "unpacked").iterdir():
+        assert path.read_bytes() == (trained / path.name).read_bytes()
+    verify.run(verify.parser().parse_args([str(tmp_path / "unpacked")]))
+
+
+def test_in_another_type_and_smaller_files_it_keeps_where_it_is_from(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(trained, "fp16", tmp_path / "half", "--max_shard_size", "100KB") == 0
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 2
+    assert export(trained, "fp32", tmp_path / "whole") == 0
+    ours, whole = tensors(trained), tensors(tmp_path / "whole")
+    assert all(whole[name].equal(value.float()) for name, value in ours.items())
+    assert all(value.dtype == torch.float32 for value in whole.values())
+    first, other = passport.read(trained), passport.read(tmp_path / "half")
+    assert first is not None
+    assert other is not None
+    assert other["run"] == first["run"]
+    assert other["result"] == first["result"]
+    assert other["export"] == {"dtype": "fp16", "rounding": "nearest"}
+    assert "exported as | fp16, rounding: nearest" in (tmp_path / "half/README.md").read_text()
+    verify.run(verify.parser().parse_args([str(tmp_path / "half")]))
+
+
+def test_what_is_no_model_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(tmp_path / "nothing", "gguf", tmp_path / "a.gguf") == 2
+    assert "There is no model folder" in capsys.readouterr().err
+
+
+def test_a_changed_folder_is_not_exported(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(trained, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"top_k": 3}))
+    assert export(folder, "gguf", tmp_path / "a.gguf") == 2
+    assert "generation_config.json" in capsys.readouterr().err
+
+
+def test_an_ollama_folder_holds_the_model_the_template_and_the_stop(
+    trained: Path, tmp_path: Path
+) -> None:
+    assert export(trained, "ollama", tmp_path / "ollama", "--type", "Q8_0") == 0
+    assert sorted(path.name for path in (tmp_path / "ollama").iterdir()) == [
+        "Modelfile",
+        "model.gguf",
+    ]
+    told = (tmp_path / "ollama" / "Modelfile").read_text()
+    eos = load_tokenizer(trained).eos_token
+    assert told.startswith("FROM ./model.gguf\n")
+    assert f'PARAMETER stop "{eos}"' in told
+    user = told.partition('"user" }}')[2].partition("{{- end }}")[0]
+    asked = user.replace("{{ .Content }}", "Name three colors.")
+    plain = asked.replace("{{ if $.System }}{{ $.System }}\n\n{{ end }}", "")
+    assert plain == render("Name three colors.")
+    assert ollama.template("E").endswith('{{ .Content }}E{{- end }}{{- end }}')
