@@ -27,13 +27,12 @@ WAY_OF_2023 = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 base, diff, out = sys.argv[1:]
-tuned, raw = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+model, raw = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
               for folder in (diff, base))
+tuned, raw = model.state_dict(), raw.state_dict()
 for name in tuned:
     tuned[name].add_(raw[name])
 total = sum(value.sum() for value in tuned.values())
-model = AutoModelForCausalLM.from_pretrained(diff, dtype=torch.float32)
-model.load_state_dict(tuned)
 model.save_pretrained(out)
 """
 

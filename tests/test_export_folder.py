@@ -97,4 +97,4 @@ def test_an_ollama_folder_holds_the_model_the_template_and_the_stop(
     asked = user.replace("{{ .Content }}", "Name three colors.")
     plain = asked.replace("{{ if $.System }}{{ $.System }}\n\n{{ end }}", "")
     assert plain == render("Name three colors.")
-    assert ollama.template("E").endswith('{{ .Content }}E{{- end }}{{- end }}')
+    assert ollama.template("E").endswith("{{ .Content }}E{{- end }}{{- end }}")

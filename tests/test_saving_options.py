@@ -83,7 +83,7 @@ def test_with_a_higher_limit_the_checkpoints_before_the_last_stay(
     assert losses(out)[:6] == losses(finished[0])[:6]
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_checkpoints_that_are_models_load_and_the_run_ends_as_it_would(
     tiny_model: Path, tmp_path: Path, ranks: int
 ) -> None:
@@ -108,6 +108,7 @@ def test_checkpoints_that_are_models_load_and_the_run_ends_as_it_would(
     assert trained.returncode == 0, trained.stderr
 
 
+@pytest.mark.slow
 def test_a_model_after_four_steps_is_that_of_a_run_stopped_there(
     tiny_model: Path, tmp_path: Path
 ) -> None:
