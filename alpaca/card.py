@@ -31,8 +31,11 @@ def write(folder: Path, base: Path | None = None) -> Path:
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return path
     recorded = passport.read(folder)
-    if recorded is None or "run" not in recorded:
-        raise UserError(f"{folder} was not trained here: its passport holds no run.")
+    if recorded is None or "result" not in recorded:
+        raise UserError(
+            f"{folder} is not the result of a training run: its passport holds none.",
+            "Only folders that train.py has finished get a card.",
+        )
     if base is not None and base.is_dir():
         for file in base.iterdir():
             if file.is_file() and LEGAL.fullmatch(file.name) and not (folder / file.name).exists():

@@ -111,8 +111,9 @@ def pack(folder: Path, path: Path) -> Path:
     It is complete or absent, and what `COG_WEIGHTS` takes.
     """
     partial = atomic.partial_path(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tarfile.open(partial, "w") as tar:
+        with tarfile.open(partial, "w", dereference=True) as tar:
             for file in sorted(folder.iterdir()):
                 if file.is_file() and file.suffix != ".jsonl":
                     tar.add(file, arcname=file.name)

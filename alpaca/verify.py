@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="record files that you added or changed on purpose, by their path in the folder",
+        help="record files that you added on purpose, by their path in the folder",
     )
     return made
 
@@ -90,7 +90,10 @@ def accept(folder: Path, recorded: dict[str, Any], names: list[str]) -> None:
     Raises:
         UserError: one is missing, or is a file of the model as it was written.
     """
+    names = [Path(name).as_posix() for name in names]
     for name in names:
+        if name in {passport.NAME, *WRITTEN_LATER}:
+            raise UserError(f"{name} is written by this program.", "Accept your own files.")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{name} is not a file of the folder.", "Give its path in the folder.")
         if not (folder / name).is_file():

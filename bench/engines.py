@@ -204,8 +204,7 @@ def environment(engine: Engine) -> Path:
 def build(folder: Path) -> None:
     """Build llama.cpp's programs from the source in llama-cpp-python's package."""
     pip = [str(folder / "bin" / "python"), "-m", "pip", "download", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--no-binary", ":all:", "--no-build-isolation", SDIST, "-d", str(folder)],
-                   check=True)  # fmt: skip
+    subprocess.run([*pip, SDIST, "-d", str(folder)], check=True)
     (archive,) = folder.glob("llama_cpp_python-*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")

@@ -11,7 +11,7 @@ python3 -m venv "$work/venv"
 pip="$work/venv/bin/pip"
 "$pip" install -qq --disable-pip-version-check torch==2.13.0 numpy==2.4.6
 "$pip" install -qq --disable-pip-version-check transformers==4.57.6 sentencepiece==0.2.1 protobuf gguf==0.19.0
-"$pip" download -qq --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+"$pip" download -qq --disable-pip-version-check --no-deps \
   llama-cpp-python==0.3.36 -d "$work"
 tar -xzf "$work"/llama_cpp_python-0.3.36.tar.gz -C "$work"
 cat > "$work/make.py" <<'PY'

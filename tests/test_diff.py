@@ -210,8 +210,15 @@ def test_a_diff_is_no_model(made: Path, tmp_path: Path) -> None:
 def test_folders_that_are_read_are_not_written(
     base: Path, tuned: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("apply", base, made, "-o", base, "--force") == 2
-    assert "is one of the folders to read" in capsys.readouterr().err
+    inside = tmp_path / "alpaca" / "alpaca.diff"
+    inside.parent.mkdir()
+    shutil.copy(made, inside)
+    for output, diff_file in ((base, made), (base.parent, made), (inside.parent, inside)):
+        assert run("apply", base, diff_file, "-o", output, "--force") == 2
+        assert f"{output} would replace " in capsys.readouterr().err
+    assert inside.is_file()
+    assert run("make", tuned, base, "-o", inside.parent, "--force") == 2
+    assert "is a folder that is already there" in capsys.readouterr().err
     (tmp_path / "d").write_text("mine")
     assert run("make", tuned, base, "-o", tmp_path / "d") == 2
     assert "--force replaces it" in capsys.readouterr().err

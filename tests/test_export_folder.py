@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_folders import tensors
+from model_folders import copied, save, tensors
 from training_runs import train
 
 from alpaca import passport, verify
@@ -57,10 +57,68 @@ def test_in_another_type_and_smaller_files_it_keeps_where_it_is_from(
     assert first is not None
     assert other is not None
     assert other["run"] == first["run"]
-    assert other["result"] == first["result"]
+    assert other["result"] == {**first["result"], "eval_loss_exported": None}
     assert other["export"] == {"dtype": "fp16", "rounding": "nearest"}
     assert "exported as | fp16, rounding: nearest" in (tmp_path / "half/README.md").read_text()
     verify.run(verify.parser().parse_args([str(tmp_path / "half")]))
+
+
+def test_a_folder_of_links_is_packed_with_what_they_name(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for path in trained.iterdir():
+        if path.is_file():
+            (tmp_path / "links" / path.name).symlink_to(path)
+    assert export(tmp_path / "links", "tar", tmp_path / "new" / "a.tar") == 0
+    archives.unpack(tmp_path / "new" / "a.tar", tmp_path / "unpacked")
+    assert (tmp_path / "unpacked/config.json").read_bytes() == (
+        trained / "config.json"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("to", ["ollama", "fp16", "tar", "gguf"])
+def test_the_folder_itself_and_what_holds_it_are_never_replaced(
+    trained: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output in (trained, trained.parent):
+        assert export(trained, to, output, "--force") == 2
+        assert f"{output} would replace {trained}" in capsys.readouterr().err
+    assert (trained / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_in_another_type_is_still_one(tiny_model: Path, tmp_path: Path) -> None:
+    given = {"model_name_or_path": tiny_model, "output_dir": tmp_path / "out", "max_steps": 3}
+    words = [f"--{name}={value}" for name, value in given.items()]
+    done = train(*words, "--save_only_model", "--save_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert export(tmp_path / "out/checkpoint-2", "fp16", tmp_path / "half") == 0
+    recorded = passport.read(tmp_path / "half")
+    assert recorded is not None
+    assert recorded["checkpoint"] == 2
+    assert "result" not in recorded
+
+
+def test_another_models_own_template_is_not_lost_silently(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny_model, tmp_path / "instruct")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": "{{ 1 }}"})
+    )
+    assert export(folder, "fp16", tmp_path / "half") == 2
+    assert "has a chat template of its own" in capsys.readouterr().err
+    assert not (tmp_path / "half").exists()
+
+
+def test_weights_that_do_not_fit_their_config_are_not_exported(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny_model, tmp_path / "cut")
+    held = tensors(folder)
+    del held["lm_head.weight"]
+    save(folder, held)
+    assert export(folder, "gguf", tmp_path / "a.gguf") == 2
+    assert "lacks 1 tensor(s) (first: lm_head.weight)" in capsys.readouterr().err
 
 
 def test_what_is_no_model_is_not_exported(

@@ -120,6 +120,20 @@ def test_a_model_after_four_steps_is_that_of_a_run_stopped_there(
     assert same(tmp_path / "short", tmp_path / "long" / "checkpoint-4")
 
 
+def test_models_do_not_push_out_the_state_to_resume_from(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--lr_scheduler_type=constant", "--save_steps=2"]
+    job = start(command(tiny_model, out, "--max_steps=500", *words))
+    wait_until(lambda: bool(checkpoint.found(out)), job)
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=120)
+    (state,) = checkpoint.found(out)
+    more = f"--max_steps={checkpoint.step_of(state) + 5}"
+    finish(command(tiny_model, out, more, *words, "--save_only_model", "--keep_last_checkpoint"))
+    assert checkpoint.found(out) == [state]
+    assert len(checkpoint.models(out)) == 1
+
+
 def test_a_run_of_models_that_is_stopped_says_that_it_starts_over(
     tiny_model: Path, tmp_path: Path
 ) -> None:

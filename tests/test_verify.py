@@ -174,6 +174,7 @@ def test_neither_a_file_of_the_model_nor_one_outside_is_accepted(folder: Path) -
     (folder / "config.json").write_text("{}")
     assert "config.json is part of the model" in check(folder, "--accept", "config.json")
     assert "There is no file" in check(folder, "--accept", "nothing.json")
+    assert "is written by this program" in check(folder, "--accept", "./passport.json")
     outside = folder.parent / "outside.json"
     outside.write_text("{}")
     assert "not a file of the folder" in check(folder, "--accept", "../outside.json")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alpaca.convert.command import shard_size
 from alpaca.errors import UserError
-from alpaca.release import streams
+from alpaca.release import outputs, streams
 
 AGAIN = "Free some space and run the same command again."
 
@@ -19,7 +19,7 @@ FORMS = {
     "fp32": "",
 }
 # What a folder in another type keeps of the passport: how the model came to be.
-CARRIED = ("run", "ranks", "changes", "base", "result")
+CARRIED = ("run", "ranks", "changes", "checkpoint", "base", "result")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,13 +53,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Check the folder, write the export, say what it is."""
     # Imported here because they import torch and transformers, which would slow down --help.
     from alpaca import folder as folders
-    from alpaca import passport
+    from alpaca import model, passport
 
     source: Path = arguments.folder
+    is_folder = arguments.to not in ("gguf", "tar")
+    outputs.check(arguments.output, [source], force=arguments.force, folder=is_folder)
     folders.check_folder(source)
     passport.check_loaded(source)
-    if arguments.output.exists() and not arguments.force:
-        raise UserError(f"{arguments.output} is already there.", "--force replaces it.")
+    model.check_weights(source)
     streams.keep_freed_memory()
     if arguments.to == "ollama":
         _ollama(arguments)
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         _weights(arguments)
     else:
         _gguf(source, arguments.output, arguments.type)
+        print(f"  llama-server -m {arguments.output}")
 
 
 def _gguf(source: Path, output: Path, kind: str | None) -> None:
@@ -81,30 +83,42 @@ def _gguf(source: Path, output: Path, kind: str | None) -> None:
         raise UserError(f"--type {kind} is not known.", f"Give one of {', '.join(gguf.TYPES)}.")
     written = gguf.write(source, output, kind)
     far = "" if math.isnan(written.rounding) else f", {_far(written.rounding)}"
-    print(f"{written.path}: {kind}, {written.size / 1e9:.2f} GB{far}")
+    print(f"{written.path.name}: {kind}, {written.size / 1e9:.2f} GB{far}")
     print(f"  sha256 {written.sha256}")
-    print(f"  llama-server -m {written.path}")
 
 
 def _weights(arguments: argparse.Namespace) -> None:
     """Write a model folder in another type, as the converter does, with where it comes from."""
     from dataclasses import replace
 
-    from alpaca import card, passport
+    from alpaca import card, passport, prompt, stored
     from alpaca.convert.conversion import Layout, convert
     from alpaca.convert.huggingface import open_folder
     from alpaca.shards import DTYPES
 
     source, output = arguments.folder, arguments.output
     found = open_folder(source, output.name)
+    print("\n".join(found.notes), end="\n" if found.notes else "")
     recorded = passport.read(source) or {}
+    own = stored.read_json(source / "tokenizer_config.json").get("chat_template")
+    ours = [prompt.chat_template(adds_bos) for adds_bos in (True, False)]
+    if "run" not in recorded and own is not None and own not in ours:
+        raise UserError(
+            f"{source} has a chat template of its own, which the written folder would not have.",
+            "Export models that were trained here, or --to gguf, which keeps it.",
+        )
     carried = {key: recorded[key] for key in CARRIED if key in recorded}
+    if "result" in carried:  # measured on other numbers
+        carried["result"] = {**carried["result"], "eval_loss_exported": None}
     if "run" in carried:
-        carried["export"] = {"dtype": arguments.to, "rounding": "nearest"}
+        before = recorded.get("export", {})
+        rounding = "none" if arguments.to == "fp32" else "nearest"
+        same = before.get("dtype") == arguments.to
+        carried["export"] = before if same else {"dtype": arguments.to, "rounding": rounding}
     found = replace(found, facts={**found.facts, **carried})
     layout = Layout(DTYPES[arguments.to], arguments.max_shard_size)
     convert(found, output.parent, layout, force=True)
-    if "run" in carried:
+    if "result" in carried:
         card.write(output, source)
     print(f"{output} is ready.")
 
@@ -120,4 +134,5 @@ def _ollama(arguments: argparse.Namespace) -> None:
     with atomic.folder(arguments.output) as partial:
         _gguf(arguments.folder, partial / ollama.MODEL, arguments.type)
         atomic.write_text(partial / "Modelfile", ollama.modelfile(arguments.folder))
+    print(f"{arguments.output} is ready.")
     print(f"  cd {arguments.output} && ollama create NAME -f Modelfile && ollama run NAME")

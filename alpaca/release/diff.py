@@ -18,6 +18,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,6 +45,16 @@ LEVEL = 1  # of zstandard; on the low bits of weights, 3 takes twice as long and
 DIGEST = 64  # characters of a SHA-256
 # by the bytes of a number
 NUMBERS: dict[int, Any] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    OSError,
+)  # what zipfile, and an index that is not one, raise
 LARGEST_FILE = stored.LONGEST_HEADER  # bytes of a header or another file
 AGAIN = "Free some space and run the same command again."
 
@@ -262,6 +273,8 @@ def _put(bundle: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def _get(bundle: zipfile.ZipFile, name: str) -> bytes:
+    if bundle.getinfo(name).file_size > LARGEST_FILE:
+        raise ValueError(f"{name} has {bundle.getinfo(name).file_size} bytes")
     return _decompress(bundle.read(name), LARGEST_FILE)
 
 
@@ -280,7 +293,7 @@ def _below(bundle: zipfile.ZipFile, prefix: str) -> list[str]:
     """Names of the parts below a prefix; each must be a plain file name."""
     names = [name.removeprefix(prefix) for name in bundle.namelist() if name.startswith(prefix)]
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise UserError(f"The diff holds {name!r}, which is not a file of a model folder.")
     return names
 
@@ -350,6 +363,8 @@ def _opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
         with zipfile.ZipFile(path) as bundle:
             if not intact:
                 raise _damaged(path, bundle.testzip() or "its directory")
+            if any(part.compress_type != zipfile.ZIP_STORED for part in bundle.infolist()):
+                raise _damaged(path, "its parts are compressed twice")
             index: dict[str, Any] = json.loads(_get(bundle, INDEX))
             if index["format"] > FORMAT:
                 raise UserError(
@@ -359,7 +374,7 @@ def _opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
             if not 0 < index["piece"] <= MOST_PIECE:
                 raise _damaged(path, f"pieces of {index['piece']} bytes")
             yield bundle, index
-    except (zipfile.BadZipFile, struct.error, KeyError, TypeError, ValueError, OSError) as error:
+    except DAMAGED as error:
         if intact and isinstance(error, OSError):
             raise
         raise _damaged(path, str(error)) from None
@@ -473,6 +488,8 @@ def _rebuilt(
         with bundle.open(f"tensor/{part.name}") as file:
             for start in range(0, part.size, most):
                 (length,) = struct.unpack("<I", file.read(4))
+                if length > 2 * most + 1024:
+                    raise ValueError(f"a piece of {length} bytes")
                 yield file.read(length), next(theirs, b""), width, min(most, part.size - start)
 
     return in_order(pool, _expand, ahead(pieces()))

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from alpaca.errors import UserError
-from alpaca.release import streams
+from alpaca.release import outputs, streams
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,13 +31,11 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Make or apply a diff, and say what was done."""
     output: Path = arguments.output
-    if output.exists() and not arguments.force:
-        raise UserError(f"{output} is already there.", "--force replaces it.")
-    for folder in (arguments.base, getattr(arguments, "tuned", None)):
-        if folder is not None and folder.resolve() == output.resolve():
-            raise UserError(f"{output} is one of the folders to read.", "Name another --output.")
+    making = arguments.way == "make"
+    inputs = [arguments.base, arguments.tuned if making else arguments.diff]
+    outputs.check(output, inputs, force=arguments.force, folder=not making)
     streams.keep_freed_memory()
-    if arguments.way == "make":
+    if making:
         _make(arguments.tuned, arguments.base, output)
     elif arguments.diff.is_dir():
         from alpaca.release import floatdiff

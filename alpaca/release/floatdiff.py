@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from alpaca import atomic
 from alpaca.convert import huggingface
 from alpaca.convert.conversion import Layout, convert
 from alpaca.convert.source import Source, Tensor
@@ -49,11 +50,11 @@ def apply(base: Path, diff: Path, tuned: Path, *, force: bool = False) -> list[s
         huggingface.open_folder(base, base.name),
         huggingface.open_folder(diff, tuned.name),
     )
+    for left in (atomic.partial_path(tuned), tuned.with_name(f".{tuned.name}.journal.json")):
+        atomic.remove(left)  # of an interrupted run, whose tensors would be in no sum
     sums = Sums()
     source = _sum(theirs, ours, sums, base, diff)
     convert(source, tuned.parent, Layout(torch.float32), force=force)
-    if not sums.by_name:
-        return ["The folder was complete before, so no sum was taken."]
     return check(source.config, sums.total(), base, diff)
 
 
@@ -82,7 +83,7 @@ def _sum(theirs: Source, ours: Source, sums: Sums, base: Path, diff: Path) -> So
 
 
 def _read(ours: Tensor, theirs: Tensor, sums: Sums, dtype: torch.dtype) -> torch.Tensor:
-    value = ours.read(torch.float32)
+    value = ours.read(torch.float32).clone()  # else pages of the mapped file, kept to the end
     other = theirs.read(torch.float32)
     rows = other.shape[0]
     if value.shape[0] > rows:

@@ -34,6 +34,10 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 Type = gguf.GGMLQuantizationType
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 K_QUANT = re.compile(r"Q[2-6]_K(_[SML])?")
+NEEDED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
 ROWS_BYTES = 32 << 20  # of a tensor read at a time
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 ELSEWHERE = "llama.cpp's own converter, convert_hf_to_gguf.py, may know it."
@@ -99,7 +103,7 @@ def write(folder: Path, path: Path, kind: str) -> Written:
 
 
 def _write(folder: Path, path: Path, kind: str) -> Written:
-    config = stored.read_json(folder / "config.json")
+    config = _config(folder)
     tensors = _tensors(folder, config, kind)
     partial = atomic.partial_path(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,16 @@ def _write(folder: Path, path: Path, kind: str) -> Written:
     finally:
         partial.unlink(missing_ok=True)
     return Written(path, path.stat().st_size, written, error.relative)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json; raises UserError where it lacks a number that GGUF states."""
+    config = stored.read_json(folder / "config.json")
+    if missing := [key for key in NEEDED if not isinstance(config.get(key), int | float)]:
+        raise UserError(
+            f"{folder / 'config.json'} does not say {missing[0]}.", "Convert the folder again."
+        )
+    return config
 
 
 def _tensors(folder: Path, config: dict[str, Any], kind: str) -> list[Tensor]:

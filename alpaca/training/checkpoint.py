@@ -192,7 +192,7 @@ def write(
             _clear_partial(folder)
         raise UserError(
             f"{final} could not be written: {reason}.",
-            "Free some space and run the same command again; it resumes from the last checkpoint.",
+            "Free some space and run the same command again; a run resumes from its last state.",
         ) from None
 
 
@@ -222,10 +222,12 @@ def _begin(final: Path) -> None:
 
 
 def _finish(partial: Path, final: Path, keep: int) -> None:
-    """Give a complete checkpoint its name, and remove all but the last `keep` that were written."""
+    """Give a complete checkpoint its name, and remove all but the last `keep` of its kind."""
     atomic.replace_folder(partial, final)
-    records = {path: _record(path) for path in final.parent.glob(f"{PREFIX}*")}
-    written = {path: record.stat().st_mtime_ns for path, record in records.items() if record}
+    own = _record(final)
+    assert own is not None
+    alike = _complete(final.parent, own.name)
+    written = {path: (path / own.name).stat().st_mtime_ns for path in alike}
     for old in sorted(written, key=lambda path: (path == final, written[path]))[:-keep]:
         remove(old)
 

@@ -42,7 +42,7 @@ from alpaca.training.rendezvous import on_first_rank
 from alpaca.training.sharding import Dither
 from alpaca.training.signals import StoppedError
 
-AGAIN = "Free some space and run the same command again: it resumes from the last checkpoint."
+AGAIN = "Free some space and run the same command again: a run resumes from its last state."
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from alpaca.folder import install, staging
 from alpaca.shards import DTYPES, SHORT_NAMES, Shard
 from alpaca.tokens import Codec
 from alpaca.training.rendezvous import on_first_rank
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -142,30 +144,60 @@ def _write(
     """Write weights, configuration and tokenizer; returns the files and the SHA-256 of each."""
     weights = [Weight(name, parameter) for name, parameter in model.named_parameters()]
     planned = shards.plan(weights, rounded.dtype)
-    remaining = iter(weights)
+    total = sum(shard.data_bytes for shard in planned)
+    hashes: dict[str, str] = {}
+    main = dist.get_rank() == 0
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="export", disable=None if main else True
+    ) as bar:
+        for shard in planned:
+            hash_of_file = _write_shard(shard, folder, rounded, bar)
+            if hash_of_file is not None:
+                hashes[shard.name] = hash_of_file
+
+    def describe() -> None:
+        if len(planned) > 1:
+            (folder / layout.INDEX).write_text(shards.index(planned))
+        description.write(folder, model.config, vocabulary_of(codec), rounded.dtype)
+
+    on_first_rank(lambda: _or_delete(folder, describe))
+    return planned, hashes
+
+
+def _write_shard(
+    shard: Shard[Weight], folder: Path, rounded: Rounding, bar: "tqdm[Any]"
+) -> str | None:
+    """Gather the weights of one file on all ranks; rank 0 writes it and returns its SHA-256.
+
+    All meet again after each file: a rank on a GPU would queue the gathers of all files at once,
+    and `--ddp_timeout` would count the time in which rank 0 writes them.
+    """
+    left = iter(shard.tensors)
 
     def gathered(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-        assert next(remaining) is weight
+        assert next(left) is weight
         return rounded.apply(weight.name, weight.gather().cpu()).contiguous()
 
-    hashes: dict[str, str] = {}
+    found: str | None = None
     failure: OSError | UserError | None = None
     if dist.get_rank() == 0:
-        total = sum(shard.data_bytes for shard in planned)
         try:
-            with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
-                for shard in planned:
-                    hashes[shard.name] = shards.write(shard, folder, gathered, bar.update)
-            if len(planned) > 1:
-                (folder / layout.INDEX).write_text(shards.index(planned))
-            description.write(folder, model.config, vocabulary_of(codec), rounded.dtype)
+            found = _or_delete(folder, lambda: shards.write(shard, folder, gathered, bar.update))
         except (OSError, UserError) as error:
-            shutil.rmtree(folder, ignore_errors=True)  # else it would keep the disk full
             failure = error
-    for weight in remaining:  # gathering is collective, so it continues after a disk error
+    for weight in left:  # gathering is collective, so it continues after a disk error
         weight.gather()
     on_first_rank(lambda: _raise(failure))
-    return planned, hashes
+    return found
+
+
+def _or_delete(folder: Path, body: Callable[[], T]) -> T:
+    """What `body` returns; where it fails, the folder is deleted, which would keep a disk full."""
+    try:
+        return body()
+    except (OSError, UserError):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _raise(failure: OSError | UserError | None) -> None:

@@ -209,7 +209,7 @@ def _set_log_aside(folder: Path) -> None:
 
 def _is_finished(model: dict[str, Any] | None, start: Start) -> bool:
     """Whether the passport `model` is of exactly this run's export."""
-    if model is None or model.get("run") != start.identity:
+    if model is None or model.get("run") != start.identity or checkpoint.STEP in model:
         return False
     exported: str = model.get("export", {}).get("dtype", "bf16")
     return exported == start.arguments.export_dtype

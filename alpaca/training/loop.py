@@ -155,7 +155,7 @@ class Trainer:
         if not (math.isfinite(whole.loss) and math.isfinite(norm)):
             raise UserError(
                 f"Step {step + 1}: the loss is {whole.loss}, the gradient's norm {norm}.",
-                "Lower --learning_rate and run the same command again: it resumes from the last "
+                "Lower --learning_rate and run the same command again: a run resumes from its last "
                 "checkpoint, which is from before this step.",
             )
         seconds = time.monotonic() - started

@@ -45,8 +45,8 @@ def lost_rank(error: BaseException) -> UserError | None:
     if "Timed out waiting" in str(error):
         return UserError(
             "Another rank has not answered within --ddp_timeout.",
-            "Look for a hung machine or disk, then run the same command again: it resumes from "
-            "the last checkpoint.",
+            "Look for a hung machine or disk, then run the same command again: a run resumes from "
+            "its last checkpoint.",
         )
     if "Connection closed by peer" in str(error):
         return UserError("Another rank has ended; its own message says why.")
