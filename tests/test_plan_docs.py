@@ -30,7 +30,7 @@ def shown(document: str) -> list[tuple[str, str]]:
 
 def test_the_readme_shows_what_plan_prints() -> None:
     plans = shown("README.md")
-    assert len(plans) == 3
+    assert len(plans) == 2
     for flags, output in plans:
         assert "It fits." in output
         done = subprocess.run(

@@ -173,7 +173,6 @@ def test_a_rank_that_hangs_ends_the_run_with_a_sentence(tiny_model: Path, tmp_pa
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 1, output
     assert "Another rank has not answered within --ddp_timeout" in output
-    assert "Another rank has ended" in output  # says the other, back again
     assert checkpoint.found(out)
 
 
