@@ -40,11 +40,11 @@ def write(folder: Path, base: Path | None = None) -> Path:
         for file in base.iterdir():
             if file.is_file() and LEGAL.fullmatch(file.name) and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-    atomic.write_text(path, text(folder, recorded, licence(folder, base)))
+    atomic.write_text(path, text(folder, recorded, licence(base)))
     return path
 
 
-def licence(folder: Path, base: Path | None) -> str | None:
+def licence(base: Path | None) -> str | None:
     """The licence that the base's own card names, if it has one."""
     card = base / NAME if base is not None else None
     if card is None or not card.is_file():
@@ -94,7 +94,7 @@ def text(folder: Path, recorded: dict[str, Any], of_base: str | None) -> str:
             "template writes it.",
             "",
             "```text",
-            prompt.NO_INPUT.replace("{instruction}", ASK),
+            prompt.render(ASK),
             "```",
             "",
             "With an input:",
@@ -125,6 +125,8 @@ def _licence(base: str, of_base: str | None, legal: list[str]) -> str:
 
 def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
     run, result = recorded["run"], recorded["result"]
+    # folders of earlier versions do not say: they were all rounded to the nearest bf16 number
+    exported = recorded.get("export", {"dtype": "bf16", "rounding": "nearest"})
     held_out = run["eval_fraction"] or run.get("eval_data_sha256")
     rows = [
         ("data, SHA-256", f"`{run['data_sha256']}`"),
@@ -133,10 +135,7 @@ def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
         ("learning rate", f"{run['peak']:g}, {run['shape']}, {run['warmup']} steps of warm-up"),
         ("AdamW", f"weight decay {run['weight_decay']:g}, moments {run['moments']}"),
         ("computed in", run["compute"]),
-        (
-            "exported as",
-            f"{recorded['export']['dtype']}, rounding: {recorded['export']['rounding']}",
-        ),
+        ("exported as", f"{exported['dtype']}, rounding: {exported['rounding']}"),
         ("longest example", f"{run['model_max_length']} tokens"),
         ("seed", str(run["seed"])),
         ("versions", ", ".join(f"{name} {value}" for name, value in recorded["versions"].items())),

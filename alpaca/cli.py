@@ -29,7 +29,10 @@ VERBS = {
     "plan": ("alpaca.plan.command", "estimate memory, disk, time and cost of a training run"),
     "serve": ("alpaca.serving.command", "serve a model folder over Cog's HTTP API"),
     "diff": ("alpaca.release.diffcommand", "publish a model as its difference from its base"),
-    "export": ("alpaca.release.command", "write a model folder for llama.cpp or Ollama"),
+    "export": (
+        "alpaca.release.command",
+        "write a model for llama.cpp, Ollama, as a tar file, in another type",
+    ),
     "verify": ("alpaca.verify", "check a model folder against its passport: hashes, golden logits"),
     "audit": ("alpaca.dataset.audit", "report what is wrong with a data set, record by record"),
     "diversity": ("alpaca.dataset.diversity", "show what a data set asks for: a sunburst, figures"),

@@ -97,7 +97,7 @@ def main() -> None:
                 for way, found in ways(theirs).items():
                     rows[f"{folder.name}{way}"] = verdict = compare(ours[folder], found)
                     print(f"{engine.name}, {folder.name}{way}: {verdict}", file=sys.stderr)
-        print(markdown(report) if given.markdown else json.dumps(report, indent=1))
+        print(markdown(report) if given.markdown else json.dumps(report))
 
 
 def texts(count: int) -> list[str]:

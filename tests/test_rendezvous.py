@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from alpaca.training.rendezvous import meet
+from alpaca.training.rendezvous import lost_rank, meet
 
 
 @pytest.fixture
@@ -37,6 +37,14 @@ def test_ranks_that_died_on_the_way_are_not_counted(store: dist.Store) -> None:
     corners = attempt(store, 3)
     corners[2].set("address", "here")
     assert corners[0].get("address") == b"here"
+
+
+def test_a_lost_rank_is_told_from_other_errors() -> None:
+    hung = lost_rank(RuntimeError("[a.cc:1] Timed out waiting 5000ms for recv operation"))
+    ended = lost_rank(RuntimeError("[a.cc:2] Connection closed by peer [127.0.0.1]:1"))
+    assert "has not answered within --ddp_timeout" in str(hung)
+    assert "Another rank has ended" in str(ended)
+    assert lost_rank(RuntimeError("size mismatch")) is None
 
 
 def test_rank_0_says_how_many_did_not_come(store: dist.Store) -> None:

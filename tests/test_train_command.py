@@ -104,6 +104,18 @@ def test_the_bases_licence_goes_along_and_an_owners_card_stays(run: Run, tmp_pat
     verify.run(verify.parser().parse_args([str(out)]))  # neither is a change of the model
 
 
+def test_a_model_of_an_earlier_version_gets_a_card_too(run: Run, tmp_path: Path) -> None:
+    """Its passport does not say how it was exported."""
+    out = tmp_path / "out"
+    shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    held = passport.read(out)
+    assert held is not None
+    del held["export"]
+    held["seal"] = passport.seal(held)
+    (out / "passport.json").write_text(passport.render(held))
+    assert "| exported as | bf16, rounding: nearest |" in card.write(out).read_text()
+
+
 def test_both_kinds_of_example_are_shown_with_what_is_masked_and_trained(run: Run) -> None:
     shown = run[2].stdout
     assert "an example without input, as it is trained on" in shown

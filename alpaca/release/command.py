@@ -58,9 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     source: Path = arguments.folder
     is_folder = arguments.to not in ("gguf", "tar")
     outputs.check(arguments.output, [source], force=arguments.force, folder=is_folder)
-    folders.check_folder(source)
-    passport.check_loaded(source)
     model.check_weights(source)
+    passport.check_loaded(source)
     streams.keep_freed_memory()
     if arguments.to == "ollama":
         _ollama(arguments)
