@@ -56,7 +56,7 @@ class Codec:
         definition = json.loads(backend.to_str())
         definition["truncation"] = definition["padding"] = definition["post_processor"] = None
         self._start = _backend(definition)
-        self._continue = _backend(_without_leading_space(definition))
+        self._continue = _backend(without_leading_space(definition))
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that start a sequence, with exactly one BOS if the tokenizer uses one."""
@@ -115,7 +115,7 @@ def _backend(definition: dict[str, Any]) -> Tokenizer:
     return backend
 
 
-def _without_leading_space(definition: dict[str, Any]) -> dict[str, Any]:
+def without_leading_space(definition: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer for text that continues another: no leading space is added."""
     return definition | {
         key: _strip_prefix(definition[key]) for key in ("normalizer", "pre_tokenizer")

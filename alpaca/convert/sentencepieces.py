@@ -7,6 +7,7 @@ piece's score. The order of merging is the same (Kudo & Richardson, "SentencePie
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
@@ -29,11 +30,7 @@ def read_sentencepiece(path: Path, *, leading_space: bool | None = None) -> Voca
     Raises:
         UserError: the file is damaged, or is not plain BPE as LLaMA uses it.
     """
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError:
-        raise UserError(f"{path} is damaged.", "Fetch the file again.") from None
+    proto = parse(path)
     pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
     # protobuf returns bytes where a string is not UTF-8
     if len({text for text, _, _ in pieces if isinstance(text, str)}) != len(pieces):
@@ -62,6 +59,16 @@ def read_sentencepiece(path: Path, *, leading_space: bool | None = None) -> Voca
         eos=special[2],
         sentencepiece=path,
     )
+
+
+def parse(path: Path) -> Any:
+    """The message in a `tokenizer.model`; raises UserError if it is damaged."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError:
+        raise UserError(f"{path} is damaged.", "Fetch the file again.") from None
+    return proto
 
 
 def sentencepiece_bpe(pieces: Sequence[Piece], *, leading_space: bool) -> Tokenizer:

@@ -26,6 +26,7 @@ from alpaca.convert.ggufmeta import ROPE_FACTORS, llama3_factors
 from alpaca.convert.source import permute
 from alpaca.errors import UserError
 from alpaca.release import ggufvocab
+from alpaca.release.ggufvocab import ELSEWHERE
 from alpaca.release.streams import Digest, Later, ahead
 from alpaca.stored import Entry
 
@@ -40,7 +41,6 @@ NEEDED = (
 )  # fmt: skip
 ROWS_BYTES = 32 << 20  # of a tensor read at a time
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-ELSEWHERE = "llama.cpp's own converter, convert_hf_to_gguf.py, may know it."
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from alpaca import stored
 from alpaca.convert import bytelevel
-from alpaca.convert.sentencepieces import SPACE
+from alpaca.convert.sentencepieces import SPACE, parse
 from alpaca.description import sentencepiece_file
 from alpaca.errors import UserError
 from alpaca.folder import load_tokenizer
-from alpaca.tokens import Codec
+from alpaca.tokens import Codec, without_leading_space
 
 # In the order in which the names are tried; some name the same pattern.
 NAMES = ("llama-bpe", "qwen2", "smollm", "gpt-2")
@@ -152,7 +151,7 @@ def _sentencepiece(
         tokens,
         kinds,
         scores=scores,
-        leading_space=_leading_space(definition),
+        leading_space=without_leading_space(definition) != definition,
         **shared,
     )
 
@@ -161,9 +160,7 @@ def _scores(folder: Path, tokens: list[str], merges: list[Any]) -> list[float]:
     """The score of each piece: the file's, or minus the rank of the first merge that makes it."""
     path = sentencepiece_file(folder)
     if path is not None:
-        proto = sentencepiece_model_pb2.ModelProto()
-        proto.ParseFromString(path.read_bytes())
-        known = {piece.piece: float(piece.score) for piece in proto.pieces}
+        known = {piece.piece: float(piece.score) for piece in parse(path).pieces}
     else:
         known = {}
         for merge in merges:
@@ -171,14 +168,6 @@ def _scores(folder: Path, tokens: list[str], merges: list[Any]) -> list[float]:
             known.setdefault(left + right, float(-len(known)))
     lowest = min(known.values(), default=0.0) - 1
     return [known.get(token, lowest) for token in tokens]
-
-
-def _leading_space(definition: dict[str, Any]) -> bool:
-    """Whether a space is put before every text: by a normalizer, or by a Metaspace."""
-    text = json.dumps([definition["normalizer"], definition["pre_tokenizer"]])
-    return '"type": "Prepend"' in text or (
-        '"type": "Metaspace"' in text and '"prepend_scheme": "never"' not in text
-    )
 
 
 def _pattern(folder: Path, definition: dict[str, Any]) -> str:
