@@ -12,7 +12,9 @@ def parser() -> argparse.ArgumentParser:
         description="Write the difference of a tuned model folder from its base, or make the tuned "
         "folder from both, bit for bit."
     )
-    ways = made.add_subparsers(dest="way", required=True, metavar="make|apply")
+    ways = made.add_subparsers(
+        dest="way", required=True, metavar="make|apply", prog="python -m alpaca diff"
+    )
     make = ways.add_parser("make", help="TUNED BASE -o DIFF", description="Write a diff.")
     make.add_argument("tuned", type=Path, help="the trained folder")
     make.add_argument("base", type=Path, help="the folder it was trained from")
