@@ -7,6 +7,7 @@ until EOS. The reference is transformers here. A program that fails on a folder 
 last line.
 
     python bench/engines.py [--only llama.cpp ...] [--texts 2000] [--small] [--markdown]
+                            [--folders FOLDER ...]
 
 Environments are made in .venvs/ on the first run: some gigabytes for vLLM and OpenVINO. llama.cpp
 is built from the source in llama-cpp-python's package, which takes 20 minutes on two cores.
@@ -22,6 +23,7 @@ import tarfile
 import tempfile
 import venv
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,7 @@ PROMPTS = [
 ]
 NEW_TOKENS = 32
 TRANSFORMERS_4 = ["torch==2.13.0", "transformers==4.57.6", "accelerate==1.15.0", "protobuf"]
+TRANSFORMERS_5 = ["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0"]
 SDIST = "llama-cpp-python==0.3.36"
 
 
@@ -52,8 +55,13 @@ class Engine:
 ENGINES = (
     Engine("transformers 4", TRANSFORMERS_4, "transformers_.py"),
     Engine(
+        "transformers serve",
+        ["torch==2.13.0", "transformers[serving]==5.23.0", "accelerate==1.15.0"],
+        "transformers_serve_.py",
+    ),
+    Engine(
         "lm-eval",
-        ["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "lm-eval==0.4.13"],
+        [*TRANSFORMERS_5, "lm-eval==0.4.13"],
         "lm_eval_.py",
     ),
     Engine("llama.cpp", [*TRANSFORMERS_4, "sentencepiece", "gguf==0.19.0"], "llama_cpp.py"),
@@ -65,7 +73,7 @@ ENGINES = (
     ),
     Engine(
         "onnxruntime-genai",
-        [*TRANSFORMERS_4, "onnx", "onnx-ir", "sentencepiece", "onnxruntime-genai==0.18.0"],
+        [*TRANSFORMERS_5, "onnx", "onnx-ir", "sentencepiece", "onnxruntime-genai==0.18.0"],
         "onnxruntime_.py",
     ),
     Engine("mlx-lm", ["mlx[cpu]==0.32.4", "mlx-lm==0.32.2"], "mlx_.py"),
@@ -80,9 +88,11 @@ def main() -> None:
     options.add_argument("--texts", type=int, default=2000)
     options.add_argument("--small", action="store_true", help="SmolLM2 and four small families")
     options.add_argument("--markdown", action="store_true", help="the table of docs/engines.md")
+    options.add_argument("--folders", nargs="+", type=Path, help="your own, in place of these")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-engines-") as name:
-        folders = make_folders(Path(name), given.small)
+        own_folders = [folder.resolve() for folder in given.folders or []]
+        folders = own_folders or make_folders(Path(name), given.small)
         task = {"texts": texts(given.texts), "prompts": PROMPTS, "new": NEW_TOKENS}
         own, scratch = Path(sys.executable), Path(name)
         ours = {folder: ask(own, "transformers_.py", folder, task, scratch) for folder in folders}
@@ -251,10 +261,23 @@ def compare(ours: dict[str, object], theirs: dict[str, object]) -> str:
         if what not in theirs:
             continue
         pairs = list(zip(ours[what], theirs[what], strict=True))  # type: ignore[call-overload]
-        differ = sum(one != other for one, other in pairs)
+        differ = [at for at, (one, other) in enumerate(pairs) if one != other]
         if differ:
-            faults.append(f"{differ} of {len(pairs)} {what} differ")
-    return ", ".join(faults) or "equal"
+            faults.append(f"{len(differ)} of {len(pairs)} {what} differ")
+            if what == "answers":
+                faults[-1] += f", first where the two best logits are {gaps(ours, pairs, differ)} apart"
+    verdict = ", ".join(faults) or "equal"
+    return f"{verdict}, {theirs['note']}" if theirs.get("note") else verdict
+
+
+def gaps(ours: dict[str, object], pairs: list[tuple[list[int], list[int]]], at: list[int]) -> str:
+    """How close the two best logits here are where each answer first differs: a near tie, or not."""
+    found = []
+    for number in at:
+        one, other = pairs[number]
+        same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
+        found.append(f"{ours['gaps'][number][same]:.1g}")  # type: ignore[index]
+    return ", ".join(found)
 
 
 def markdown(report: dict[str, dict[str, str]]) -> str:

@@ -11,8 +11,11 @@ folder, task = common.task()
 command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", folder, "-o", "model"]
 subprocess.run([*command, "-p", "fp32", "-e", "cpu"], check=True, capture_output=True)
 model = og.Model("model")
-own = og.Tokenizer(model)
-templates = common.templates(AutoTokenizer.from_pretrained(folder), task["prompts"])
+own, theirs = og.Tokenizer(model), AutoTokenizer.from_pretrained(folder)
+templates = common.templates(theirs, task["prompts"])
+left_out = theirs("").input_ids  # the model's BOS, where its encode() does not add it
+if own.encode("").tolist() == left_out:
+    left_out = []
 answers = []
 for ids in templates:
     params = og.GeneratorParams(model)
@@ -26,7 +29,8 @@ for ids in templates:
     answers.append(common.without(made, common.stops(folder)))
 common.report(
     version=f"onnxruntime-genai {og.__version__}",
-    texts=[[int(one) for one in own.encode(text)] for text in task["texts"]],
+    texts=[left_out + own.encode(text).tolist() for text in task["texts"]],
+    note="with the BOS that its encode() leaves out" if left_out else "",
     templates=templates,
     answers=answers,
 )
