@@ -174,7 +174,7 @@ def _programs(name: str) -> list[str]:
         "```",
         "```sh",
         "# vLLM",
-        f"vllm serve {name}",
+        f"vllm serve {name} --host 127.0.0.1",
         "# mlx-lm",
         f"mlx_lm.generate --model {name} --prompt {json.dumps(ASK)} --max-tokens 64 --temp 0",
         "# llama.cpp, with alpaca-cog's export",

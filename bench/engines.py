@@ -163,7 +163,8 @@ def make_folders(root: Path, small: bool) -> list[Path]:
     for family in families.FAMILIES:
         if family.name in (SMALL if small else PUBLISHED):
             source = root / "in" / family.name.replace(" ", "-")
-            families.publish(family, source)
+            wider = family.config | {"hidden_size": 128}  # vLLM has no heads of 16
+            families.publish(replace(family, config=wider), source)
             families.convert(source, root / "out")
             bases.append(root / "out" / source.name.lower())
     return [*bases, *map(trained, bases)]
@@ -265,17 +266,21 @@ def compare(ours: dict[str, object], theirs: dict[str, object]) -> str:
         if differ:
             faults.append(f"{len(differ)} of {len(pairs)} {what} differ")
             if what == "answers":
-                faults[-1] += f", first where the two best logits are {gaps(ours, pairs, differ)} apart"
+                faults[-1] += (
+                    f", first where the two best logits are {gaps(ours, pairs, differ)} apart"
+                )
     verdict = ", ".join(faults) or "equal"
     return f"{verdict}, {theirs['note']}" if theirs.get("note") else verdict
 
 
 def gaps(ours: dict[str, object], pairs: list[tuple[list[int], list[int]]], at: list[int]) -> str:
-    """How close the two best logits here are where each answer first differs: a near tie, or not."""
+    """How close the two best logits here are where each answer first differs: is it a near tie?"""
     found = []
     for number in at:
         one, other = pairs[number]
-        same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
+        same = sum(
+            1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False))
+        )
         found.append(f"{ours['gaps'][number][same]:.1g}")  # type: ignore[index]
     return ", ".join(found)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import small_disks
 import torch
 from damage import NAME, Bench, make_good, same
 from reference import convert
@@ -28,16 +29,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 70 MB, which needs root."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=70m", "tmpfs", str(disk)], capture_output=True
-    )
-    if done.returncode != 0:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_disks.small_disk(tmp_path / "disk", 70) as disk:
+        yield disk
 
 
 def test_too_small_disk_is_named_before_any_work(

@@ -1,7 +1,6 @@
 """A disk that fills up while a checkpoint is written: a clear end, and nothing lost."""
 
 import signal
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from nodes import Job, end_all, losses, start, torchrun, wait_until
+from small_disks import leave, small_disk
 
 from alpaca.errors import UserError
 from alpaca.folder import load_tokenizer
@@ -24,21 +24,9 @@ ROOM = 1_000_000  # left on the disk: enough for the log, too little for a check
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 40 MB, which needs root."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield disk
-    end_all()
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def leave(disk: Path, room: int) -> None:
-    """Fill a disk up to `room` bytes."""
-    free = psutil.disk_usage(str(disk)).free
-    (disk / "ballast").write_bytes(bytes(max(0, free - room)))
+    with small_disk(tmp_path / "disk", 40) as disk:
+        yield disk
+        end_all()
 
 
 def fill(disk: Path, job: Job, room: int = ROOM) -> None:

@@ -1,7 +1,9 @@
 """Exports that stay model folders or carry one: a tar file, another type, a Modelfile."""
 
 import json
+import os
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -156,3 +158,59 @@ def test_an_ollama_folder_holds_the_model_the_template_and_the_stop(
     plain = asked.replace("{{ if $.System }}{{ $.System }}\n\n{{ end }}", "")
     assert plain == render("Name three colors.")
     assert ollama.template("E").endswith("{{ .Content }}E{{- end }}{{- end }}")
+
+
+GO = """
+package main
+
+import ("encoding/json"; "os"; "text/template")
+
+func main() {
+	var given struct {
+		Template string
+		Asked []struct { System string; Messages []struct { Role, Content string } }
+	}
+	if err := json.NewDecoder(os.Stdin).Decode(&given); err != nil { panic(err) }
+	parsed := template.Must(template.New("").Parse(given.Template))
+	for _, one := range given.Asked {
+		if err := parsed.Execute(os.Stdout, one); err != nil { panic(err) }
+		os.Stdout.WriteString("\\x00")
+	}
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("go") is None, reason="needs Go, in whose templates Ollama writes")
+def test_gos_own_templates_render_the_modelfiles_template_as_the_chat_template_does(
+    trained: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(trained)
+    system, user = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi {{ }}"},
+    )
+    reply, more = (
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": 'Ab "c"\n'},
+    )
+    chats = [[user], [user, reply, more], [system, user]]
+    asked = [
+        {
+            "System": chat[0]["content"] if chat[0]["role"] == "system" else "",
+            "Messages": [{name.title(): value for name, value in turn.items()} for turn in chat],
+        }
+        for chat in chats
+    ]
+    (tmp_path / "main.go").write_text(GO)
+    done = subprocess.run(
+        ["go", "run", "main.go"],
+        cwd=tmp_path,
+        env={**os.environ, "GOCACHE": str(tmp_path / "cache"), "GOFLAGS": "-mod=mod"},
+        input=json.dumps({"template": ollama.template(str(tokenizer.eos_token)), "asked": asked}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    bos = tokenizer.bos_token or ""
+    assert done.stdout.split("\0")[:-1] == [text.removeprefix(bos) for text in expected]

@@ -247,7 +247,7 @@ def _check_disk(planned: list[Shard[Tensor]], kept: set[str], final: Path) -> No
     if free < needed:
         raise UserError(
             f"{final} needs {needed / 1e9:,.1f} GB more; {free / 1e9:,.1f} GB are free.",
-            "Free some disk space, or choose a folder on another disk with --output_dir.",
+            "Free some disk space, or choose a folder on another disk.",
         )
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,17 +219,16 @@ def _read(entry: Entry, most: int) -> Iterator[torch.Tensor]:
 def _write_header(
     path: Path, folder: Path, config: dict[str, Any], kind: str, tensors: list[Tensor]
 ) -> None:
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
-    _add_model(writer, folder, config, kind)
-    ggufvocab.read(folder, config["vocab_size"]).add_to(writer)
-    for tensor in tensors:
-        writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, tensor.kind
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    with closing(gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])) as writer:
+        _add_model(writer, folder, config, kind)
+        ggufvocab.read(folder, config["vocab_size"]).add_to(writer)
+        for tensor in tensors:
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, tensor.kind
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
 
 
 def _add_model(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any], kind: str) -> None:

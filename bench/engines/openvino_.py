@@ -14,7 +14,10 @@ folder, task = common.task()
 program = Path(sys.executable).parent / "optimum-cli"
 command = [program, "export", "openvino", "--model", folder, "--task", "text-generation-with-past"]
 subprocess.run([*command, "--weight-format", "fp32", "model"], check=True, capture_output=True)
-exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}  # its cache is u8 otherwise
+exact = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+}  # its cache is u8 otherwise
 pipe = openvino_genai.LLMPipeline("model", "CPU", **exact)
 own = pipe.get_tokenizer()
 templates = common.templates(AutoTokenizer.from_pretrained(folder), task["prompts"])
