@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ import torch
 from alpaca.errors import UserError
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.generation import Generation
-from alpaca.serving.request import CanceledError, Job, Request
-from alpaca.serving.sampling import NO_TOKEN, Draws, choose
+from alpaca.serving.measures import Measures
+from alpaca.serving.request import CanceledError, Job, Request, Scored
+from alpaca.serving.sampling import NO_TOKEN, Draws, choose, score
 from alpaca.serving.scheduler import Scheduler
 from alpaca.serving.transfer import send
 
@@ -72,6 +73,8 @@ class Engine:
         self._seen = torch.zeros(
             self.capacity.slots, model.vocabulary, dtype=torch.bool, device=model.device
         )
+        self._counts: torch.Tensor | None = None  # as `_seen`, made when a request needs it
+        self.measures = Measures()
         self._inbox: deque[Job] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -85,8 +88,8 @@ class Engine:
             self._scheduler.remember(self.model, tuple(prefix))
         self._thread.start()
 
-    def submit(self, request: Request) -> Job:
-        """Queue a request.
+    def submit(self, request: Request, notify: Callable[[], None] | None = None) -> Job:
+        """Queue a request. The engine's thread calls `notify` when a completion has changed.
 
         Raises:
             UserError: the prompt is empty, is too long, or contains tokens that do not exist; n is
@@ -95,11 +98,11 @@ class Engine:
             EngineStoppedError: the engine has stopped.
         """
         self._check(request)
-        job = Job(request)
+        job = Job(request, notify)
         with self._wake:
             if self._stopping or not self._thread.is_alive():
                 raise EngineStoppedError("The engine is not running.")
-            if len(self._inbox) + self._scheduler.waiting >= self.limits.waiting:
+            if self.waiting >= self.limits.waiting:
                 raise BusyError(
                     f"{self.limits.waiting} requests are already waiting; try again later."
                 )
@@ -136,6 +139,11 @@ class Engine:
         failing = self._failures >= self.limits.failures
         alive = self._thread.is_alive() and not self._stopping
         return alive and not stuck and not failing
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for slots."""
+        return len(self._inbox) + self._scheduler.waiting
 
     @property
     def idle_slots(self) -> int:
@@ -186,12 +194,16 @@ class Engine:
             while not (self._inbox or self._scheduler.busy or self._stopping):
                 self._wake.wait()
             while self._inbox:
-                self._scheduler.add(self._inbox.popleft())
+                job = self._inbox.popleft()
+                self.measures.requests += 1
+                self.measures.prompt_tokens += len(job.request.prompt)
+                self._scheduler.add(job)
             return not self._stopping
 
     def _step(self) -> None:
         """Drop cancelled jobs, admit new ones, run one pass, sample, deliver the text."""
         for job in self._scheduler.drop_canceled():
+            self.measures.ended["canceled"] += job.request.n
             job.finish(CanceledError())
         for sequence in self._scheduler.admit(self.table):
             self._begin(sequence)
@@ -201,15 +213,41 @@ class Engine:
         rows = [row for row, _ in sampled]
         sequences = [sequence for _, sequence in sampled]
         draws = self._draws(sequences)
-        shared = len(set(rows)) < len(rows)  # n completions of a prompt use the same row
-        where = send(self.model.device, torch.int64, rows) if shared else ()
+        # n completions of a prompt use the same row; rows of scored prompts are not sampled from
+        chosen = bool(rows) and rows != list(range(len(batch.wanted)))
+        where = send(self.model.device, torch.int64, rows) if chosen else ()
         logits = self.model.run(batch)
+        self._score_prompts(logits)
         self._scheduler.advance()
         if sequences:
-            tokens = choose(logits[where] if shared else logits, draws, self._seen)
+            logits = logits[where] if chosen else logits
+            tokens = choose(logits, draws, self._seen, self._counts)
+            scored = self._score(logits, tokens, sequences)
             # The only point of a step that waits for the GPU.
-            self._accept(sequences, tokens.tolist())
+            self._accept(sequences, tokens.tolist(), scored)
         self._failures = 0
+
+    def _score_prompts(self, logits: torch.Tensor) -> None:
+        """Deliver the log probabilities of the prompt tokens that follow those of this pass."""
+        for prompt in self._scheduler.scored():
+            first = prompt.done + 1
+            ids = torch.tensor(prompt.ids[first : first + len(prompt.rows)], device=logits.device)
+            rows = logits[prompt.rows.start : prompt.rows.stop]
+            counts = [prompt.job.request.logprobs or 0] * len(ids)
+            prompt.job.prompt_scored += score(rows, ids, counts)
+
+    def _score(
+        self, logits: torch.Tensor, tokens: torch.Tensor, sequences: list[Generation]
+    ) -> list[Scored | None]:
+        """The log probabilities of the sequences that ask for them."""
+        scored: list[Scored | None] = [None] * len(sequences)
+        asked = [(row, s.logprobs) for row, s in enumerate(sequences) if s.logprobs is not None]
+        if asked:
+            rows = [row for row, _ in asked]
+            found = score(logits[rows], tokens[rows], [count for _, count in asked])
+            for row, one in zip(rows, found, strict=True):
+                scored[row] = one
+        return scored
 
     def _draws(self, sequences: list[Generation]) -> Draws:
         """The sampling settings and random numbers of these sequences."""
@@ -226,15 +264,27 @@ class Engine:
         if sequence.sampling.repetition_penalty != 1:
             self._seen[sequence.slot] = False
             self._seen[sequence.slot, list(sequence.prompt)] = True
+        if sequence.sampling.frequency_penalty or sequence.sampling.presence_penalty:
+            if self._counts is None:
+                self._counts = torch.zeros_like(self._seen, dtype=torch.int32)
+            self._counts[sequence.slot] = 0
 
-    def _accept(self, sequences: list[Generation], tokens: list[int]) -> None:
+    def _accept(
+        self, sequences: list[Generation], tokens: list[int], scored: list[Scored | None]
+    ) -> None:
         """Give each sequence its token, and free the slots of those that are finished."""
-        for sequence, token in zip(sequences, tokens, strict=True):
+        now, measures = time.monotonic(), self.measures
+        for sequence, token, one in zip(sequences, tokens, scored, strict=True):
+            times = measures.first_token if sequence.is_first else measures.between_tokens
+            times.add(now - sequence.last_token)
+            sequence.last_token = now
+            measures.generated_tokens += 1
             try:
                 if token == NO_TOKEN:
                     raise ArithmeticError("The model's logits for this request are not numbers.")
-                sequence.accept(token, self.ends)
+                sequence.accept(token, self.ends, one)
             except Exception as error:  # a request that fails here fails alone
                 sequence.fail(error)
             if sequence.reason:
+                measures.ended[sequence.reason] += 1
                 self._scheduler.release(sequence)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from alpaca.serving.request import Answer, Completion, Job
+from alpaca.serving.request import Answer, Completion, Job, Scored
 from alpaca.serving.sampling import generator
 from alpaca.serving.stream import TextStream
 
@@ -31,6 +31,8 @@ class Generation:
         self.job = job
         self.slot = slot
         self.sampling = request.sampling
+        self.logprobs = request.logprobs
+        self.last_token = job.submitted  # when the last token came; time.monotonic()
         self.prompt = request.prompt
         self.length = 0
         self.token = -1
@@ -38,6 +40,7 @@ class Generation:
         self._outcome: Answer | BaseException | None = None
         self._completion: Completion = job.completions[index]
         self._text = TextStream(table, request.stop)
+        self._ignore_ends = request.ignore_ends
         self._random = generator(request.sampling.seed, index)
         # for the next token; it stays the same if the pass has to be repeated
         self.uniform = self._random.random()
@@ -60,14 +63,22 @@ class Generation:
         """False if the request's limits allow no answer tokens."""
         return self._limit > 0
 
-    def accept(self, token: int, ends: frozenset[int]) -> None:
+    @property
+    def is_first(self) -> bool:
+        """Whether no token has come yet."""
+        return self._generated == 0
+
+    def accept(self, token: int, ends: frozenset[int], scored: Scored | None = None) -> None:
         """Add a sampled token; ends the completion if it is the last."""
         if self._completion.first_token is None:
             self._completion.first_token = time.monotonic()
         self.token = token
         self.uniform = self._random.random()
         self._generated += 1
-        if token in ends:
+        self._completion.generated = self._generated
+        if scored is not None:
+            self._completion.scored.append(scored)
+        if token in ends and not self._ignore_ends:
             self.end("eos")
             return
         self._emit(self._text.push(token))

@@ -7,7 +7,7 @@ the engine's thread calls `push` and `finish`.
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -17,14 +17,18 @@ from queue import SimpleQueue
 class Sampling:
     """How a token is chosen from the logits; the defaults do not change the model's distribution.
 
-    temperature 0 takes the likeliest token. top_k 0 and top_p 1 filter nothing. Equal seeds and
-    inputs give equal text; completion i of a request uses the random numbers of (seed, i).
+    temperature 0 takes the likeliest token. top_k 0 and top_p 1 filter nothing. The logit of a
+    token that the answer holds c times is lowered by c * frequency_penalty + presence_penalty.
+    Equal seeds and inputs give equal text; completion i of a request uses the random numbers of
+    (seed, i).
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
 
 
@@ -33,7 +37,9 @@ class Request:
     """A prompt's token ids, and when to stop.
 
     `total_tokens` limits prompt and answer together, `max_new_tokens` only the answer. An answer
-    ends before the first `stop` string in it; empty stop strings are ignored.
+    ends before the first `stop` string in it; empty stop strings are ignored. With `ignore_ends`,
+    end tokens do not end it. `logprobs` asks for the log probability of each token of the answer,
+    and of that many of the likeliest ones; `prompt_logprobs` for the same of the prompt's tokens.
     """
 
     prompt: tuple[int, ...]
@@ -42,6 +48,21 @@ class Request:
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    ignore_ends: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token, its log probability and the likeliest tokens at its place, likeliest first.
+
+    They are the model's own: before penalties, temperature and filters.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -63,18 +84,22 @@ class CanceledError(Exception):
 class Completion:
     """One answer in progress: iterate over its pieces, or wait for `result`."""
 
-    def __init__(self) -> None:
-        """Start without text."""
+    def __init__(self, notify: Callable[[], None] | None = None) -> None:
+        """Start without text. `notify` is called by the engine's thread after each change."""
         self.result: Future[Answer] = Future()
         # From now on a waiting task cannot cancel the future, which would make `finish` fail.
         self.result.set_running_or_notify_cancel()
         self.first_token: float | None = None  # time.monotonic()
+        self.scored: list[Scored] = []  # if the request asks for logprobs; the end token included
+        self.generated = 0  # tokens
+        self._notify = notify
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
 
     def push(self, piece: str) -> None:
         """Add a piece of text for the iterating thread."""
         if piece:
             self._pieces.put(piece)
+            self._changed()
 
     def finish(self, outcome: Answer | BaseException) -> None:
         """Set the result and end the iteration; a second call changes nothing."""
@@ -85,6 +110,18 @@ class Completion:
         else:
             self.result.set_exception(outcome)
         self._pieces.put(None)
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._notify is not None:
+            self._notify()
+
+    def ready(self) -> str:
+        """The text that came since the last call, without waiting."""
+        found = []
+        while not self._pieces.empty():
+            found.append(self._pieces.get() or "")
+        return "".join(found)
 
     def __iter__(self) -> Iterator[str]:
         """Yield pieces as they are generated; blocks in between. Raises the completion's error."""
@@ -96,10 +133,11 @@ class Completion:
 class Job:
     """One request and its completions."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, notify: Callable[[], None] | None = None) -> None:
         """Create the n completions and record the time of submission."""
         self.request = request
-        self.completions = [Completion() for _ in range(request.n)]
+        self.completions = [Completion(notify) for _ in range(request.n)]
+        self.prompt_scored: list[Scored] = []  # of all tokens but the first, if asked for
         self.submitted = time.monotonic()
         self._canceled = threading.Event()
 

@@ -13,7 +13,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 
-from alpaca.serving.request import Sampling
+from alpaca.serving.request import Sampling, Scored
 from alpaca.serving.transfer import send
 
 MIN_TEMPERATURE = 1e-30
@@ -57,21 +57,26 @@ class Draws:
         limited = [at for at, setting in enumerate(chosen) if 0 < setting.top_k < vocabulary]
         nucleus = [at for at, setting in enumerate(chosen) if setting.top_p < 1]
         self.penalized = any(setting.repetition_penalty != 1 for setting in settings)
+        self.counted = any(s.frequency_penalty or s.presence_penalty for s in settings)
         self.most = max((chosen[at].top_k for at in limited), default=0)
         self.sampled, self.limited, self.nucleus, top_k, self.slots = send(
             device, torch.int64, rows, limited, nucleus, [chosen[at].top_k for at in limited], slots
         )
-        uniform, temperature, top_p, penalty = send(
+        uniform, temperature, top_p, penalty, frequency, presence = send(
             device,
             torch.float64,
             [uniforms[row] for row in rows],
             [max(setting.temperature, MIN_TEMPERATURE) for setting in chosen],
             [chosen[at].top_p for at in nucleus],
             [setting.repetition_penalty for setting in settings] if self.penalized else [],
+            [setting.frequency_penalty for setting in settings] if self.counted else [],
+            [setting.presence_penalty for setting in settings] if self.counted else [],
         )
         self.top_k, self.uniform = top_k.unsqueeze(1), uniform.unsqueeze(1)
         self.temperature = temperature.float().unsqueeze(1)
         self.top_p, self.penalty = top_p.float().unsqueeze(1), penalty.float().unsqueeze(1)
+        self.frequency = frequency.float().unsqueeze(1)
+        self.presence = presence.float().unsqueeze(1)
 
 
 def probabilities(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -136,15 +141,41 @@ def _invert(weights: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, 
     return index, points - before
 
 
-def choose(logits: torch.Tensor, draws: Draws, seen: torch.Tensor | None = None) -> torch.Tensor:
+def score(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> list[Scored]:
+    """The tokens' log probabilities and, for row i, those of the `counts[i]` likeliest tokens.
+
+    logits (rows, vocabulary) as the model computed them, tokens (rows,).
+    """
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
+    top = logprobs.topk(min(max(counts), logits.shape[1]))
+    values, indices = top.values.tolist(), top.indices.tolist()
+    return [
+        Scored(token, logprob, tuple(zip(ids[:count], best[:count], strict=True)))
+        for token, logprob, ids, best, count in zip(
+            tokens.tolist(), own, indices, values, counts, strict=True
+        )
+    ]
+
+
+def choose(
+    logits: torch.Tensor,
+    draws: Draws,
+    seen: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One token per row, (rows,) int64; greedy rows (temperature 0) take the likeliest.
 
-    `seen` (slots, vocabulary) marks the tokens that the repetition penalty applies to; the chosen
-    tokens are added to it. A row whose logits are NaN or infinite gets NO_TOKEN.
+    `seen` (slots, vocabulary) marks the tokens that the repetition penalty applies to, `counts`
+    (the same) says how often each is in the answer; the chosen tokens are added to both. A row
+    whose logits are NaN or infinite gets NO_TOKEN. `logits` stay as they are.
     """
     if draws.penalized and seen is not None:
         # A slot with penalty 1 may have marks of an earlier request; they have no effect.
         logits = penalize(logits, seen[draws.slots], draws.penalty)
+    if draws.counted and counts is not None:
+        used = counts[draws.slots]
+        logits = logits - draws.frequency * used - draws.presence * (used > 0)
     if len(draws.sampled) == len(logits):
         tokens = draw(probabilities(logits, draws), draws.uniform)
     else:
@@ -156,4 +187,6 @@ def choose(logits: torch.Tensor, draws: Draws, seen: torch.Tensor | None = None)
             tokens[draws.sampled] = draw(probs, draws.uniform)
     if draws.penalized and seen is not None:
         seen[draws.slots, tokens] = True
+    if draws.counted and counts is not None:
+        counts[draws.slots, tokens] += 1
     return tokens

@@ -17,6 +17,7 @@ from alpaca.serving.request import Job
 
 MIN_CHUNK = 16  # tokens: a smaller prompt chunk is not worth an attention call
 MIN_PREFIX = 8  # tokens: a shorter shared prefix is not worth its bookkeeping
+SCORED_CHUNK = 256  # tokens: the logits of all of them are in memory
 
 
 class Prompt:
@@ -27,6 +28,7 @@ class Prompt:
         self.sequences = sequences
         self.done = done
         self.chunk_end = done
+        self.rows = range(0)  # of the current pass's logits, for `scored` prompts
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -37,6 +39,16 @@ class Prompt:
     def left(self) -> int:
         """Tokens still to compute."""
         return len(self.ids) - self.done
+
+    @property
+    def job(self) -> Job:
+        """The request that the prompt belongs to."""
+        return self.sequences[0].job
+
+    @property
+    def scored(self) -> bool:
+        """Whether the log probabilities of its own tokens are asked for."""
+        return self.job.request.prompt_logprobs
 
 
 class Scheduler:
@@ -112,6 +124,8 @@ class Scheduler:
 
     def _reuse(self, sequence: Generation) -> int:
         """Copy the longest remembered prefix of a prompt into its slot; returns its length."""
+        if sequence.job.request.prompt_logprobs:  # needs the logits of all tokens
+            return 0
         for prefix, saved in self._prefixes:
             # At least one token must remain: its logits give the answer's first token.
             if len(prefix) < len(sequence.prompt) and sequence.prompt[: len(prefix)] == prefix:
@@ -120,7 +134,10 @@ class Scheduler:
         return 0
 
     def batch(self) -> tuple[Batch | None, list[tuple[int, Generation]]]:
-        """The next pass, and for each row of its logits the sequences that sample from it."""
+        """The next pass, and for each row of its logits the sequences that sample from it.
+
+        The rows of `scored` prompts that nothing samples from are in `Prompt.rows`.
+        """
         decoding = [(s.slot, s.length, s.token) for s in self._decoding]
         for slot, position, _ in decoding:
             self._written[slot] = position + 1
@@ -133,13 +150,21 @@ class Scheduler:
             chunk = PrefillChunk(prompt.sequences[0].slot, prompt.done, prompt.done + count)
             prompt.chunk_end = self._written[chunk.slot] = chunk.last
             chunks.append((chunk, prompt.ids[chunk.first : chunk.last]))
+            ends_prompt = count == prompt.left
+            if prompt.scored:
+                prompt.rows = range(len(wanted), len(wanted) + count - ends_prompt)
+                wanted += range(offset, offset + len(prompt.rows))
             offset += count
-            if count == prompt.left:
+            if ends_prompt:
                 sampled += [(len(wanted), sequence) for sequence in prompt.sequences]
                 wanted.append(offset - 1)
         if not decoding and not chunks:
             return None, []
         return Batch(decoding, chunks, wanted or [0]), sampled
+
+    def scored(self) -> list[Prompt]:
+        """The prompts of the current pass whose own tokens are scored."""
+        return [prompt for prompt in self._in_pass if prompt.scored and prompt.rows]
 
     def _divide(self) -> list[tuple[Prompt, int]]:
         """Share out the prompt tokens of one pass in order of arrival.
@@ -152,7 +177,7 @@ class Scheduler:
         left = self._prefill_tokens
         waiting = self._suspects[:1] or self._prompts
         for prompt in waiting:
-            count = prompt.left
+            count = min(prompt.left, SCORED_CHUNK) if prompt.scored else prompt.left
             if count > left:
                 count = left if prompt is waiting[-1] else (left + 1) // 2
                 if divided and count < MIN_CHUNK:
