@@ -12,11 +12,12 @@ from typing import Any
 import cog
 from cog import Input
 
-from alpaca.serving import cancellation, listeners, loading
+from alpaca.serving import cancellation, listeners, loading, schema
 from alpaca.serving import weights as serving_weights
 from alpaca.serving.engine import Engine
 from alpaca.serving.request import Answer, CanceledError, Job, Request, Sampling
 from alpaca.tokens import Codec
+from alpaca.web import server as web
 
 ROOT = Path(__file__).resolve().parent
 LONG_TEXT = 10_000  # bytes; a shorter text is tokenized within a few milliseconds
@@ -44,9 +45,13 @@ class Runner(cog.BaseRunner):
     def setup(self, weights: cog.Path | str | None = None) -> None:
         """Load the model: the weights that Cog passes, else ALPACA_WEIGHTS, else alpaca_out/."""
         cancellation.install()
+        inputs = schema.find(ROOT, "predict.py:Runner", "run").input_schema()["properties"]
+        self.web = web.start(os.environ, inputs, ROOT)
         with fetched(weights) as given:
             found = serving_weights.locate(given, os.environ, ROOT)
         self.engine, self.codec = loading.load(found)
+        if self.web is not None:
+            self.web.serve(found.folder.name, self.engine, self.codec)
 
     def healthcheck(self) -> bool:
         """Whether the engine is healthy."""

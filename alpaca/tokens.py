@@ -8,10 +8,13 @@ byte for byte. Text never becomes control tokens: `</s>` in an answer is encoded
 """
 
 import json
-from collections.abc import Sequence
+import re
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -57,6 +60,12 @@ class Codec:
         definition["truncation"] = definition["padding"] = definition["post_processor"] = None
         self._start = _backend(definition)
         self._continue = _backend(without_leading_space(definition))
+        added = [token for token in definition["added_tokens"] if token["special"]]
+        self._controls = {token["content"]: token for token in added}
+        # whether the tokenizer puts a space before a text that follows a control token
+        after = backend.encode(f"{tokenizer.eos_token}a", add_special_tokens=False).ids[1:]
+        spaced = after == self._start.encode("a", add_special_tokens=False).ids
+        self._later = self._start if spaced else self._continue
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that start a sequence, with exactly one BOS if the tokenizer uses one."""
@@ -72,6 +81,42 @@ class Codec:
     def prompt(self, instruction: str, input: str = "") -> list[int]:  # noqa: A002
         """Ids of a rendered prompt: the server's input, and the start of a training example."""
         return self.prompts([render(instruction, input)])[0]
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation as the folder's chat template writes it, up to the next answer.
+
+        Control tokens come from the template only: in a message they are text. One user message
+        has the ids of `prompt`, if the template is this project's.
+
+        Raises:
+            UserError: the folder has no chat template, or its template refuses the messages.
+        """
+        told = "\0".join(message["content"] for message in messages)
+        inside = [control for control in self._controls if control in told]
+        mark = secrets.token_hex(8)  # stands for the control tokens in messages while they are text
+        marks = {f"{mark}{number}.": control for number, control in enumerate(inside)}
+        masked = [dict(message) for message in messages]
+        for mask, control in marks.items():
+            for message in masked:
+                message["content"] = message["content"].replace(control, mask)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                masked, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, ValueError) as error:
+            raise UserError(f"The chat template refuses these messages: {error}") from None
+        ids: list[int] = []
+        controls = sorted(map(re.escape, self._controls), key=len, reverse=True)
+        for part in re.split(f"({'|'.join(controls)})", text):
+            if part in self._controls:
+                ids.append(self._controls[part]["id"])
+                continue
+            for mask, control in marks.items():
+                part = part.replace(mask, control)
+            first = not ids or ids == [self.bos]
+            backend = self._start if first else self._later
+            ids += backend.encode(part, add_special_tokens=False).ids if part else []
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a whole sequence, without control tokens."""

@@ -11,9 +11,9 @@ import pytest
 from alpaca.cli import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("convert", "training", "plan", "serving", "dataset", "release", "doctor")
+ROOMS = ("convert", "training", "plan", "serving", "web", "dataset", "release", "doctor")
 # training plans before it starts; an export is a conversion run backwards, by the same tables
-NEIGHBOURS = {"training": {"plan"}, "release": {"convert"}}
+NEIGHBOURS = {"training": {"plan"}, "release": {"convert"}, "web": {"serving"}}
 GROUND = ("errors", "prompt", "atomic", "ram", "layout")
 # each may import those before it
 SHARED = (

@@ -48,6 +48,19 @@ def parser() -> argparse.ArgumentParser:
         default=int(os.environ.get("PORT", "5000")),
         help="port to listen on (default: PORT, else 5000)",
     )
+    made.add_argument(
+        "--web-port",
+        type=int,
+        default=os.environ.get("ALPACA_WEB_PORT"),
+        metavar="PORT",
+        help="also serve OpenAI's /v1 and a page there (default: ALPACA_WEB_PORT, else none)",
+    )
+    made.add_argument(
+        "--web-host",
+        default=os.environ.get("ALPACA_WEB_HOST", "127.0.0.1"),
+        metavar="HOST",
+        help="its address; another than loopback needs ALPACA_API_KEY (%(default)s)",
+    )
     return made
 
 
@@ -57,6 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not environment.get("COG_WEIGHTS") and not arguments.train:
         check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
+    if arguments.web_port:
+        check_port(int(arguments.web_port))
     entry = schema.find(ROOT, RUN, "run")
     schema.write(ROOT, entry, schema.find(ROOT, TRAIN, "train"))
     environment |= {
@@ -66,6 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
         "PORT": str(arguments.port),
         "ALPACA_HOST": arguments.host,
         # The server starts its worker as `python`, which must be this interpreter.
+        **({"ALPACA_WEB_PORT": str(arguments.web_port)} if arguments.web_port else {}),
+        "ALPACA_WEB_HOST": arguments.web_host,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
     }
     if not is_loopback(arguments.host):

@@ -180,6 +180,8 @@ class RunnerSource:
                 return items
         for model in self.tree.body:
             if isinstance(model, ast.ClassDef) and model.name == _last_name(node):
+                if "BaseModel" not in map(_last_name, model.bases):
+                    raise self.error(model, f"{model.name} is not a cog.BaseModel")
                 return self.model(model)
         return dict(self.primitive(node))
 
