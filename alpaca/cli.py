@@ -28,6 +28,7 @@ VERBS = {
     ),
     "plan": ("alpaca.plan.command", "estimate memory, disk, time and cost of a training run"),
     "serve": ("alpaca.serving.command", "serve a model folder over Cog's HTTP API"),
+    "watch": ("alpaca.web.watch", "show a training run in the terminal while it trains"),
     "diff": ("alpaca.release.diffcommand", "publish a model as its difference from its base"),
     "export": (
         "alpaca.release.command",

@@ -44,6 +44,17 @@ def test_each_input_is_described_in_a_sentence_of_its_own() -> None:
         assert text[-1] == ".", name
 
 
+def test_our_output_is_a_list_that_clients_do_not_join() -> None:
+    """Joined, the answers of a request for several could not be told apart."""
+    output = schema.find(ROOT, "predict.py:Runner", "run").output_schema()
+    assert output == {
+        "type": "array",
+        "items": {"type": "string"},
+        "x-cog-array-type": "iterator",
+        "title": "Output",
+    }
+
+
 def test_optional_constants_lists_and_models(tmp_path: Path) -> None:
     entry = written(
         tmp_path,
@@ -82,6 +93,7 @@ def test_optional_constants_lists_and_models(tmp_path: Path) -> None:
         ),
         ("def run(a: str = cog.Input(choices=['b'])) -> str: ...", "choices"),
         ("def other() -> str: ...", "there is no run"),
+        ("class Out:\n    a: str\ndef run() -> Out: ...", "Out is not a cog.BaseModel"),
     ],
 )
 def test_what_cog_build_could_not_read_is_refused(tmp_path: Path, body: str, reason: str) -> None:

@@ -1,9 +1,11 @@
 """The answers of /v1 as OpenAI's clients read them: whole objects, and chunks of a stream."""
 
+import codecs
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from alpaca.serving.request import Completion, Job, Scored
@@ -167,14 +169,16 @@ class Writer:
         answer = choice.completion.result.result()
         if answer.reason != "stop":
             return list(scored)
-        table = self.served.engine.table
         everything = choice.completion.scored
-        kept, before, most = [], 0, len(answer.text.encode())
-        for at, one in enumerate(everything):
-            if at >= len(everything) - len(scored) and before < most:
-                kept.append(one)
-            before += len(table[one.token])
-        return kept
+        starts = self._starts([one.token for one in everything])
+        inside = sum(start < len(answer.text) for start in starts)
+        return list(scored[: max(0, len(scored) - (len(everything) - inside))])
+
+    def _starts(self, tokens: Sequence[int]) -> list[int]:
+        """The character at which each token begins, in their text as the engine decodes it."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        sizes = [len(decoder.decode(self.served.engine.table[token])) for token in tokens]
+        return list(accumulate(sizes, initial=0))[:-1]
 
     def _prompt_entries(self, job: Job) -> list[Scored | int]:
         """The prompt's tokens; the first has no log probability, as nothing comes before it."""
@@ -188,14 +192,13 @@ class Writer:
             "top_logprobs": [],
             "text_offset": [],
         }
-        for entry in entries:
-            token = entry if isinstance(entry, int) else entry.token
+        tokens = [entry if isinstance(entry, int) else entry.token for entry in entries]
+        for entry, token, start in zip(entries, tokens, self._starts(tokens), strict=True):
             scored = None if isinstance(entry, int) else entry
             columns["tokens"].append(self.served.token_text(token))
             columns["token_logprobs"].append(None if scored is None else scored.logprob)
             columns["top_logprobs"].append(None if scored is None else self._top(scored))
-            columns["text_offset"].append(offset)
-            offset += len(self.served.engine.table[token].decode(errors="ignore"))
+            columns["text_offset"].append(offset + start)
         return columns
 
     def _top(self, scored: Scored) -> dict[str, float]:

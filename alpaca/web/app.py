@@ -1,7 +1,6 @@
 """The web application: /v1, the page, metrics; who may ask, and what is refused unread."""
 
 import base64
-import binascii
 import hmac
 import json
 from dataclasses import dataclass, field
@@ -118,7 +117,7 @@ class Guard:
                 return ApiError(403, f"This server has no key, and {host!r} is not this machine.")
             return None
         given = presented(request.headers.get("authorization", ""))
-        if hmac.compare_digest(given.encode(), self._site.key.encode()):
+        if hmac.compare_digest(given, self._site.key.encode()):
             return None
         return ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
 
@@ -128,17 +127,17 @@ def is_local(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def presented(header: str) -> str:
+def presented(header: str) -> bytes:
     """The key in an Authorization header: a Bearer token, or the password of Basic."""
     kind, _, rest = header.partition(" ")
     if kind.lower() == "bearer":
-        return rest.strip()
+        return rest.strip().encode("latin-1")  # as Starlette has decoded it
     if kind.lower() == "basic":
         try:
-            return base64.b64decode(rest, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
-            return ""
-    return ""
+            return base64.b64decode(rest, validate=True).partition(b":")[2]
+        except ValueError:
+            return b""
+    return b""
 
 
 async def told(_: Request, error: Exception) -> Response:
