@@ -17,7 +17,6 @@ from alpaca.serving import weights as serving_weights
 from alpaca.serving.engine import Engine
 from alpaca.serving.request import Answer, CanceledError, Job, Request, Sampling
 from alpaca.tokens import Codec
-from alpaca.web import server as web
 
 ROOT = Path(__file__).resolve().parent
 LONG_TEXT = 10_000  # bytes; a shorter text is tokenized within a few milliseconds
@@ -45,13 +44,14 @@ class Runner(cog.BaseRunner):
     def setup(self, weights: cog.Path | str | None = None) -> None:
         """Load the model: the weights that Cog passes, else ALPACA_WEIGHTS, else alpaca_out/."""
         cancellation.install()
-        inputs = schema.find(ROOT, "predict.py:Runner", "run").input_schema()["properties"]
-        self.web = web.start(os.environ, inputs, ROOT)
+        self.web = started_web()
         with fetched(weights) as given:
             found = serving_weights.locate(given, os.environ, ROOT)
         self.engine, self.codec = loading.load(found)
         if self.web is not None:
             self.web.serve(found.folder.name, self.engine, self.codec)
+            if other := os.environ.get("ALPACA_COMPARE"):
+                self.web.compare(other)
 
     def healthcheck(self) -> bool:
         """Whether the engine is healthy."""
@@ -101,6 +101,19 @@ class Runner(cog.BaseRunner):
         answers = await job.answers()
         record(self.scope, job, answers)
         return (answer.text for answer in answers)
+
+
+def started_web() -> Any:
+    """The server of /v1 and the page, if ALPACA_WEB_PORT asks for one; it answers 503 until then.
+
+    Imported here, because a start without it should not take longer.
+    """
+    if not os.environ.get("ALPACA_WEB_PORT"):
+        return None
+    from alpaca.web import server as web
+
+    inputs = schema.find(ROOT, "predict.py:Runner", "run").input_schema()["properties"]
+    return web.start(os.environ, inputs, ROOT)
 
 
 async def tokens_of(engine: Engine, codec: Codec, prompt: str, given: str) -> tuple[int, ...]:

@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--keep", action="store_true", help="leave the server running at the end")
     made.add_argument("--port", type=int, default=5000, help="port to serve on (%(default)s)")
+    made.add_argument(
+        "--web-port", type=int, default=8000, help="of the page, with --keep (%(default)s)"
+    )
     return made
 
 
@@ -70,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             "The demo asks its questions with curl, which is not installed.",
             "On Debian and Ubuntu: apt-get install curl",
         )
-    demo = Demo(arguments.port, keep=arguments.keep)
+    demo = Demo(arguments.port, arguments.web_port if arguments.keep else None)
     demo.stage("fetch", "A base model", demo.fetch)
     demo.stage("convert", "To a Hugging Face folder", demo.convert)
     demo.stage("train", "Fine-tuning on our seed tasks", demo.train)
@@ -81,10 +84,11 @@ def run(arguments: argparse.Namespace) -> None:
 class Demo:
     """The stages, and the results that are written to `demo/alpaca_out/demo.json`."""
 
-    def __init__(self, port: int, *, keep: bool) -> None:
-        """`keep`: leave the server running on `port`."""
+    def __init__(self, port: int, web_port: int | None) -> None:
+        """With a `web_port` the server is left running, and its page is there."""
         self.port = port
-        self.keep = keep
+        self.web_port = web_port
+        self.keep = web_port is not None
         self.seconds: dict[str, float] = {}
         self.answers: list[dict[str, str]] = []
 
@@ -124,8 +128,11 @@ class Demo:
         log = ROOT / ".cache/demo-server.log"
         log.parent.mkdir(exist_ok=True)
         words = [sys.executable, "-m", "alpaca", "serve", "--weights", str(OUT)]
-        words += ["--port", str(self.port)]
-        print(f"$ ./script/serve --weights {OUT} --port {self.port}", flush=True)
+        ports = ["--port", str(self.port)]
+        if self.web_port is not None:
+            ports += ["--web-port", str(self.web_port)]
+        words += ports
+        print(f"$ ./script/serve --weights {OUT} {' '.join(ports)}", flush=True)
         with open(log, "w") as output:
             # In a new session, so that Ctrl-C reaches only us, and we stop the server properly.
             process = subprocess.Popen(
@@ -199,6 +206,7 @@ class Demo:
         if self.keep:
             body = json.dumps({"input": {"prompt": "Name a colour.", **LIMITS}})
             print(f"Ask it: {self.curl_line(body)}")
+            print(f"or in a browser: http://127.0.0.1:{self.web_port}/")
         else:
             print(f"Serve it: ./script/serve --weights {OUT}")
 

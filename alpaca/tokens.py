@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
-from alpaca.prompt import render
+from alpaca.prompt import chat_template, render
 from alpaca.records import Record
 
 
@@ -85,11 +85,12 @@ class Codec:
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation as the folder's chat template writes it, up to the next answer.
 
-        Control tokens come from the template only: in a message they are text. One user message
-        has the ids of `prompt`, if the template is this project's.
+        A folder without one is asked in this project's. Control tokens come from the template
+        only: in a message they are text. One user message has the ids of `prompt`, if the template
+        is this project's.
 
         Raises:
-            UserError: the folder has no chat template, or its template refuses the messages.
+            UserError: the template refuses the messages.
         """
         told = "\0".join(message["content"] for message in messages)
         inside = [control for control in self._controls if control in told]
@@ -101,7 +102,10 @@ class Codec:
                 message["content"] = message["content"].replace(control, mask)
         try:
             text = self.tokenizer.apply_chat_template(
-                masked, tokenize=False, add_generation_prompt=True
+                masked,
+                chat_template=self.tokenizer.chat_template or chat_template(self.bos is not None),
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except (TemplateError, ValueError) as error:
             raise UserError(f"The chat template refuses these messages: {error}") from None

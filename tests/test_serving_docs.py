@@ -13,15 +13,17 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+import httpx
 import pytest
-from http_server import ROOT, Server, answering, receiver, serving
+from http_server import ROOT, Server, answering, free_port, receiver, serving
 
 from alpaca.serving import schema
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+WEB = (ROOT / "docs" / "web.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.compile(r"^```(sh|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-BLOCKS = FENCED.findall(README) + FENCED.findall(PAGE)
+BLOCKS = [block for page in (README, PAGE, WEB) for block in FENCED.findall(page)]
 
 
 def undated(entry: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -46,7 +48,9 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
     with (
         answering(Files) as url,
-        serving(None, folder, COG_WEIGHTS=f"{url}/weights.tar") as running,
+        serving(
+            None, folder, COG_WEIGHTS=f"{url}/weights.tar", ALPACA_WEB_PORT=str(free_port())
+        ) as running,
     ):
         yield running
 
@@ -91,6 +95,11 @@ def replicate_api(server: Server) -> Iterator[str]:
 )
 def test_each_block_runs(server: Server, replicate_api: str, kind: str, block: str) -> None:
     block = block.replace("http://127.0.0.1:5000", server.url)
+    web = re.search(r"(http://127\.0\.0\.1:\d+)/ \(the page\)", server.log.read_text())
+    assert web is not None
+    block = block.replace("http://127.0.0.1:8000", web[1])
+    [model] = httpx.get(f"{web[1]}/v1/models").json()["data"]
+    block = block.replace('"alpaca_out"', json.dumps(model["id"]))
     if kind == "sh" and "respond-async" in block:
         started_and_cancelled(server, block)
         return
@@ -134,7 +143,9 @@ def started_and_cancelled(server: Server, block: str) -> None:
 
 def test_blocks_are_there() -> None:
     doors = ("curl -s ", "curl -sN", "httpx.post", "replicate.run")
-    for page, more in ((README, ()), (PAGE, ("httpx.stream", "respond-async"))):
+    assert "chat.completions.create" in " ".join(block for _, block in FENCED.findall(WEB))
+    more_here = ("chat.completions.create",)
+    for page, more in ((README, more_here), (PAGE, ("httpx.stream", "respond-async"))):
         text = " ".join(block for _, block in FENCED.findall(page))
         for door in (*doors, *more):
             assert door in text

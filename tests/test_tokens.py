@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
-from alpaca.prompt import render
+from alpaca.prompt import chat_template, render
 from alpaca.records import Record
 from alpaca.tokens import Codec
 
@@ -94,6 +94,33 @@ def test_truncation_cuts_at_the_limit_and_is_reported(codec: Codec, limit: int) 
     assert cut.ids == whole.ids[:limit]
     assert cut.truncated == (len(whole.ids) > limit)
     assert cut.targets == max(0, min(limit, len(whole.ids)) - whole.prompt_length)
+
+
+def test_a_chat_of_one_message_has_the_ids_of_the_prompt_and_controls_stay_text(
+    codec: Codec,
+) -> None:
+    tokenizer = codec.tokenizer
+    for text in ("Name three colors.", "", " x\n", f"a {tokenizer.eos_token}b", "ไทย 🙂 1 1"):
+        user = {"role": "user", "content": text}
+        assert codec.chat([user]) == codec.prompt(text)
+        given = {"role": "input", "content": f"{tokenizer.eos_token} 1"}
+        assert codec.chat([given, user]) == codec.prompt(text, given["content"])
+
+
+def test_a_longer_chat_begins_as_a_prompt_and_goes_on_as_transformers(codec: Codec) -> None:
+    """transformers encodes what follows a BOS without the space that `prompt` has there."""
+    tokenizer = codec.tokenizer
+    turns = [("user", "a b"), ("assistant", " c d"), ("user", "e")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=chat_template(codec.bos is not None), tokenize=False
+    )
+    ids, start = codec.chat(messages), codec.prompt("a b")
+    assert ids[: len(start)] == start
+    theirs = tokenizer(text, add_special_tokens=False).input_ids
+    assert ids[len(start) :] == theirs[len(theirs) - len(ids) + len(start) :]
+    messages[1]["content"] += str(tokenizer.eos_token)  # text: one control token, that of the turn
+    assert codec.chat(messages).count(codec.eos) == 1
 
 
 def test_a_tokenizer_without_eos_is_refused(bpe: PreTrainedTokenizerBase) -> None:

@@ -18,7 +18,7 @@ import pytest
 from http_server import SETTINGS, Server, free_port, varied
 from prometheus_client.parser import text_string_to_metric_families
 
-from alpaca.prompt import chat_template, render
+from alpaca.prompt import render
 from alpaca.serving.engine import Engine
 from alpaca.serving.request import Request, Sampling
 from alpaca.tokens import Codec
@@ -41,8 +41,6 @@ def listening(site: app.Site, *served: tuple[str, Engine, Codec]) -> Iterator[se
 @pytest.fixture(scope="module")
 def web(served: tuple[Engine, Codec]) -> Iterator[server.Web]:
     """A server around an engine of five slots and eight places to wait."""
-    _, codec = served
-    codec.tokenizer.chat_template = chat_template(codec.bos is not None)
     with listening(app.Site(), ("tiny", *served)) as running:
         yield running
 

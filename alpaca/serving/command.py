@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--web-port",
         type=int,
-        default=os.environ.get("ALPACA_WEB_PORT"),
+        default=int(os.environ.get("ALPACA_WEB_PORT") or "0"),
         metavar="PORT",
         help="also serve OpenAI's /v1 and a page there (default: ALPACA_WEB_PORT, else none)",
     )
@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not environment.get("COG_WEIGHTS") and not arguments.train:
         check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
-    if arguments.web_port:
-        check_port(int(arguments.web_port))
+    if arguments.web_port and not arguments.train:
+        check_port(arguments.web_port, "--web-port")
     entry = schema.find(ROOT, RUN, "run")
     schema.write(ROOT, entry, schema.find(ROOT, TRAIN, "train"))
     environment |= {
@@ -109,12 +109,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_port(port: int) -> None:
-    """Raise UserError if a process on this machine listens on `port`."""
+def check_port(port: int, flag: str = "--port") -> None:
+    """Raise UserError if a process on this machine listens on `port`, which `flag` sets."""
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
             raise UserError(
                 f"Port {port} is in use.",
                 "Stop the process that listens there, or use another port: "
-                "./script/serve --port 5001",
+                f"./script/serve {flag} {port + 1}",
             )

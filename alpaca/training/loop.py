@@ -209,6 +209,7 @@ class Trainer:
         batch = self.flags.per_device_train_batch_size
         return {
             "step": step + 1,
+            "total_steps": self.schedule.steps,
             "loss": computed.loss,
             "tokens": int(computed.tokens),
             "target_tokens": sum(corpus.targets(i) for i in example_ids),

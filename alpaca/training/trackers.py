@@ -26,7 +26,7 @@ class Tracker:
         numbers = {
             name.replace("eval_", "eval/") if name.startswith("eval_") else f"train/{name}": value
             for name, value in line.items()
-            if name != "step" and isinstance(value, int | float)
+            if name not in ("step", "total_steps") and isinstance(value, int | float)
         }
         self._log(numbers, line["step"])
 
