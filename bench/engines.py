@@ -61,7 +61,7 @@ ENGINES = (
     ),
     Engine(
         "lm-eval",
-        [*TRANSFORMERS_5, "lm-eval==0.4.13"],
+        [*TRANSFORMERS_5, "lm-eval[api]==0.4.13", "sacrebleu==2.6.0"],
         "lm_eval_.py",
     ),
     Engine("llama.cpp", [*TRANSFORMERS_4, "sentencepiece", "gguf==0.19.0"], "llama_cpp.py"),

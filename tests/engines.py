@@ -53,10 +53,12 @@ def tiny(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return model_class(config).bfloat16().float().eval()
 
 
-def engine_of(model: PreTrainedModel, codec: Codec, slots: int = 16, **limits: int) -> Engine:
+def engine_of(
+    model: PreTrainedModel, codec: Codec, slots: int = 16, length: int = 2048, **limits: int
+) -> Engine:
     kind = GraphModel if DEVICE == "cuda" else SlotModel
     slot_model = kind(copy.deepcopy(model).to(DEVICE))
-    slot_model.allocate(slot_model.probe(), Capacity(slots, 2048))
+    slot_model.allocate(slot_model.probe(), Capacity(slots, length))
     table = token_bytes(codec.tokenizer)
     engine = Engine(slot_model, table, frozenset([codec.eos]), Limits(**limits))
     engine.start(loading.shared_prefixes(codec))

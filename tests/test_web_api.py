@@ -3,7 +3,10 @@
 import asyncio
 import json
 import random
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +18,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from engines import engine_of, tiny
 from http_server import SETTINGS, Server, free_port, varied
 from prometheus_client.parser import text_string_to_metric_families
+from transformers import PreTrainedTokenizerBase
 
 from alpaca.prompt import render
 from alpaca.serving.engine import Engine
@@ -27,6 +32,7 @@ from alpaca.web import app, server
 GREEDY = Sampling(temperature=0)
 LONG = {"prompt": [5, 6, 7], "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
 ROOT = Path(__file__).resolve().parent.parent
+SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 
 
 @contextmanager
@@ -114,6 +120,15 @@ def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
     assert usage == whole.usage
     assert roles == {"assistant", None}
     assert not any("e" in text for text in texts.values())
+
+
+def test_top_p_zero_is_greedy(client: openai.OpenAI) -> None:
+    ids = [5, 6, 7]
+    greedy, narrow = (
+        client.completions.create(model="tiny", prompt=ids, max_tokens=12, **settings)
+        for settings in ({"temperature": 0}, {"top_p": 0})
+    )
+    assert narrow.choices[0].text == greedy.choices[0].text
 
 
 def test_several_prompts_are_answered_in_order(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -383,6 +398,39 @@ def test_metrics_are_prometheus(http: httpx.Client, client: openai.OpenAI) -> No
     assert grown["alpaca_time_to_first_token_seconds_count"] == 1
     assert grown["alpaca_time_between_tokens_seconds_bucket+Inf"] == 8
     assert after["alpaca_slots"] == 5
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(http: httpx.Client) -> None:
+    text = http.get("/metrics").text
+    told = {
+        sample.name for family in text_string_to_metric_families(text) for sample in family.samples
+    }
+    told |= {name.removesuffix("_bucket") for name in told}
+    panels = json.loads((ROOT / "deploy/grafana.json").read_text())["panels"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    named = {name for expression in asked for name in re.findall(r"alpaca_\w+", expression)}
+    assert len(named) > 8
+    assert named <= told | {"alpaca_answers_total"}
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_5xx(bpe: PreTrainedTokenizerBase) -> None:
+    """It reads /openapi.json and makes requests of its own, valid and not."""
+    codec = Codec(bpe)
+    engine = engine_of(tiny("llama", bpe), codec, slots=5, length=64)
+    with listening(app.Site(), ("tiny", engine, codec)) as web:
+        done = subprocess.run(
+            [
+                SCHEMATHESIS, "run", f"{web.url}openapi.json", "--checks", "not_a_server_error",
+                "--max-examples", "40", "--seed", "1", "--request-timeout", "60",
+                "--phases", "examples,coverage,fuzzing", "--no-color",
+            ],
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+    engine.stop()
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "/v1/chat/completions" in done.stdout
 
 
 def test_while_the_model_loads_all_but_the_page_is_503(served: tuple[Engine, Codec]) -> None:

@@ -17,6 +17,7 @@ from alpaca.serving.request import Sampling, Scored
 from alpaca.serving.transfer import send
 
 MIN_TEMPERATURE = 1e-30
+MIN_TOP_P = 1e-9  # 0 allows the likeliest token only
 BLOCK = 256  # tokens
 NO_TOKEN = -1  # the row's logits are NaN or infinite
 CANDIDATES = 256  # enough for nearly every top-p set, and 20 times cheaper than a full sort
@@ -67,7 +68,7 @@ class Draws:
             torch.float64,
             [uniforms[row] for row in rows],
             [max(setting.temperature, MIN_TEMPERATURE) for setting in chosen],
-            [chosen[at].top_p for at in nucleus],
+            [max(chosen[at].top_p, MIN_TOP_P) for at in nucleus],
             [setting.repetition_penalty for setting in settings] if self.penalized else [],
             [setting.frequency_penalty for setting in settings] if self.counted else [],
             [setting.presence_penalty for setting in settings] if self.counted else [],
