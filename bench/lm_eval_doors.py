@@ -5,7 +5,7 @@
 Writes two tasks from the seed tasks: which of four answers belongs to an instruction (log
 likelihoods), and a greedy answer of at most 24 tokens, compared with the reference (generation).
 lm-eval runs each with `--model hf` and with `--model local-completions` against our server, both in
-fp32, in .venvs/lm-eval. The last line is JSON: task to the scores of both, and whether they are equal.
+fp32, in .venvs/lm-eval. The last line is JSON: each task's scores by both, and if they are equal.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
         folder = Path(name)
         write_tasks(folder, given.limit)
         model = given.model.resolve()
-        hf = scores(python, folder, "hf", f"pretrained={model},dtype=float32,device=cpu")
+        hf = scores(python, folder, "hf", f"pretrained={model},dtype=float32")
         with ours(model) as (_, web):
             settings = f"model={model.name},base_url={web}/v1/completions,tokenizer={model}"
             settings += ",num_concurrent=8,max_retries=1,tokenized_requests=True"
