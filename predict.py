@@ -45,9 +45,14 @@ class Runner(cog.BaseRunner):
         """Load the model: the weights that Cog passes, else ALPACA_WEIGHTS, else alpaca_out/."""
         cancellation.install()
         self.web = started_web()
-        with fetched(weights) as given:
-            found = serving_weights.locate(given, os.environ, ROOT)
-        self.engine, self.codec = loading.load(found)
+        try:
+            with fetched(weights) as given:
+                found = serving_weights.locate(given, os.environ, ROOT)
+            self.engine, self.codec = loading.load(found)
+        except BaseException:
+            if self.web is not None:
+                self.web.stop()  # it would say for ever that the model is loading
+            raise
         if self.web is not None:
             self.web.serve(found.folder.name, self.engine, self.codec)
             if other := os.environ.get("ALPACA_COMPARE"):
@@ -110,10 +115,14 @@ def started_web() -> Any:
     """
     if not os.environ.get("ALPACA_WEB_PORT"):
         return None
-    from alpaca.web import server as web
+    try:
+        from alpaca.web import server as web
 
-    inputs = schema.find(ROOT, "predict.py:Runner", "run").input_schema()["properties"]
-    return web.start(os.environ, inputs, ROOT)
+        inputs = schema.find(ROOT, "predict.py:Runner", "run").input_schema()["properties"]
+        return web.start(os.environ, inputs, ROOT)
+    except Exception as error:  # whatever it is, Cog's server goes on
+        print(f"web: not started: {error!r}", flush=True)
+        return None
 
 
 async def tokens_of(engine: Engine, codec: Codec, prompt: str, given: str) -> tuple[int, ...]:

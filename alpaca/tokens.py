@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -62,6 +61,12 @@ class Codec:
         self._continue = _backend(without_leading_space(definition))
         added = [token for token in definition["added_tokens"] if token["special"]]
         self._controls = {token["content"]: token for token in added}
+        # longest first; some take the spaces beside them, as the tokenizer's own pattern does
+        spelled = [
+            r"\s*" * token["lstrip"] + re.escape(name) + r"\s*" * token["rstrip"]
+            for name, token in sorted(self._controls.items(), key=lambda one: -len(one[0]))
+        ]
+        self._pattern = re.compile(f"({'|'.join(spelled)})")
         # whether the tokenizer puts a space before a text that follows a control token
         after = backend.encode(f"{tokenizer.eos_token}a", add_special_tokens=False).ids[1:]
         spaced = after == self._start.encode("a", add_special_tokens=False).ids
@@ -100,20 +105,19 @@ class Codec:
         for mask, control in marks.items():
             for message in masked:
                 message["content"] = message["content"].replace(control, mask)
+        ours = None if self.tokenizer.chat_template else chat_template(self.bos is not None)
         try:
             text = self.tokenizer.apply_chat_template(
-                masked,
-                chat_template=self.tokenizer.chat_template or chat_template(self.bos is not None),
-                tokenize=False,
-                add_generation_prompt=True,
+                masked, chat_template=ours, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError) as error:
+        except Exception as error:  # a template is a program of the folder's
             raise UserError(f"The chat template refuses these messages: {error}") from None
+        if text.count(mark) != sum(text.count(mask) for mask in marks):
+            raise UserError("The chat template changes control tokens inside the messages.")
         ids: list[int] = []
-        controls = sorted(map(re.escape, self._controls), key=len, reverse=True)
-        for part in re.split(f"({'|'.join(controls)})", text):
-            if part in self._controls:
-                ids.append(self._controls[part]["id"])
+        for part in self._pattern.split(text) if self._controls else [text]:
+            if (control := part.strip()) in self._controls:
+                ids.append(self._controls[control]["id"])
                 continue
             for mask, control in marks.items():
                 part = part.replace(mask, control)

@@ -179,7 +179,8 @@ def test_log_probabilities_are_the_engines(
     ).choices[0]
     assert only.logprobs is not None
     assert len(only.logprobs.token_logprobs or []) == len(ids)
-    assert only.text == codec.tokenizer.decode(ids)
+    assert only.text == codec.decode(ids)
+    assert only.finish_reason == "length"
     chat = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=5, temperature=0,
         logprobs=True, top_logprobs=3,
@@ -208,6 +209,51 @@ def test_tokens_of_a_stop_text_have_no_log_probabilities(client: openai.OpenAI) 
     assert (cut.logprobs.text_offset or [])[-1] < len(cut.text)
 
 
+def test_a_stream_has_the_log_probabilities_of_the_whole_answer(client: openai.OpenAI) -> None:
+    """Text that may begin a stop text is held back, and so are its tokens."""
+    for seed in range(12):
+        settings: dict[str, Any] = {
+            "model": "tiny", "prompt": "One two", "max_tokens": 40, "seed": seed, "logprobs": 0,
+            "temperature": 1.5, "stop": ["en", "Res", " th"], "echo": bool(seed % 2),
+        }  # fmt: skip
+        whole = client.completions.create(**settings).choices[0]
+        chunks = [chunk.choices[0] for chunk in client.completions.create(**settings, stream=True)]
+        assert "".join(chunk.text for chunk in chunks) == whole.text
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            pieces = [value for chunk in chunks for value in getattr(chunk.logprobs, name)]
+            assert pieces == getattr(whole.logprobs, name), name
+        offsets = whole.logprobs.text_offset
+        for token, offset in zip(whole.logprobs.tokens, offsets, strict=True):
+            if not token.startswith(("bytes:", "<")) and "\ufffd" not in whole.text:
+                assert token.lstrip().startswith(whole.text[offset : offset + len(token)].lstrip())
+
+
+def test_an_answer_may_be_sent_back_as_a_message(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Hi."}]
+    for _ in range(2):
+        made = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=5, temperature=0
+        )
+        messages += [made.choices[0].message, {"role": "user", "content": "And more?"}]
+    assert made.usage is not None
+    assert made.usage.prompt_tokens > 60
+
+
+def test_millions_of_wrong_items_cost_little(http: httpx.Client) -> None:
+    for body in (
+        b'{"prompt": [' + b"1.5," * 400_000 + b"1]}",
+        b'{"prompt": "a", ' + b",".join(b'"k%d":1' % n for n in range(200_000)) + b"}",
+        b'{"messages": [' + b"1," * 400_000 + b"1]}",
+        b'{"messages": [' + b'{"role":"user","content":""},' * 5000 + b"1]}",
+    ):
+        door = "completions" if b"prompt" in body else "chat/completions"
+        answer = http.post(
+            f"/v1/{door}", content=body, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 400
+        assert len(answer.content) < 1000
+
+
 BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("completions", {"prompt": "a", "model": "gpt-4"}, 404, "model"),
     ("completions", {"prompt": "a", "frobnicate": 1}, 400, "frobnicate"),
@@ -215,7 +261,9 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("completions", {"prompt": ""}, 400, None),
     ("completions", {"prompt": []}, 400, "prompt"),
     ("completions", {"prompt": [[]]}, 400, None),
-    ("completions", {"prompt": [10**9]}, 400, None),
+    ("completions", {"prompt": [10**9], "echo": True}, 400, None),
+    ("completions", {"prompt": [2**32], "echo": True}, 400, "prompt"),
+    ("completions", {"prompt": [1, "a"]}, 400, "prompt"),
     ("completions", {"prompt": ["a"] * 257}, 400, "prompt"),
     ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature"),
     ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature"),
@@ -227,6 +275,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("completions", {"prompt": "a", "stop": ["a"] * 17}, 400, None),
     ("completions", {"prompt": "a " * 100_000}, 400, None),
     ("chat/completions", {"messages": []}, 400, "messages"),
+    ("chat/completions", {"messages": [{"role": "system", "content": "a"}]}, 400, "messages"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "a", "b": 1}]}, 400, "messages"),
     ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages"),
     ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400,
      "tools"),

@@ -51,9 +51,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--web-port",
         type=int,
-        default=int(os.environ.get("ALPACA_WEB_PORT") or "0"),
+        default=os.environ.get("ALPACA_WEB_PORT") or "0",  # argparse converts and checks a string
         metavar="PORT",
-        help="also serve OpenAI's /v1 and a page there (default: ALPACA_WEB_PORT, else none)",
+        help="also serve OpenAI's /v1 and a page there (default: ALPACA_WEB_PORT; 0: not)",
     )
     made.add_argument(
         "--web-host",
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         "PORT": str(arguments.port),
         "ALPACA_HOST": arguments.host,
         # The server starts its worker as `python`, which must be this interpreter.
-        **({"ALPACA_WEB_PORT": str(arguments.web_port)} if arguments.web_port else {}),
+        "ALPACA_WEB_PORT": str(arguments.web_port or ""),
         "ALPACA_WEB_HOST": arguments.web_host,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
     }

@@ -98,7 +98,7 @@ class Engine:
             EngineStoppedError: the engine has stopped.
         """
         self._check(request)
-        job = Job(request, notify)
+        job = Job(request, notify, self.measures.end)
         with self._wake:
             if self._stopping or not self._thread.is_alive():
                 raise EngineStoppedError("The engine is not running.")
@@ -203,7 +203,6 @@ class Engine:
     def _step(self) -> None:
         """Drop cancelled jobs, admit new ones, run one pass, sample, deliver the text."""
         for job in self._scheduler.drop_canceled():
-            self.measures.ended["canceled"] += job.request.n
             job.finish(CanceledError())
         for sequence in self._scheduler.admit(self.table):
             self._begin(sequence)
@@ -217,8 +216,10 @@ class Engine:
         chosen = bool(rows) and rows != list(range(len(batch.wanted)))
         where = send(self.model.device, torch.int64, rows) if chosen else ()
         logits = self.model.run(batch)
-        self._score_prompts(logits)
+        found = self._score_prompts(logits)
         self._scheduler.advance()
+        for job, scores in found:
+            job.prompt_scored += scores
         if sequences:
             logits = logits[where] if chosen else logits
             tokens = choose(logits, draws, self._seen, self._counts)
@@ -227,14 +228,16 @@ class Engine:
             self._accept(sequences, tokens.tolist(), scored)
         self._failures = 0
 
-    def _score_prompts(self, logits: torch.Tensor) -> None:
-        """Deliver the log probabilities of the prompt tokens that follow those of this pass."""
+    def _score_prompts(self, logits: torch.Tensor) -> list[tuple[Job, list[Scored]]]:
+        """The log probabilities of the prompt tokens that follow those of this pass."""
+        found = []
         for prompt in self._scheduler.scored():
             first = prompt.done + 1
             ids = torch.tensor(prompt.ids[first : first + len(prompt.rows)], device=logits.device)
             rows = logits[prompt.rows.start : prompt.rows.stop]
             counts = [prompt.job.request.logprobs or 0] * len(ids)
-            prompt.job.prompt_scored += score(rows, ids, counts)
+            found.append((prompt.job, score(rows, ids, counts)))
+        return found
 
     def _score(
         self, logits: torch.Tensor, tokens: torch.Tensor, sequences: list[Generation]
@@ -286,5 +289,4 @@ class Engine:
             except Exception as error:  # a request that fails here fails alone
                 sequence.fail(error)
             if sequence.reason:
-                measures.ended[sequence.reason] += 1
                 self._scheduler.release(sequence)

@@ -93,7 +93,7 @@ class GraphModel(SlotModel):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as engines may be two
             logits = step()
         return graph.replay, logits
 

@@ -38,3 +38,7 @@ class Measures:
         self.ended: Counter[str] = Counter()
         self.first_token = Histogram()
         self.between_tokens = Histogram()
+
+    def end(self, reason: str) -> None:
+        """Count a completion that has ended."""
+        self.ended[reason] += 1

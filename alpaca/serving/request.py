@@ -84,8 +84,15 @@ class CanceledError(Exception):
 class Completion:
     """One answer in progress: iterate over its pieces, or wait for `result`."""
 
-    def __init__(self, notify: Callable[[], None] | None = None) -> None:
-        """Start without text. `notify` is called by the engine's thread after each change."""
+    def __init__(
+        self,
+        notify: Callable[[], None] | None = None,
+        ended: Callable[[str], None] | None = None,
+    ) -> None:
+        """Start without text. `notify` is called by the engine's thread after each change.
+
+        `ended` is called once, with the answer's reason, canceled or failed.
+        """
         self.result: Future[Answer] = Future()
         # From now on a waiting task cannot cancel the future, which would make `finish` fail.
         self.result.set_running_or_notify_cancel()
@@ -93,6 +100,7 @@ class Completion:
         self.scored: list[Scored] = []  # if the request asks for logprobs; the end token included
         self.generated = 0  # tokens
         self._notify = notify
+        self._ended = ended
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
 
     def push(self, piece: str) -> None:
@@ -105,6 +113,8 @@ class Completion:
         """Set the result and end the iteration; a second call changes nothing."""
         if self.result.done():
             return
+        if self._ended is not None:
+            self._ended(reason_of(outcome))
         if isinstance(outcome, Answer):
             self.result.set_result(outcome)
         else:
@@ -130,13 +140,25 @@ class Completion:
         self.result.result()
 
 
+def reason_of(outcome: Answer | BaseException) -> str:
+    """Why a completion ended, in a word."""
+    if isinstance(outcome, Answer):
+        return outcome.reason
+    return "canceled" if isinstance(outcome, CanceledError) else "failed"
+
+
 class Job:
     """One request and its completions."""
 
-    def __init__(self, request: Request, notify: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        notify: Callable[[], None] | None = None,
+        ended: Callable[[str], None] | None = None,
+    ) -> None:
         """Create the n completions and record the time of submission."""
         self.request = request
-        self.completions = [Completion(notify) for _ in range(request.n)]
+        self.completions = [Completion(notify, ended) for _ in range(request.n)]
         self.prompt_scored: list[Scored] = []  # of all tokens but the first, if asked for
         self.submitted = time.monotonic()
         self._canceled = threading.Event()

@@ -1,6 +1,7 @@
 """The answers of /v1 as OpenAI's clients read them: whole objects, and chunks of a stream."""
 
 import codecs
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,24 +16,54 @@ from alpaca.web.served import Served
 REASONS = {"eos": "stop", "stop": "stop"}
 
 
+def decoder() -> codecs.IncrementalDecoder:
+    """As the engine decodes an answer's bytes."""
+    return codecs.getincrementaldecoder("utf-8")("replace")
+
+
 @dataclass
 class Choice:
-    """One answer, and how much of it has been sent."""
+    """One answer, and how much of it has been sent.
+
+    starts: the character of the answer at which each token of `completion.scored` begins.
+    """
 
     index: int
     job: Job
     completion: Completion
     echoed: str | None = None  # the prompt's text, if it comes first
     hidden: bool = False  # only the prompt was asked for
+    begun: bool = False  # whether anything was sent
     sent: int = 0  # entries of `completion.scored`
-    length: int = 0  # characters sent
+    length: int = 0  # characters of the answer that were sent
     done: bool = False
+    starts: list[int] = field(default_factory=list)
+    size: int = 0  # characters of all tokens in `starts`
+    decoder: codecs.IncrementalDecoder = field(default_factory=decoder)
 
     def reason(self) -> str | None:
         """OpenAI's finish_reason; None while it is going on."""
         if not self.completion.result.done():
             return None
-        return REASONS.get(self.completion.result.result().reason, "length")
+        reason = self.completion.result.result().reason
+        return "length" if self.hidden else REASONS.get(reason, "length")
+
+    def scored(self, table: Sequence[bytes], text: str, ended: bool) -> list[tuple[Scored, int]]:
+        """The tokens, with their starts, of a piece of text that is sent after all before it.
+
+        Text may be held back, as the beginning of a stop text or of a character; so are its tokens.
+        A stop text is not part of an answer, nor are the tokens that lie wholly in it.
+        """
+        everything = self.completion.scored
+        for one in everything[len(self.starts) :]:
+            self.starts.append(self.size)
+            self.size += len(self.decoder.decode(table[one.token]))
+        self.length += len(text)
+        rest = ended and self.completion.result.result().reason != "stop"
+        first = self.sent
+        while self.sent < len(everything) and (rest or self.starts[self.sent] < self.length):
+            self.sent += 1
+        return list(zip(everything[first : self.sent], self.starts[first : self.sent], strict=True))
 
 
 @dataclass
@@ -67,7 +98,7 @@ class Writer:
             answer = choice.completion.result.result()
             text = "" if choice.hidden else answer.text
             entry: dict[str, Any] = {"index": choice.index, "finish_reason": choice.reason()}
-            entry |= self._logprobs(choice, choice.completion.scored, text, whole=True)
+            entry |= self._logprobs(choice, text, ended=True)
             if self.chat:
                 entry["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
@@ -99,13 +130,11 @@ class Writer:
                 text = ""
             if not text and reason is None:
                 continue
-            scored = choice.completion.scored[choice.sent :]
             entry: dict[str, Any] = {"index": choice.index, "finish_reason": reason}
-            entry |= self._logprobs(choice, scored, text, whole=reason is not None)
-            choice.sent += len(scored)
-            if choice.echoed is not None and not choice.length:
+            entry |= self._logprobs(choice, text, ended=reason is not None)
+            if choice.echoed is not None and not choice.begun:
                 text = choice.echoed + text
-            choice.length += len(text)
+            choice.begun = True
             choice.done = reason is not None
             if self.chat:
                 entry["delta"] = {"content": text} if text else {}
@@ -149,63 +178,56 @@ class Writer:
         choice.setdefault("finish_reason", None)
         return {**self._head(self._stream_kind), "choices": [choice]}
 
-    def _logprobs(
-        self, choice: Choice, scored: Sequence[Scored], text: str, *, whole: bool
-    ) -> dict[str, Any]:
-        """The entry `logprobs` of a choice, for these tokens of its answer."""
+    def _logprobs(self, choice: Choice, text: str, *, ended: bool) -> dict[str, Any]:
+        """The entry `logprobs` of a choice, for the tokens of this piece of its answer."""
         if not self.logprobs:
             return {"logprobs": None}
-        if whole and choice.reason() == "stop":
-            scored = self._before_stop(choice, scored)
-        if choice.hidden:
-            scored = []
+        table = self.served.engine.table
+        scored = [] if choice.hidden else choice.scored(table, text, ended)
         if self.chat:
-            return {"logprobs": {"content": [self._chat_entry(one) for one in scored]}}
-        first = [] if choice.echoed is None or choice.length else self._prompt_entries(choice.job)
-        return {"logprobs": self._columns([*first, *scored], choice.length)}
-
-    def _before_stop(self, choice: Choice, scored: Sequence[Scored]) -> list[Scored]:
-        """Without the tokens that lie wholly in a stop text, which is not part of the answer."""
-        answer = choice.completion.result.result()
-        if answer.reason != "stop":
-            return list(scored)
-        everything = choice.completion.scored
-        starts = self._starts([one.token for one in everything])
-        inside = sum(start < len(answer.text) for start in starts)
-        return list(scored[: max(0, len(scored) - (len(everything) - inside))])
-
-    def _starts(self, tokens: Sequence[int]) -> list[int]:
-        """The character at which each token begins, in their text as the engine decodes it."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        sizes = [len(decoder.decode(self.served.engine.table[token])) for token in tokens]
-        return list(accumulate(sizes, initial=0))[:-1]
-
-    def _prompt_entries(self, job: Job) -> list[Scored | int]:
-        """The prompt's tokens; the first has no log probability, as nothing comes before it."""
-        return [job.request.prompt[0], *job.prompt_scored]
-
-    def _columns(self, entries: Sequence[Scored | int], offset: int) -> dict[str, Any]:
-        """The format of completions: a column for each property."""
+            return {"logprobs": {"content": [self._chat_entry(one) for one, _ in scored]}}
         columns: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
             "top_logprobs": [],
             "text_offset": [],
         }
-        tokens = [entry if isinstance(entry, int) else entry.token for entry in entries]
-        for entry, token, start in zip(entries, tokens, self._starts(tokens), strict=True):
-            scored = None if isinstance(entry, int) else entry
-            columns["tokens"].append(self.served.token_text(token))
-            columns["token_logprobs"].append(None if scored is None else scored.logprob)
-            columns["top_logprobs"].append(None if scored is None else self._top(scored))
-            columns["text_offset"].append(offset + start)
-        return columns
+        if choice.echoed is not None and not choice.begun:
+            self._add_prompt(columns, choice.job, len(choice.echoed))
+        for one, start in scored:
+            self._add(columns, one.token, one, len(choice.echoed or "") + start)
+        return {"logprobs": columns}
 
-    def _top(self, scored: Scored) -> dict[str, float]:
+    def _add_prompt(self, columns: dict[str, list[Any]], job: Job, length: int) -> None:
+        """The prompt's tokens; the first has no log probability, as nothing comes before it.
+
+        Their text may be longer than the prompt's, whose first token has a space that tokenizers
+        leave out.
+        """
+        spelled = [self.served.engine.table[token] for token in job.request.prompt]
+        decoded = decoder()
+        sizes = [len(decoded.decode(one)) for one in spelled]
+        more = sum(sizes) - length
+        starts = accumulate(sizes, initial=0)
+        for token, one, start in zip(
+            job.request.prompt, [None, *job.prompt_scored], starts, strict=False
+        ):
+            self._add(columns, token, one, max(0, start - more))
+
+    def _add(
+        self, columns: dict[str, list[Any]], token: int, scored: Scored | None, start: int
+    ) -> None:
+        """A row of the format of completions."""
+        columns["tokens"].append(self.served.token_text(token))
+        columns["token_logprobs"].append(None if scored is None else number(scored.logprob))
+        columns["top_logprobs"].append(None if scored is None else self._top(scored))
+        columns["text_offset"].append(start)
+
+    def _top(self, scored: Scored) -> dict[str, float | None]:
         """Text to log probability of the likeliest tokens and of the token itself."""
-        found: dict[str, float] = {}
+        found: dict[str, float | None] = {}
         for token, logprob in [*scored.top, (scored.token, scored.logprob)]:
-            found.setdefault(self.served.token_text(token), logprob)
+            found.setdefault(self.served.token_text(token), number(logprob))
         return found
 
     def _chat_entry(self, scored: Scored) -> dict[str, Any]:
@@ -215,4 +237,10 @@ class Writer:
 
     def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
         spelled = list(self.served.engine.table[token])
-        return {"token": self.served.token_text(token), "logprob": logprob, "bytes": spelled}
+        told = self.served.token_text(token)
+        return {"token": told, "logprob": number(logprob), "bytes": spelled}
+
+
+def number(value: float) -> float | None:
+    """A log probability as JSON has it: null if it is infinite or not a number."""
+    return value if math.isfinite(value) else None

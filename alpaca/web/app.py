@@ -1,8 +1,9 @@
 """The web application: /v1, the page, metrics; who may ask, and what is refused unread."""
 
+import asyncio
 import base64
 import hmac
-import json
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from alpaca.web.served import Served
 
 PAGE = Path(__file__).resolve().parent / "page"
 LARGEST_BODY = 8 << 20  # bytes: many times the text that fits into a slot
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
 # The page's own files only; an answer of the model is never markup.
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
@@ -84,7 +84,12 @@ def application(site: Site) -> Starlette:
     return Starlette(
         routes=doors.routes(),
         middleware=middleware,
-        exception_handlers={ApiError: told, HTTPException: told, ClientDisconnect: gone},
+        exception_handlers={
+            ApiError: told,
+            HTTPException: told,
+            ClientDisconnect: gone,
+            Exception: crashed,
+        },
     )
 
 
@@ -112,26 +117,30 @@ class Guard:
         if self._site.key is None:
             host = request.headers.get("host", "")
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            client = request.scope.get("server", ("",))[0]
-            if is_local(client) and name.lower() not in LOCAL:
+            own = request.scope.get("server") or ("",)
+            if is_local(own[0]) and not is_local(name.strip("[]")):
                 return ApiError(403, f"This server has no key, and {host!r} is not this machine.")
             return None
         given = presented(request.headers.get("authorization", ""))
-        if hmac.compare_digest(given, self._site.key.encode()):
+        if hmac.compare_digest(given, self._site.key.encode(errors="surrogateescape")):
             return None
         return ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
 
 
 def is_local(address: str) -> bool:
-    """Whether a socket's own address is a loopback one."""
-    return address.startswith("127.") or address == "::1"
+    """Whether an address is a loopback one, or the name of one."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address.lower() == "localhost"
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def presented(header: str) -> bytes:
     """The key in an Authorization header: a Bearer token, or the password of Basic."""
     kind, _, rest = header.partition(" ")
     if kind.lower() == "bearer":
-        return rest.strip().encode("latin-1")  # as Starlette has decoded it
+        return rest.strip(" \t").encode("latin-1")  # as Starlette has decoded it
     if kind.lower() == "basic":
         try:
             return base64.b64decode(rest, validate=True).partition(b":")[2]
@@ -152,6 +161,11 @@ async def told(_: Request, error: Exception) -> Response:
     }
     body = {"error": {**kind, "param": None, "code": None}}
     return JSONResponse(body, error.status_code, error.headers)
+
+
+async def crashed(_: Request, error: Exception) -> Response:
+    """A fault of the server; its traceback is in the log."""
+    return ApiError(500, f"The server failed: {type(error).__name__}.").response()
 
 
 async def gone(_: Request, __: Exception) -> Response:
@@ -182,6 +196,7 @@ class Doors:
     def __init__(self, site: Site) -> None:
         """Doors of a site."""
         self._site = site
+        self._reading = asyncio.Lock()
 
     def routes(self) -> list[Route]:
         """Every address, with its method."""
@@ -268,16 +283,24 @@ class Doors:
         body = bodies.read(bodies.PromptBody, await body_of(request))
         served = self._site.model(body.model)
         text = prompt.render(body.instruction, body.input)
-        ids = await served.ids(text)
+        [ids] = await served.ids([text])
         tokens = [{"id": one, "text": served.token_text(one)} for one in ids]
-        return JSONResponse({"text": text, "tokens": tokens})
+        chat = not body.input and await served.chats_as(body.instruction, ids)
+        return JSONResponse({"text": text, "tokens": tokens, "chat": chat})
 
     async def run(self, _: Request) -> Response:
         """GET /page/run: the state of the watched training run."""
         if self._site.run is None:
             raise ApiError(404, "No run is watched: set ALPACA_WATCH to its output folder.")
-        self._site.run.refresh()
-        return Response(json.dumps(self._site.run.summary()), media_type="application/json")
+        async with self._reading:  # in a thread: a log may be long, or on a slow disk
+            told = await asyncio.to_thread(refreshed, self._site.run)
+        return JSONResponse(told)
+
+
+def refreshed(run: Run) -> dict[str, Any]:
+    """A run's summary, from what its files hold now."""
+    run.refresh()
+    return run.summary()
 
 
 def described(served: Served) -> dict[str, Any]:

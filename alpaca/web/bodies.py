@@ -4,14 +4,16 @@ Keys that the engine cannot serve are refused by name. A few have no meaning for
 model, such as `user`; they are accepted, and described as having no effect.
 """
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from alpaca.web.errors import ApiError
 
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+MESSAGES = 1000  # in one chat
 IGNORED = "Accepted, without effect."
 UNSERVED = "Not supported: leave it out."
 
@@ -52,10 +54,28 @@ class Common(BaseModel):
     logit_bias: dict[str, float] | None = Field(None, max_length=0, description=UNSERVED)
 
 
+def kind_of_prompt(value: Any) -> str:
+    """Which of the four kinds a prompt is, by its first item."""
+    if not isinstance(value, list):
+        return "text"
+    if value and isinstance(value[0], int):
+        return "ids"
+    return "many" if value and isinstance(value[0], list) else "texts"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Tag("texts")]
+    | Annotated[list[Token], Tag("ids")]
+    | Annotated[list[list[Token]], Tag("many")],
+    Discriminator(kind_of_prompt),
+]
+
+
 class CompletionBody(Common):
     """Of POST /v1/completions."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: Prompt
     max_tokens: int | None = Field(None, ge=0, description="16 by default; 0 needs echo.")
     echo: bool | None = Field(None, description="Put the prompt before the answer.")
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -75,7 +95,8 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """One turn of a chat. `developer` is the newer name of `system`.
 
-    A message of role `input`, before the user's, is the input of its instruction.
+    A message of role `input`, before the user's, is the input of its instruction. An answer of this
+    server may come back as a message: its keys that are null or empty are accepted.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -83,6 +104,12 @@ class Message(BaseModel):
     role: Literal["system", "developer", "input", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = Field(None, description=IGNORED)
+    type: Literal["text", "message"] | None = Field(None, description=IGNORED)
+    refusal: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
 
 
 class TextFormat(BaseModel):
@@ -96,7 +123,7 @@ class TextFormat(BaseModel):
 class ChatBody(Common):
     """Of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MESSAGES)
     max_tokens: int | None = Field(None, ge=1, description="Older name of the next.")
     max_completion_tokens: int | None = Field(
         None, ge=1, description="Most tokens in an answer; by default what fits."
@@ -125,14 +152,56 @@ Body = TypeVar("Body", bound=BaseModel)
 def read(kind: type[Body], content: bytes) -> Body:
     """Check a body; raises ApiError 400 that names the first key that is wrong."""
     try:
-        return kind.model_validate_json(content)
+        given = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is no JSON: {error}") from None
+    if isinstance(given, dict):
+        _refuse_early(given, kind)
+    try:
+        return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"] if isinstance(part, str | int))
         known = where.partition(".")[0] or None
         what = f"{where}: {first['msg']}" if where else first["msg"]
-        if first["type"] == "extra_forbidden":
-            what = f"{where} is not a key that this server knows. Leave it out."
-        elif known and (field := kind.model_fields.get(known)) and field.description == UNSERVED:
+        if known and (field := kind.model_fields.get(known)) and field.description == UNSERVED:
             what = f"{known} is not supported by this server. Leave it out."
         raise ApiError(400, what, param=known) from None
+
+
+def _refuse_early(given: dict[str, Any], kind: type[BaseModel]) -> None:
+    """Refuse the first item that is wrong, so that a body with millions of them costs little.
+
+    pydantic would describe each, in kilobytes.
+    """
+    _refuse_unknown(given, kind)
+    messages, prompt = given.get("messages"), given.get("prompt")
+    if isinstance(messages, list):
+        if len(messages) > MESSAGES:
+            raise ApiError(400, f"messages may hold {MESSAGES:,}.", param="messages")
+        for message in messages:
+            if isinstance(message, dict):
+                _refuse_unknown(message, Message, "messages")
+    if isinstance(prompt, list):
+        kinds = {"texts": str, "ids": int, "many": list}
+        wanted = kinds[kind_of_prompt(prompt)]
+        inner = (one for many in prompt if isinstance(many, list) for one in many)
+        alike = all(type(one) is wanted for one in prompt) and all(
+            type(one) is int for one in inner
+        )
+        if not alike:
+            raise ApiError(
+                400, "prompt is a text, texts, token ids, or lists of token ids.", param="prompt"
+            )
+
+
+def _refuse_unknown(given: dict[str, Any], kind: type[BaseModel], inside: str = "") -> None:
+    """Refuse the first unknown key before anything else, so that millions of them cost nothing."""
+    unknown = next((name for name in given if name not in kind.model_fields), None)
+    if unknown is not None:
+        name = f"{inside}.{unknown}" if inside else unknown
+        raise ApiError(
+            400,
+            f"{name[:100]} is not a key that this server knows. Leave it out.",
+            param=inside or unknown[:100],
+        )

@@ -32,12 +32,12 @@ async def chat(http: Request, served: Served, body: ChatBody) -> Response:
 async def complete(http: Request, served: Served, body: CompletionBody) -> Response:
     """Continue texts or token ids."""
     requests = await served_models.completion_requests(served, body)
+    waiting = Waiting(served, requests)
     echoed: list[str] = []
-    if body.echo:
+    if body.echo:  # after the engine has checked the ids
         given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         texts = [one for one in given if isinstance(one, str)]
-        echoed = texts or [served.codec.tokenizer.decode(list(r.prompt)) for r in requests]
-    waiting = Waiting(served, requests)
+        echoed = texts or [served.codec.decode(one.prompt) for one in requests]
     return await answer(http, body, waiting, Writer(
         served,
         waiting.jobs,

@@ -16,6 +16,7 @@ from alpaca.web.errors import ApiError
 
 Number = TypeVar("Number", int, float)
 LONG_TEXT = 10_000  # bytes; a shorter text is tokenized within a few milliseconds
+TURN = 200  # bytes, about, that a template adds to a message
 PROMPTS = 256  # in one request
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
@@ -51,27 +52,46 @@ class Served:
             raise translated(error) from None
         return jobs
 
-    async def ids(self, text: str) -> tuple[int, ...]:
-        """The ids of a text that starts a sequence, as `/predictions` encodes its prompt."""
-        return await self._encoded(text, lambda: self.codec.prompts([text])[0])
+    async def ids(self, texts: list[str]) -> list[tuple[int, ...]]:
+        """The ids of texts that start a sequence, as `/predictions` encodes its prompt."""
+        found = await self._encoded(texts, lambda: self.codec.prompts(texts))
+        return [tuple(ids) for ids in found]
 
     async def chat(self, messages: list[Message]) -> tuple[int, ...]:
         """The ids of a conversation, through the folder's chat template."""
+        if messages[-1].role != "user":
+            raise ApiError(400, "The last message must be the user's.", param="messages")
         turns = [{"role": role(turn), "content": content(turn)} for turn in messages]
         text = "".join(turn["content"] for turn in turns)
-        return await self._encoded(text, lambda: self.codec.chat(turns))
+        [ids] = await self._encoded([text], lambda: [self.codec.chat(turns)], TURN * len(turns))
+        return tuple(ids)
 
-    async def _encoded(self, text: str, encode: Callable[[], list[int]]) -> tuple[int, ...]:
-        """Encode in a thread if it takes long; refuse before tokenizing what cannot fit."""
+    async def chats_as(self, text: str, ids: tuple[int, ...]) -> bool:
+        """Whether a chat of this one message has these ids: not with another project's template."""
         try:
-            size = len(text.encode())
-            self.engine.check_text(size)
-            found = encode() if size <= LONG_TEXT else await asyncio.to_thread(encode)
+            return (
+                await self.chat([Message.model_validate({"role": "user", "content": text})]) == ids
+            )
+        except ApiError:
+            return False
+
+    async def _encoded(
+        self, texts: list[str], encode: Callable[[], list[list[int]]], more: int = 0
+    ) -> list[list[int]]:
+        """Encode in a thread if it takes long; refuse before tokenizing what cannot fit.
+
+        `more`: bytes that a template adds to the texts.
+        """
+        try:
+            sizes = [len(text.encode()) for text in texts]
+            self.engine.check_text(max(sizes))
+            short = sum(sizes) + more <= LONG_TEXT
+            found = encode() if short else await asyncio.to_thread(encode)
         except UnicodeEncodeError:
             raise ApiError(400, "The text holds half of a surrogate pair.") from None
         except UserError as error:
             raise translated(error) from None
-        return tuple(found)
+        return found
 
     def token_text(self, token: int) -> str:
         """A token as text: what it adds, a control token's name, or `bytes:...` if not UTF-8."""
@@ -169,14 +189,11 @@ async def completion_requests(served: Served, body: CompletionBody) -> list[Requ
 async def _prompts(served: Served, body: CompletionBody) -> list[tuple[int, ...]]:
     given = body.prompt
     if isinstance(given, str):
-        return [await served.ids(given)]
+        return await served.ids([given])
     if not given or (len(given) > PROMPTS and not isinstance(given[0], int)):
         raise ApiError(400, f"prompt holds 1 to {PROMPTS} prompts.", param="prompt")
-    found: list[tuple[int, ...]] = []
-    alone: list[int] = []
-    for one in given:
-        if isinstance(one, int):
-            alone.append(one)
-        else:
-            found.append(await served.ids(one) if isinstance(one, str) else tuple(one))
-    return found or [tuple(alone)]
+    texts = [one for one in given if isinstance(one, str)]
+    if texts:
+        return await served.ids(texts)
+    many = [tuple(one) for one in given if isinstance(one, list)]
+    return many or [tuple(one for one in given if isinstance(one, int))]

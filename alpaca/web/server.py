@@ -103,7 +103,7 @@ def start(environment: Mapping[str, str], inputs: dict[str, Any], root: Path) ->
     try:
         host, port = address(environment)
         site = Site(
-            key=environment.get("ALPACA_API_KEY") or None,
+            key=environment.get("ALPACA_API_KEY", "").strip() or None,
             origins=[o.strip() for o in environment.get("ALPACA_WEB_ORIGINS", "").split(",") if o],
             inputs=inputs,
             examples=examples(root / "data" / "seed_tasks.jsonl"),
@@ -123,8 +123,9 @@ def address(environment: Mapping[str, str]) -> tuple[str, int]:
     if not text.isdecimal() or not 0 <= int(text) <= 65535:
         raise UserError(f"{PORT} is {text!r}.", "Set it to a port, for example 8000.")
     host = environment.get("ALPACA_WEB_HOST") or "127.0.0.1"
-    is_open = environment.get("ALPACA_API_KEY") or environment.get("ALPACA_WEB_OPEN") == "1"
-    if not is_open and not is_loopback(host):
+    key = environment.get("ALPACA_API_KEY", "").strip()
+    allowed = bool(key) or environment.get("ALPACA_WEB_OPEN") == "1"
+    if not allowed and not is_loopback(host):
         raise UserError(
             f"ALPACA_WEB_HOST is {host}, where others can reach it, and there is no key.",
             "Set ALPACA_API_KEY to a secret; or ALPACA_WEB_OPEN=1 if anyone may ask.",

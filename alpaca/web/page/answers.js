@@ -27,7 +27,8 @@ function makeGroup(model, count) {
 function completionBody(model, prompt, values, settings) {
   const { max_new_tokens: wanted, stop, ...sampling } = values;
   const total = Math.min(settings.inputs.total_tokens?.default ?? settings.context, settings.context);
-  const room = (wanted ? settings.context : total) - prompt.tokens.length;
+  const limit = wanted || prompt.tokens.length >= total ? settings.context : total;
+  const room = limit - prompt.tokens.length;
   return {
     model: model.id,
     prompt: prompt.tokens.map((token) => token.id),

@@ -8,12 +8,12 @@ const literal = (value) => JSON.stringify(value);
 
 const OWN = ["top_k", "repetition_penalty"]; // not in OpenAI's API: its client takes them as extra_body
 
-// A person sends texts: one user message, or the rendered prompt where there is an input.
-function readable({ instruction, input, prompt, body }) {
+// A person sends texts: one user message where that gives the same prompt, else the rendered prompt.
+function readable({ instruction, prompt, body }) {
   const { prompt: _ids, stream: _stream, stream_options: _options, model, ...values } = body;
-  return input
-    ? { path: "completions", body: { model, prompt: prompt.text, ...values } }
-    : { path: "chat/completions", body: { model, messages: [{ role: "user", content: instruction }], ...values } };
+  return prompt.chat
+    ? { path: "chat/completions", body: { model, messages: [{ role: "user", content: instruction }], ...values } }
+    : { path: "completions", body: { model, prompt: prompt.text, ...values } };
 }
 
 export function asCurl(made, key) {
