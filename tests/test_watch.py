@@ -40,11 +40,14 @@ class Terminal:
 
     def __init__(self, folder: Path, columns: int = 80, rows: int = 24) -> None:
         self.keyboard, there = os.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color"}
+        for name in ("COLUMNS", "LINES"):  # rich takes them for the terminal's size
+            environment.pop(name, None)
         self.resize(columns, rows)
         self.job = subprocess.Popen(
             ["setsid", "--ctty", sys.executable, "-m", "alpaca", "watch", str(folder)],
             cwd=ROOT,
-            env={**os.environ, "TERM": "xterm-256color"},
+            env=environment,
             stdin=there,
             stdout=there,
             stderr=there,
@@ -342,7 +345,9 @@ def test_the_view_fits_the_terminal_also_after_its_size_changed(tmp_path: Path) 
         for columns, rows in ((80, 24), (37, 20)):
             opened.resize(columns, rows)
             drawn: list[str] = []
+            deadline = time.monotonic() + 60
             while len(drawn) != rows:  # pictures of before the change may come first
+                assert time.monotonic() < deadline, drawn
                 opened.read(HOME)
                 drawn = CODES.sub("", opened.output.split(HOME)[-2]).split("\r\n")
             assert {cell_len(row) for row in drawn} == {columns}
