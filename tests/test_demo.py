@@ -15,7 +15,7 @@ def test_the_demo_fetches_and_trains_into_a_folder_of_its_own() -> None:
     demo = importlib.import_module(VERBS["demo"][0])
     mine = command.parser().get_default("input_dir")
     before = sorted((ROOT / mine).iterdir())
-    demo.Demo(5000, keep=False).fetch()
+    demo.Demo(5000, None).fetch()
     assert (ROOT / demo.FOLDER / download.FOLDER / Path(download.MEMBER).name).is_file()
     assert sorted((ROOT / mine).iterdir()) == before
     assert demo.RECIPE["--output_dir"] == demo.OUT

@@ -184,7 +184,8 @@ from alpaca.training.rendezvous import on_every_rank, on_first_rank
 
 sharding.start(torch.device("cpu"), ShardingFlags(ddp_timeout=2))
 on_first_rank(lambda: time.sleep(5))
-print("waited for", on_every_rank(lambda: torch.distributed.get_rank()), flush=True)
+ranks = on_every_rank(lambda: torch.distributed.get_rank())
+print(f"waited for {ranks}", flush=True)  # one piece: two ranks write to one pipe
 torch.distributed.destroy_process_group()
 """
 

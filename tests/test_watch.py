@@ -7,6 +7,7 @@ import math
 import os
 import re
 import select
+import signal
 import shutil
 import struct
 import subprocess
@@ -51,6 +52,8 @@ class Terminal:
             stdin=there,
             stdout=there,
             stderr=there,
+            # a suite started in the background ignores Ctrl-C, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(there)
         self.output, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
