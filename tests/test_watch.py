@@ -7,8 +7,8 @@ import math
 import os
 import re
 import select
-import signal
 import shutil
+import signal
 import struct
 import subprocess
 import sys
