@@ -1,12 +1,14 @@
 """What every test may use: tiny real models and tokenizers, made here, in a second."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a model hub, whatever it loads
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import engine_of, tiny
@@ -95,3 +97,17 @@ def server(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """Cog's real server with the endless model in five slots."""
     with serving(endless_model, tmp_path_factory.mktemp("server"), **SETTINGS) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; Debian: apt-get install chromium."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not path:
+        pytest.skip("no chromium on the PATH (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,20 +145,6 @@ def test_a_data_set_cannot_end_the_script_or_add_elements() -> None:
     assert text.count("<script") == text.count("</script>") == 2
     assert "<img" not in text
     assert "<b>" not in text
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium; Debian: apt-get install chromium."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not path:
-        pytest.skip("no chromium on the PATH (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def test_the_plot_answers_the_pointer_and_loads_nothing(

@@ -36,20 +36,6 @@ UNNAMED = """() => [...document.querySelectorAll("input, select, textarea, butto
 TOO_WIDE = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium; Debian: apt-get install chromium."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not path:
-        pytest.skip("no chromium on the PATH (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @contextmanager
 def listening(site: app.Site) -> Iterator[server.Web]:
     web = server.Web(site, "127.0.0.1", 0)

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import hmac
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from alpaca import prompt
+from alpaca.serving.command import is_loopback
 from alpaca.web import bodies, completions, metrics, openapi
 from alpaca.web.errors import ApiError
 from alpaca.web.runs import Run
@@ -118,22 +118,13 @@ class Guard:
             host = request.headers.get("host", "")
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
             own = request.scope.get("server") or ("",)
-            if is_local(own[0]) and not is_local(name.strip("[]")):
+            if is_loopback(own[0]) and not is_loopback(name.strip("[]")):
                 return ApiError(403, f"This server has no key, and {host!r} is not this machine.")
             return None
         given = presented(request.headers.get("authorization", ""))
         if hmac.compare_digest(given, self._site.key.encode(errors="surrogateescape")):
             return None
         return ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
-
-
-def is_local(address: str) -> bool:
-    """Whether an address is a loopback one, or the name of one."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return address.lower() == "localhost"
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def presented(header: str) -> bytes:
@@ -155,12 +146,9 @@ async def told(_: Request, error: Exception) -> Response:
         return error.response()
     assert isinstance(error, HTTPException)
     message = {404: "There is nothing at this address.", 405: "This address takes other methods."}
-    kind = {
-        "message": message.get(error.status_code, error.detail),
-        "type": "invalid_request_error",
-    }
-    body = {"error": {**kind, "param": None, "code": None}}
-    return JSONResponse(body, error.status_code, error.headers)
+    answer = ApiError(error.status_code, message.get(error.status_code, error.detail)).response()
+    answer.headers.update(error.headers or {})  # Allow
+    return answer
 
 
 async def crashed(_: Request, error: Exception) -> Response:

@@ -2,17 +2,7 @@
 
 from starlette.responses import JSONResponse
 
-KINDS = {
-    400: "invalid_request_error",
-    401: "invalid_request_error",
-    403: "invalid_request_error",
-    404: "invalid_request_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-}
+KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 RETRY_SECONDS = {429: 1, 503: 5}
 
 
@@ -28,7 +18,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, object]:
         """The object that OpenAI's clients read."""
-        kind = KINDS[self.status]
+        kind = KINDS.get(self.status, "invalid_request_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
