@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from alpaca.errors import UserError
@@ -146,7 +146,13 @@ def _or(given: Number | None, default: Number) -> Number:
 
 
 def request(
-    served: Served, body: Common, prompt: tuple[int, ...], most: int | None, logprobs: int | None
+    served: Served,
+    body: Common,
+    prompt: tuple[int, ...],
+    most: int | None,
+    logprobs: int | None,
+    *,
+    prompt_logprobs: bool = False,
 ) -> Request:
     """The engine's request for one prompt; `most` tokens, or as many as fit."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -159,6 +165,7 @@ def request(
         sampling=sampling(body),
         ignore_ends=bool(body.ignore_eos),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -182,8 +189,10 @@ async def completion_requests(served: Served, body: CompletionBody) -> list[Requ
     prompts = await _prompts(served, body)
     scored = bool(body.echo) and body.logprobs is not None
     # the logits of a prompt come with its first token, which max_tokens 0 then drops
-    made = [request(served, body, ids, max(most, 1), body.logprobs) for ids in prompts]
-    return [replace(one, prompt_logprobs=scored) for one in made]
+    return [
+        request(served, body, ids, max(most, 1), body.logprobs, prompt_logprobs=scored)
+        for ids in prompts
+    ]
 
 
 async def _prompts(served: Served, body: CompletionBody) -> list[tuple[int, ...]]:

@@ -1,7 +1,9 @@
 """What the scripts of bench/engines.py share: the task, the tokenizer's part of it, the report."""
 
 import json
+import socket
 import sys
+import urllib.request
 from typing import Any
 
 
@@ -28,6 +30,24 @@ def stops(folder: str) -> list[int]:
 def without(ids: list[int], ends: list[int]) -> list[int]:
     """The ids before the first that ends an answer."""
     return next((ids[:at] for at, one in enumerate(ids) if one in ends), ids)
+
+
+def free_port() -> int:
+    """A free TCP port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ask(port: int, path: str, body: object = None) -> dict[str, Any]:
+    """The JSON that a server answers: to GET, or to POST with a body."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        None if body is None else json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)  # type: ignore[no-any-return]
 
 
 def report(**found: Any) -> None:

@@ -1,12 +1,9 @@
 """llama.cpp's server, on the GGUF file of our export and on that of its own converter."""
 
-import json
 import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import common
@@ -41,9 +38,7 @@ def main() -> None:
 
 def asked(server: Path, model: str, task: dict[str, list[str]]) -> dict[str, object]:
     """Ids, templates and answers of one file."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = common.free_port()
     words = ["-m", model, "--host", "127.0.0.1", "--port", str(port), "-c", "2048", "-t", "2"]
     words += ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]  # its cache is fp16 otherwise
     process = subprocess.Popen(
@@ -52,25 +47,27 @@ def asked(server: Path, model: str, task: dict[str, list[str]]) -> dict[str, obj
     try:
         for _ in range(300):
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                    break
+                common.ask(port, "/health")
+                break
             except OSError:
                 if process.poll() is not None:
                     return {"error": f"llama-server ended with {process.returncode}"}
                 time.sleep(0.1)
         texts = [
-            post(port, "/tokenize", {"content": text, "add_special": True})["tokens"]
+            common.ask(port, "/tokenize", {"content": text, "add_special": True})["tokens"]
             for text in task["texts"]
         ]
         answers, templates = [], []
         for prompt in task["prompts"]:
-            chat = post(
+            chat = common.ask(
                 port, "/apply-template", {"messages": [{"role": "user", "content": prompt}]}
             )
             asked = {"content": chat["prompt"], "add_special": True, "parse_special": True}
-            ids = post(port, "/tokenize", asked)["tokens"]
+            ids = common.ask(port, "/tokenize", asked)["tokens"]
             body = {"prompt": ids, "n_predict": task["new"], "temperature": 0}
-            got = post(port, "/completion", {**body, "return_tokens": True, "cache_prompt": False})
+            got = common.ask(
+                port, "/completion", {**body, "return_tokens": True, "cache_prompt": False}
+            )
             ended = got["stop_type"] == "eos"
             templates.append(ids)
             answers.append(got["tokens"][:-1] if ended else got["tokens"])
@@ -78,17 +75,6 @@ def asked(server: Path, model: str, task: dict[str, list[str]]) -> dict[str, obj
         process.terminate()
         process.wait()
     return {"texts": texts, "templates": templates, "answers": answers}
-
-
-def post(port: int, path: str, body: object) -> dict[str, object]:
-    """The JSON answer of the server."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return json.load(answer)  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":
