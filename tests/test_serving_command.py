@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import predict
+from alpaca import address
 from alpaca.errors import UserError
 from alpaca.serving import command, weights
 
@@ -116,7 +117,7 @@ def test_a_download_is_gone_once_it_was_used() -> None:
     ],
 )
 def test_only_a_loopback_address_is_reached_by_this_machine_alone(host: str, own: bool) -> None:
-    assert command.is_loopback(host) is own
+    assert address.is_loopback(host) is own
 
 
 def test_half_a_tar_file_is_refused_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:

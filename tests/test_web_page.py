@@ -10,17 +10,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 
+from alpaca.errors import UserError
 from alpaca.prompt import chat_template, render
 from alpaca.serving import schema
 from alpaca.serving.engine import Engine
 from alpaca.serving.request import Request, Sampling
 from alpaca.tokens import Codec
-from alpaca.web import app, server
+from alpaca.web import app, remote, server
 from alpaca.web.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +32,7 @@ MARKUP = "<img src=/page/none onerror=alert(1)><script>alert(2)</script>"
 BLOCK_STORAGE = """Object.defineProperty(window, "localStorage", {
     get() { throw new DOMException("blocked", "SecurityError"); }
 })"""
+HASTEN = "window.setTimeout = ((wait) => (call, ms) => wait(call, Math.min(ms, 1000)))(setTimeout)"
 # Controls whose accessible name is not given by a label, an aria-label or their own text.
 UNNAMED = """() => [...document.querySelectorAll("input, select, textarea, button")]
     .filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
@@ -124,8 +128,10 @@ class Page:
 
 
 @contextmanager
-def opened(browser: Any, url: str, script: str = "", width: int = 1280) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": width, "height": 900})
+def opened(
+    browser: Any, url: str, script: str = "", width: int = 1280, scheme: str = "light"
+) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     context.add_init_script(script)
     page = Page(context.new_page(), url)
     page.shown.goto(url)
@@ -196,6 +202,118 @@ def test_two_models_answer_an_instruction_with_an_input_side_by_side(
         assert json.dumps(render(**EXAMPLE)) in curl
 
 
+class Foreign(BaseHTTPRequestHandler):
+    """Another project's server: lists a model, refuses what OpenAI does not know, and streams."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+
+    def log_message(self, *arguments: Any) -> None:
+        """Nothing."""
+
+    def do_GET(self) -> None:
+        self.send(200, json.dumps({"data": [{"id": "other-7b", "owned_by": "someone"}]}))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        if self.headers["Authorization"] != "Bearer secret-key":
+            return self.send(401, "the key secret-key? no")
+        if "top_k" in body:
+            return self.send(400, "top_k is not known, secret-key")
+        parts = [
+            {"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]}
+            for word in ("A ", "distant ", MARKUP)
+        ]
+        end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+        usage = {"choices": [], "usage": {"completion_tokens": 3}}
+        events = [f"data: {json.dumps(one)}\n\n" for one in (*parts, end, usage)]
+        return self.send(200, "".join(events) + "data: [DONE]\n\n")
+
+    def send(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@pytest.fixture
+def foreign() -> Iterator[str]:
+    Foreign.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Foreign) as running:
+        Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_model_of_another_server_answers_beside_ours(
+    browser: Any, web: server.Web, foreign: str
+) -> None:
+    key = {"ALPACA_COMPARE_KEY": "secret-key"}
+    web.site.compared = remote.find(foreign, key)
+    try:
+        with opened(browser, web.url) as page:
+            page.eventually("#title", "tuned and base and other-7b")
+            page.shown.select_option("#model", label="other-7b")
+            page.set(max_new_tokens=8, seed=7)
+            page.shown.fill("#input", "pear")
+            page.ask("Sort.")
+            page.said("^Done.$")
+            assert page.texts("#answers .text") == [f"A distant {MARKUP}"]
+            assert page.texts("#answers .stats")[0].startswith("3 tokens · ")
+            assert foreign in page.texts("#answers .about")[0]
+            page.set(top_k=3)
+            page.ask("Sort.")
+            page.eventually("#answers .error", r"status 400: top_k is not known, \[key\]")
+    finally:
+        web.site.compared = None
+    wanted = {"model": "other-7b", "seed": 7, "max_tokens": 8, "temperature": 0.75, "n": 1}
+    asked = Foreign.asked[0]
+    assert wanted.items() <= asked.items()
+    assert asked["messages"] == [{"role": "user", "content": "Sort.\n\npear"}]
+
+
+def test_our_own_server_elsewhere_gets_the_input_as_such(browser: Any, web: server.Web) -> None:
+    web.site.compared = remote.find(web.url, {"ALPACA_COMPARE_MODEL": "base"})
+    assert web.site.compared.own
+    try:
+        with opened(browser, web.url) as page:
+            page.set(max_new_tokens=8, temperature=0)
+            answers = []
+            for index in (1, 2):  # base here, and base there
+                page.shown.select_option("#model", value=str(index))
+                page.shown.fill("#input", EXAMPLE["input"])
+                page.ask(EXAMPLE["instruction"])
+                page.said("^Done.$")
+                answers.append(page.texts("#answers .text"))
+            assert answers[0] == answers[1] != [""]
+    finally:
+        web.site.compared = None
+
+
+def test_the_reader_who_leaves_frees_the_slot_of_the_other_server(
+    browser: Any, web: server.Web, served: tuple[Engine, Codec]
+) -> None:
+    web.site.compared = remote.find(web.url, {})
+    try:
+        with opened(browser, web.url) as page:
+            page.shown.select_option("#model", value="2")
+            page.set(n=5, temperature=5)
+            page.ask("Tell a story.", wait=False)
+            page.eventually("#answers .text", "..")
+            page.shown.click("#halt")
+            page.said("^Stopped.$")
+            until(lambda: served[0].idle_slots == 5)
+    finally:
+        web.site.compared = None
+
+
+def test_another_server_that_cannot_be_used_is_told(foreign: str) -> None:
+    with pytest.raises(UserError, match=r"(?s)does not have x.*other-7b"):
+        remote.find(foreign, {"ALPACA_COMPARE_MODEL": "x"})
+    with pytest.raises(UserError, match="not a URL"):
+        remote.find("http://", {})
+
+
 def test_the_ranges_are_the_servers_and_a_wrong_value_is_not_sent(
     browser: Any, web: server.Web
 ) -> None:
@@ -233,7 +351,7 @@ def test_escape_and_the_stop_button_free_the_slots(
                 page.shown.keyboard.press("Enter")
             page.said("^Stopped.$")
             stats = page.texts("#answers .stats")
-            stopped = r"about \d+ tokens? · .*not complete"  # some may have ended by themselves
+            stopped = r"\d+ tokens? · .*not complete"  # some may have ended by themselves
             assert any(re.match(stopped, text) for text in stats), stats
             until(lambda: engine.idle_slots == 5)
         assert page.shown.evaluate("document.activeElement.id") == "send"
@@ -283,7 +401,7 @@ def test_markup_from_the_model_is_shown_as_text(browser: Any, web: server.Web) -
 
 
 def test_the_page_waits_for_the_model(browser: Any, served: tuple[Engine, Codec]) -> None:
-    with listening(site_of()) as web, opened(browser, web.url) as page:
+    with listening(site_of()) as web, opened(browser, web.url, HASTEN) as page:
         page.eventually("#server-state", "The model is loading")
         page.ask("Hello")
         page.said("not loaded yet")
@@ -297,7 +415,7 @@ def test_the_page_waits_for_the_model(browser: Any, served: tuple[Engine, Codec]
         assert not page.shown.is_visible("#model")
         page.set(temperature=0.5)
         web.serve("later", *served)
-        page.said("second model is loaded")  # the page asks every 15 s
+        page.said("second model is loaded")  # the page asks every 15 s, here every second
         assert page.texts("#model option") == ["Compare both, side by side", "tiny", "later"]
         assert page.shown.input_value("#model") == "0"
         assert page.shown.input_value("#setting-temperature") == "0.5"
@@ -346,6 +464,24 @@ def test_a_watched_run_is_drawn_and_followed(
         log(run_folder, 40)
         page.eventually("#run-facts dd", "^40 of 60$")
         log(run_folder, 30)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_no_barrier(browser: Any, web: server.Web, scheme: str, width: int) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    with opened(browser, web.url, width=width, scheme=scheme) as page:
+        page.set(max_new_tokens=8, n=2)
+        page.ask("Hello")
+        page.said("^Done.$")
+        for summary in page.shown.locator("#answers summary").all():
+            summary.press("Enter")
+        for view in ("ask", "history", "watch"):
+            page.shown.click(f"#tab-{view}")
+            page.shown.locator(f"#{view}").wait_for()
+            found = Axe().run(page.shown)
+            assert found.violations_count == 0, found.generate_report()
 
 
 def test_the_keyboard_reaches_everything_and_nothing_is_wider_than_a_phone(

@@ -18,13 +18,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alpaca.address import base_url
 from alpaca.dataset import recipe
 from alpaca.dataset.bootstrap import Bootstrap, Limits
 from alpaca.dataset.files import side_file, write
 from alpaca.dataset.journal import Entry, Journal
 from alpaca.dataset.pool import LAG, Pool
 from alpaca.dataset.reply import Task
-from alpaca.dataset.teacher import NO_KEY, Teacher, base_url
+from alpaca.dataset.teacher import NO_KEY, Teacher
 from alpaca.errors import UserError
 from alpaca.records import read_records
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     limits, key = _limits(arguments), _key()
     body = _body(arguments)
     teacher = Teacher(
-        url=base_url(arguments.teacher),
+        url=base_url(arguments.teacher, "--teacher"),
         model=arguments.model,
         key=key or NO_KEY,
         endpoint=arguments.endpoint,

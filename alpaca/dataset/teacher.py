@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 from openai.types import Completion
@@ -220,14 +219,6 @@ class Teacher:
             return text
         key = re.escape(self.key)
         return re.sub(key if len(self.key) >= SHORT_KEY else rf"(?<!\w){key}(?!\w)", "[key]", text)
-
-
-def base_url(text: str) -> str:
-    """The endpoint's URL; one without a path gets /v1. Raises UserError when it is not a URL."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UserError(f"--teacher {text} is not a URL.", "Example: http://localhost:8000/v1")
-    return text if parts.path.strip("/") else text.rstrip("/") + "/v1"
 
 
 def pause(attempt: int, after: float | None, jitter: float) -> float:

@@ -7,6 +7,7 @@ from the free memory. One spare slot receives writes whose result is never read.
 
 import math
 import mmap
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -82,10 +83,14 @@ def fitting_tokens(
 
 
 def unused_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, or of the machine or container, in bytes."""
+    """Free memory of a GPU, or of the machine or container, in bytes.
+
+    A cache on the CPU is counted as full, though it takes its memory only when it is written to:
+    two engines in one process would otherwise plan with the same memory.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return ram.available()
+    return max(0, ram.available() - sum(cache.cpu_bytes for cache in _CACHES))
 
 
 class SlotCache:
@@ -100,6 +105,7 @@ class SlotCache:
             tuple(_zeros(shape, (rows, shape.heads, capacity.length)) for _ in range(2))
             for shape in shapes
         ]
+        _CACHES.add(self)
 
     @property
     def cpu_bytes(self) -> int:
@@ -142,6 +148,9 @@ class SlotCache:
         for layer in self.layers:
             for part in layer:
                 part[slot, :, :length] = 0
+
+
+_CACHES: weakref.WeakSet[SlotCache] = weakref.WeakSet()  # of this process
 
 
 def _zeros(shape: LayerShape, size: tuple[int, ...]) -> torch.Tensor:

@@ -5,13 +5,13 @@ itself with the server, `python -m cog.server.http`.
 """
 
 import argparse
-import ipaddress
 import os
 import sys
 from pathlib import Path
 
 import psutil
 
+from alpaca.address import is_loopback
 from alpaca.errors import UserError
 from alpaca.folder import check_folder
 from alpaca.serving import schema, weights
@@ -99,15 +99,6 @@ def named(environment: dict[str, str], folder: str | None) -> dict[str, str]:
         return environment
     others = {name: value for name, value in environment.items() if name != "COG_WEIGHTS"}
     return {**others, weights.VARIABLE: str(Path(folder).resolve())}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server at `host`, an address or a name."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host.lower() == "localhost"
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def check_port(port: int, flag: str = "--port") -> None:

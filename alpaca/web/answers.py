@@ -114,8 +114,10 @@ class Writer:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk({"index": c.index, "delta": delta}) for c in self.choices]
 
-    def chunks(self) -> list[dict[str, Any]]:
+    def chunks(self, *, counted: bool = False) -> list[dict[str, Any]]:
         """A chunk for each choice with new text or that has ended, since the last call.
+
+        `counted` adds to each the number of tokens of its own answer, which `usage` cannot tell.
 
         Raises:
             Exception: the one that ended a choice's generation.
@@ -140,6 +142,8 @@ class Writer:
                 entry["delta"] = {"content": text} if text else {}
             else:
                 entry["text"] = text
+            if counted:
+                entry["generated_tokens"] = choice.completion.generated
             found.append(self._chunk(entry))
         return found
 

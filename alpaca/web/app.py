@@ -17,9 +17,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from alpaca import prompt
-from alpaca.serving.command import is_loopback
+from alpaca.address import is_loopback
 from alpaca.web import bodies, completions, metrics, openapi
 from alpaca.web.errors import ApiError
+from alpaca.web.remote import Remote
 from alpaca.web.runs import Run
 from alpaca.web.served import Served
 
@@ -48,6 +49,7 @@ class Site:
     examples: list[dict[str, str]] = field(default_factory=list)
     run: Run | None = None
     models: list[Served] = field(default_factory=list)
+    compared: Remote | None = None  # for the page only: /v1 never spends another server's key
 
     def model(self, name: str | None) -> Served:
         """The model of that id, or the first one.
@@ -192,6 +194,7 @@ class Doors:
             Route("/", self.page),
             Route("/page/settings", self.settings),
             Route("/page/prompt", self.prompt, methods=["POST"]),
+            Route("/page/compared", self.compared, methods=["POST"]),
             Route("/page/run", self.run),
             Route("/page/{name}", self.file),
             Route("/v1/models", self.models),
@@ -251,10 +254,13 @@ class Doors:
 
     async def settings(self, _: Request) -> Response:
         """GET /page/settings: what the page shows and allows."""
-        models = self._site.models
+        models, other = self._site.models, self._site.compared
+        listed = [{"id": one.name, "title": one.name, "url": None} for one in models]
+        if other is not None and models:
+            listed.append({"id": other.name, "title": other.name, "url": other.url})
         return JSONResponse(
             {
-                "models": [{"id": one.name, "title": one.name} for one in models],
+                "models": listed,
                 "ready": bool(models),
                 "inputs": self._site.inputs,
                 "slots": min((one.engine.capacity.slots for one in models), default=0),
@@ -275,6 +281,13 @@ class Doors:
         tokens = [{"id": one, "text": served.token_text(one)} for one in ids]
         chat = not body.input and await served.chats_as(body.instruction, ids)
         return JSONResponse({"text": text, "tokens": tokens, "chat": chat})
+
+    async def compared(self, request: Request) -> Response:
+        """POST /page/compared: an answer of the model of another server, as a stream."""
+        body = bodies.read(bodies.ComparedBody, await body_of(request))
+        if self._site.compared is None:
+            raise ApiError(404, "No other server is compared with: set ALPACA_COMPARE to its URL.")
+        return await self._site.compared.answer(request, body)
 
     async def run(self, _: Request) -> Response:
         """GET /page/run: the state of the watched training run."""

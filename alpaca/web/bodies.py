@@ -146,6 +146,26 @@ class PromptBody(BaseModel):
     model: str | None = None
 
 
+class ComparedBody(BaseModel):
+    """Of POST /page/compared: an instruction, and OpenAI's keys that the page sets.
+
+    Some servers refuse the last two, which are not OpenAI's; the page leaves out neutral values.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    instruction: str
+    input: str = ""
+    n: int = Field(1, ge=1, le=128)
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=5)
+    top_p: float | None = Field(None, ge=0, le=1)
+    stop: list[str] | None = None
+    seed: Seed | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+
 Body = TypeVar("Body", bound=BaseModel)
 
 

@@ -1,7 +1,6 @@
 """/v1/completions and /v1/chat/completions: submit, wait or stream, cancel when nobody reads."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,9 +14,8 @@ from alpaca.web import served as served_models
 from alpaca.web.answers import Writer
 from alpaca.web.bodies import ChatBody, Common, CompletionBody
 from alpaca.web.errors import ApiError
+from alpaca.web.events import EVENTS, event
 from alpaca.web.served import Served, translated
-
-EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
 async def chat(http: Request, served: Served, body: ChatBody) -> Response:
@@ -140,7 +138,7 @@ async def events(
                 yield event(chunk)
             while not writer.ended:
                 await waiting.change()
-                for chunk in writer.chunks():
+                for chunk in writer.chunks(counted=usage and each):
                     if usage:
                         chunk["usage"] = writer.usage() if each else None
                     yield event(chunk)
@@ -152,11 +150,6 @@ async def events(
             yield event(failed(error).body())
             return
         yield b"data: [DONE]\n\n"
-
-
-def event(content: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
 
 
 def failed(error: Exception) -> ApiError:

@@ -3,7 +3,8 @@
 Environment variables: ALPACA_WEB_PORT starts it. ALPACA_WEB_HOST is the address (127.0.0.1).
 ALPACA_API_KEY must be given by whoever asks; another address than loopback needs it, or
 ALPACA_WEB_OPEN=1. ALPACA_WEB_ORIGINS: sites whose scripts may ask, separated by commas.
-ALPACA_WATCH: the output folder of a training run to show. ALPACA_COMPARE: a second model folder.
+ALPACA_WATCH: the output folder of a training run to show. ALPACA_COMPARE: a second model, a folder
+or the URL of a server, with ALPACA_COMPARE_KEY and ALPACA_COMPARE_MODEL where it needs them.
 """
 
 import asyncio
@@ -17,12 +18,13 @@ from typing import Any
 
 import uvicorn
 
+from alpaca.address import is_loopback, is_url
 from alpaca.errors import UserError
 from alpaca.serving import loading
-from alpaca.serving.command import is_loopback
 from alpaca.serving.engine import Engine
 from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
+from alpaca.web import remote
 from alpaca.web.app import Site, application
 from alpaca.web.runs import Run
 from alpaca.web.served import Served
@@ -62,12 +64,18 @@ class Web:
             name += "-2"
         self.site.models.append(Served(name, engine, codec))
 
-    def compare(self, folder: str) -> None:
-        """Load a second model in a thread and offer it; what goes wrong is printed."""
+    def compare(self, other: str, environment: Mapping[str, str]) -> None:
+        """Offer a second model, from a thread: one to load, or one of another server.
+
+        What goes wrong is printed.
+        """
 
         def load() -> None:
             try:
-                found = Weights(Path(folder).resolve(), "ALPACA_COMPARE")
+                if is_url(other):
+                    self.site.compared = remote.find(other, environment)
+                    return
+                found = Weights(Path(other).resolve(), "ALPACA_COMPARE")
                 self.serve(found.folder.name, *loading.load(found))
             except Exception as error:  # the first model is served without it
                 print(f"web: ALPACA_COMPARE: {error}", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
 // A request and its answers: the stream, the measurements under it, the prompt and the code.
-import { postJson, streamCompletion } from "./api.js";
+import { postJson, streamAnswer } from "./api.js";
 import { asCurl, asJson, asPython } from "./code.js";
 import { copyButton, element, formatCount, formatNumber, makeTabs } from "./dom.js";
 import { promptDetails } from "./tokens.js";
@@ -23,6 +23,27 @@ function makeGroup(model, count) {
   return { cards, error, details, root: element("section", { class: "group" }, heading, grid, error, details) };
 }
 
+// A model of this server is asked for a completion of the prompt's tokens, one of another server for a
+// chat, to which it applies its own template.
+const localRequest = async (model, { instruction, input, values }, settings, signal) => {
+  const prompt = await postJson("/page/prompt", { model: model.id, instruction, input }, signal);
+  return { path: "/v1/completions", prompt, body: completionBody(model, prompt, values, settings) };
+};
+
+function remoteRequest(_model, { instruction, input, values }) {
+  const { max_new_tokens: most, stop, top_k, repetition_penalty, ...sampling } = values;
+  const body = {
+    instruction,
+    input,
+    ...(most ? { max_tokens: most } : {}),
+    ...sampling,
+    ...(stop.length ? { stop } : {}),
+    ...(top_k ? { top_k } : {}), // not OpenAI's: some servers refuse them
+    ...(repetition_penalty !== 1 ? { repetition_penalty } : {}),
+  };
+  return { path: "/page/compared", prompt: null, body };
+}
+
 // max_tokens is always sent: OpenAI's default would be 16. An empty field means all that fits.
 function completionBody(model, prompt, values, settings) {
   const { max_new_tokens: wanted, stop, ...sampling } = values;
@@ -42,32 +63,30 @@ function completionBody(model, prompt, values, settings) {
 
 function receive(group, records, choice) {
   const record = records[choice.index];
-  if (choice.text) {
+  const text = choice.text ?? choice.delta?.content;
+  record.tokens = choice.generated_tokens ?? record.tokens;
+  if (text) {
     record.last = performance.now();
     record.first ??= record.last;
-    record.characters += choice.text.length;
-    group.cards[choice.index].text.appendData(choice.text);
+    record.characters += text.length;
+    group.cards[choice.index].text.appendData(text);
   }
   record.finish = choice.finish_reason ?? record.finish;
 }
 
 function finishText(record, body) {
-  if (record.finish === "length") return `cut off at the limit of ${formatCount(body.max_tokens, "token")}`;
+  const most = body.max_tokens ? ` of ${formatCount(body.max_tokens, "token")}` : "";
+  if (record.finish === "length") return `cut off at the limit${most}`;
   if (record.finish === "stop") return body.stop ? "ended by itself or at a stop text" : "ended by itself";
   return "not complete";
 }
 
-// The server counts the tokens of all answers together; one of several has about its share of the text.
-function tokensOf(record, records, usage) {
-  const all = records.reduce((sum, { characters }) => sum + characters, 0);
-  return Math.round(usage.completion_tokens * (all ? record.characters / all : 1 / records.length));
-}
-
 function statsText(record, records, usage, body, sent) {
-  const tokens = usage ? tokensOf(record, records, usage) : 0;
+  // this server counts the tokens of each answer, others only those of all together
+  const tokens = record.tokens ?? (records.length === 1 ? usage?.completion_tokens : undefined);
   const seconds = (record.last - record.first) / 1000;
   return [
-    ...(usage ? [`${records.length > 1 ? "about " : ""}${formatCount(tokens, "token")}`] : []),
+    ...(tokens === undefined ? [] : [formatCount(tokens, "token")]),
     ...(tokens > 1 && seconds > 0 ? [`${formatNumber(Number(((tokens - 1) / seconds).toPrecision(3)))} tokens/s`] : []),
     ...(record.first ? [`first token after ${((record.first - sent) / 1000).toFixed(2)} s`] : []),
     finishText(record, body),
@@ -123,14 +142,17 @@ async function askModel(group, model, asked, settings, signal) {
   const records = group.cards.map(() => ({ characters: 0, finish: null }));
   let state = "Done.";
   let usage, body, sent;
+  const requestFor = model.url ? remoteRequest : localRequest;
   for (const card of group.cards) card.body.classList.add("streaming");
   try {
-    const { instruction, input, values } = asked;
-    const prompt = await postJson("/page/prompt", { model: model.id, instruction, input }, signal);
-    body = completionBody(model, prompt, values, settings);
-    group.details.append(promptDetails(prompt), codeDetails({ instruction, input, prompt, body }, settings.key));
+    const made = await requestFor(model, asked, settings, signal);
+    ({ body } = made);
+    const { instruction, input } = asked;
+    group.details.append(...(made.prompt
+      ? [promptDetails(made.prompt), codeDetails({ instruction, input, ...made }, settings.key)]
+      : [element("p", { class: "help" }, `Asked at ${model.url}, which applies its own chat template.`)]));
     sent = performance.now();
-    for await (const chunk of streamCompletion(body, signal)) {
+    for await (const chunk of streamAnswer(made.path, body, signal)) {
       for (const choice of chunk.choices) receive(group, records, choice);
       usage = chunk.usage ?? usage;
     }

@@ -56,8 +56,8 @@ async function* eventData(response) {
 }
 
 // Yields the chunks of a completion, and raises unless the server ends it with [DONE].
-export async function* streamCompletion(body, signal) {
-  const response = await request("/v1/completions", asJson(body, signal));
+export async function* streamAnswer(path, body, signal) {
+  const response = await request(path, asJson(body, signal));
   try {
     for await (const data of eventData(response)) {
       if (data === "[DONE]") return;
