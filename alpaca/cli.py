@@ -28,6 +28,16 @@ VERBS = {
     ),
     "plan": ("alpaca.plan.command", "estimate memory, disk, time and cost of a training run"),
     "serve": ("alpaca.serving.command", "serve a model folder over Cog's HTTP API"),
+    "answer": ("alpaca.evaluation.answering", "answer a suite of tasks, for score and compare"),
+    "score": (
+        "alpaca.evaluation.scoring",
+        "score answers: checks, matches, loss, repetition, ends",
+    ),
+    "compare": (
+        "alpaca.evaluation.comparing",
+        "judge two models' answers blindly, on a local page",
+    ),
+    "judge": ("alpaca.evaluation.judging", "let a model judge two models' answers, in both orders"),
     "watch": ("alpaca.web.watch", "show a training run in the terminal while it trains"),
     "diff": ("alpaca.release.diffcommand", "publish a model as its difference from its base"),
     "export": (

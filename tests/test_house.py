@@ -11,9 +11,24 @@ import pytest
 from alpaca.cli import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("convert", "training", "plan", "serving", "web", "dataset", "release", "doctor")
+ROOMS = (
+    "convert",
+    "training",
+    "plan",
+    "serving",
+    "web",
+    "dataset",
+    "evaluation",
+    "release",
+    "doctor",
+)
 # training plans before it starts; an export is a conversion run backwards, by the same tables
-NEIGHBOURS = {"training": {"plan"}, "release": {"convert"}, "web": {"serving"}}
+NEIGHBOURS = {
+    "training": {"plan"},
+    "release": {"convert"},
+    "web": {"serving"},
+    "evaluation": {"serving", "dataset"},
+}
 GROUND = ("errors", "prompt", "atomic", "ram", "layout")
 # each may import those before it
 SHARED = (
@@ -83,13 +98,15 @@ def test_each_module_imports_only_from_floors_below_it() -> None:
 
 
 # The teacher's; the doctor's, which asks a server it has started; the runner's, which asks its own;
-# the web server, which listens; its second model, which may be another server's.
+# the web server and the voters' page, which listen; models of other servers.
 CONNECTING = (
     "alpaca/dataset/teacher.py",
     "alpaca/doctor/asking.py",
     "alpaca/serving/listeners.py",
     "alpaca/web/server.py",
     "alpaca/web/remote.py",
+    "alpaca/evaluation/booth.py",
+    "alpaca/evaluation/endpoint.py",
 )
 
 

@@ -4,21 +4,17 @@ Checks of one record are regular expressions. Duplicates and languages need the 
 are counted by the trainer's own code, so a record reported as cut is one that training would cut.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
 from alpaca.dataset.checks import CHECKS, invalid, unread_key
 from alpaca.dataset.findings import FIELDS, Audit, Finding, Text
+from alpaca.dataset.language import language
 from alpaca.dataset.near import exact_duplicates, near_duplicates
 from alpaca.records import Record, notices, texts
 
-LANGUAGE_LETTERS = 25  # the language of shorter instructions is not detected
-LANGUAGE_CERTAINTY = 0.95
 CHUNK = 2000  # records tokenized at a time, which bounds the memory for their ids
 
 
@@ -70,28 +66,16 @@ def _alone(index: int, text: Text) -> Iterator[Finding]:
 
 def _languages(records: Sequence[Text]) -> tuple[dict[str, int], list[Finding]]:
     """Instructions per detected language, and a finding for each not in the commonest one."""
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    detected: dict[int, str] = {}
-    for index, text in enumerate(records):
-        plain = _main_script(text.instruction)
-        if sum(map(str.isalpha, plain)) >= LANGUAGE_LETTERS:
-            language, certainty = identifier.classify(plain)
-            if certainty >= LANGUAGE_CERTAINTY:
-                detected[index] = language
+    found = {index: language(text.instruction) for index, text in enumerate(records)}
+    detected = {index: code for index, code in found.items() if code}
     counts = Counter(detected.values())
     common = counts.most_common(1)[0][0] if counts else ""
     foreign = [
-        Finding("language", index, f"the instruction is in {language!r}, the set in {common!r}")
-        for index, language in detected.items()
-        if language != common
+        Finding("language", index, f"the instruction is in {code!r}, the set in {common!r}")
+        for index, code in detected.items()
+        if code != common
     ]
     return dict(counts.most_common()), foreign
-
-
-def _main_script(text: str) -> str:
-    """A mostly Latin text without the words of other scripts that it quotes; else the text."""
-    latin = re.sub(r"[^\x00-\u024f\u2000-\u206f]+", "", text)
-    return latin if sum(map(str.isalpha, latin)) * 2 > sum(map(str.isalpha, text)) else text
 
 
 def _duplicates(records: Sequence[Text], threshold: float) -> list[Finding]:

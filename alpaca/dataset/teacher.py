@@ -41,11 +41,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class Reply:
-    """A usable reply: its text, whether it was cut at the token limit, and the tokens it cost."""
+    """A usable reply: its text, whether it was cut at the token limit, and the tokens it cost.
+
+    top: the likeliest first tokens and their log probabilities, where asked for and given.
+    """
 
     text: str
     cut: bool
     usage: Usage
+    top: tuple[tuple[str, float], ...] = ()
 
 
 class RefusedError(Exception):
@@ -80,7 +84,8 @@ class Teacher:
 
     `wasted` is awaited with each reply that was paid for and held nothing, so that its cost counts.
     `patience` is the longest wait that the server may ask for, in seconds. `sleep` and `clock` take
-    and give seconds.
+    and give seconds. `role` is what errors call it, `flag` the one that names its URL. With
+    `empty`, a reply that ended by itself without any text is a reply too.
     """
 
     url: str
@@ -91,6 +96,9 @@ class Teacher:
     retries: int = 8
     patience: float = 900.0
     body: dict[str, Any] = field(default_factory=dict)
+    role: str = "teacher"
+    flag: str = "--teacher"
+    empty: bool = False
     wasted: Callable[[str, Usage], Awaitable[None]] | None = None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     clock: Callable[[], float] = time.monotonic
@@ -126,7 +134,7 @@ class Teacher:
                     await self.wasted(why, error.usage)
                 await self._after(error, attempt)
         raise UserError(
-            f"The teacher failed {self.retries + 1} times on one request; last failure: {why}.",
+            f"The {self.role} failed {self.retries + 1} times on one request; last failure: {why}.",
             "Nothing is lost: run the same command again when the endpoint is back.",
         )
 
@@ -139,7 +147,7 @@ class Teacher:
         seconds = pause(attempt, error.after, self._jitter.random())
         if seconds > self.patience:
             raise UserError(
-                f"The teacher asks to wait {seconds:.0f} s ({self._redact(str(error))}).",
+                f"The {self.role} asks to wait {seconds:.0f} s ({self._redact(str(error))}).",
                 "Nothing is lost: run the same command again after that.",
             )
         if error.after is not None:
@@ -174,7 +182,7 @@ class Teacher:
             message = f"{failed.get('message') or failed}"
             raise self._verdict(int(code) if code.isdigit() else 500, message, failed, None)
         try:
-            return _read(answer, prompt)
+            return _read(answer, prompt, self.empty)
         except RefusedError as error:
             raise RefusedError(self._redact(str(error)), error.usage, error.remedy) from None
 
@@ -200,14 +208,14 @@ class Teacher:
         remedy = {
             401: "Set OPENAI_API_KEY to a key this endpoint accepts.",
             403: "The key may not use this model: check both.",
-            404: "Check --teacher (it usually ends in /v1), --model and --endpoint.",
+            404: f"Check {self.flag} (it usually ends in /v1), and the model's name.",
             402: "The account has no credit left; run the same command again when it has some.",
-            413: "Ask for less at once: a smaller --per_request.",
+            413: "Ask for less at once: with `generate`, a smaller --per_request.",
             429: "The account's quota is used up; run the same command again when it is renewed.",
         }
         return UserError(
-            f"The teacher at {self.url} refused: {detail}",
-            remedy.get(status, "Check --teacher, --model and OPENAI_API_KEY."),
+            f"The {self.role} at {self.url} refused: {detail}",
+            remedy.get(status, f"Check {self.flag}, the model's name and OPENAI_API_KEY."),
         )
 
     def _redact(self, text: str) -> str:
@@ -257,7 +265,7 @@ def _error_in(answer: ChatCompletion | Completion) -> dict[str, Any] | None:
     return None
 
 
-def _read(answer: ChatCompletion | Completion, prompt: str) -> Reply:
+def _read(answer: ChatCompletion | Completion, prompt: str, empty: bool) -> Reply:
     """The text of a completion object, which the client library builds without validation."""
     choices = getattr(answer, "choices", None)
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -266,13 +274,23 @@ def _read(answer: ChatCompletion | Completion, prompt: str) -> Reply:
     text = _text(content)
     usage = _usage(getattr(answer, "usage", None), prompt, text)
     finish = getattr(choice, "finish_reason", None)
-    if text.strip():
-        return Reply(text, finish == "length", usage)
+    if text.strip() or (empty and content == "" and finish in ("stop", "length")):
+        return Reply(text, finish == "length", usage, _top(choice))
     why, remedy = _without_text(message, content, finish, usage)
     if why:
         raise RefusedError(f"the reply has no text: {why}", usage, remedy)
     raise _TransientError(
         "the reply is empty" if choice else "the reply has no choices", usage=usage
+    )
+
+
+def _top(choice: Any) -> tuple[tuple[str, float], ...]:
+    """The likeliest first tokens of a chat's reply, which servers may leave out."""
+    first = next(iter(getattr(getattr(choice, "logprobs", None), "content", None) or []), None)
+    found = getattr(first, "top_logprobs", None) or []
+    pairs = [(getattr(one, "token", None), getattr(one, "logprob", None)) for one in found]
+    return tuple(
+        (t, float(p)) for t, p in pairs if isinstance(t, str) and isinstance(p, int | float)
     )
 
 

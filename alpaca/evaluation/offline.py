@@ -1,0 +1,146 @@
+"""A model folder answers a suite through the engine, in this process and without HTTP.
+
+More slots than a server has, each as short as the suite allows: nobody waits for a first token, so
+tokens per second are all that counts. The reference answers are scored with the same loaded model.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from alpaca import passport
+from alpaca.errors import UserError
+from alpaca.evaluation.suites import Task
+from alpaca.folder import check_folder
+from alpaca.records import Record
+from alpaca.serving.request import Job, Request, Sampling
+from alpaca.tokens import Codec
+
+SLOTS = 64
+AHEAD = 2  # times the slots: submitted, so that a free slot never waits for this thread
+
+
+class Offline:
+    """Answers of a folder's model; it is loaded when the first answer is asked for."""
+
+    def __init__(self, folder: Path, tasks: Sequence[Task], max_new_tokens: int) -> None:
+        """Check the folder; `tasks` is the whole suite, which sets the length of the slots."""
+        if not folder.is_dir():
+            raise UserError(f"--model {folder} is neither a folder nor a URL.")
+        check_folder(folder)
+        self.folder = folder.resolve()
+        self.name = self.folder.name
+        self.identity = passport.fingerprint(folder)
+        self._tasks, self._most = tasks, max_new_tokens
+
+    def answer(self, tasks: Sequence[Task], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the journal's entry of each task as it is finished, in any order."""
+        if tasks:
+            with self.loaded(settings) as queue:
+                yield from queue.answers(tasks, self._tasks)
+
+    @contextmanager
+    def loaded(self, settings: dict[str, Any]) -> "Iterator[Queue]":
+        """Load the model, with slots as long as the suite needs."""
+        from alpaca.folder import load_tokenizer
+        from alpaca.serving import loading
+        from alpaca.serving.weights import Weights
+
+        codec = Codec(load_tokenizer(self.folder))
+        longest = max(map(len, self._sequences(codec)))
+        environment = {
+            **os.environ,
+            "ALPACA_SLOTS": os.environ.get("ALPACA_SLOTS", str(SLOTS)),
+            "ALPACA_CONTEXT": str(longest + self._most),
+            "ALPACA_MAX_SECONDS": str(10**9),
+        }
+        engine, codec = loading.load(Weights(self.folder, "--model"), environment)
+        try:
+            yield Queue(engine, codec, settings)
+        finally:
+            engine.stop()
+
+    def _sequences(self, codec: Codec) -> list[list[int]]:
+        prompts = [codec.prompt(task.instruction, task.input) for task in self._tasks]
+        known = [task for task in self._tasks if task.reference is not None]
+        return prompts + [list(reference(codec, task)[0]) for task in known]
+
+
+def reference(codec: Codec, task: Task) -> tuple[tuple[int, ...], int]:
+    """Ids of prompt, reference answer and end, as training has them; the prompt's length."""
+    record = Record(instruction=task.instruction, input=task.input, output=task.reference or "")
+    [example] = codec.examples([record], 1 << 40)
+    return tuple(example.ids), example.prompt_length
+
+
+class Queue:
+    """Keeps the engine's slots full."""
+
+    def __init__(self, engine: Any, codec: Codec, settings: dict[str, Any]) -> None:
+        """Of a running engine."""
+        self._engine, self._codec, self._settings = engine, codec, settings
+        self._done: SimpleQueue[int] = SimpleQueue()
+        self._running: dict[int, tuple[Task, Job, Job | None]] = {}
+
+    def answers(self, tasks: Sequence[Task], suite: Sequence[Task]) -> Iterator[dict[str, Any]]:
+        """Yield entries as they are finished; a task's place in the suite sets its seed."""
+        places = {task.key: place for place, task in enumerate(suite)}
+        most = AHEAD * self._engine.capacity.slots
+        waiting = iter(tasks)
+        for task in waiting:
+            self._submit(places[task.key], task)
+            while len(self._running) >= most:
+                yield from self._finished()
+        while self._running:
+            yield from self._finished()
+
+    def _submit(self, place: int, task: Task) -> None:
+        def changed() -> None:
+            self._done.put(place)
+
+        prompt = tuple(self._codec.prompt(task.instruction, task.input))
+        sampling = Sampling(
+            temperature=self._settings["temperature"],
+            top_p=self._settings["top_p"],
+            seed=(self._settings["seed"] + place) % 2**64,
+        )
+        room = len(prompt) + self._settings["max_new_tokens"]
+        asked = Request(prompt, total_tokens=room, sampling=sampling)
+        job = self._engine.submit(asked, changed)
+        self._running[place] = task, job, self._score(task, changed)
+
+    def _score(self, task: Task, changed: Any) -> Job | None:
+        if task.reference is None:
+            return None
+        ids, _ = reference(self._codec, task)
+        # the log probabilities of a prompt come with its first token, which is dropped
+        asked = Request(ids, total_tokens=len(ids) + 1, max_new_tokens=1, prompt_logprobs=True)
+        return self._engine.submit(asked, changed)  # type: ignore[no-any-return]
+
+    def _finished(self) -> Iterator[dict[str, Any]]:
+        place = self._done.get()
+        if place not in self._running:
+            return
+        task, job, scored = self._running[place]
+        parts = [one for one in (job, scored) if one is not None]
+        if not all(part.completions[0].result.done() for part in parts):
+            return
+        del self._running[place]
+        answer = job.completions[0].result.result()
+        entry = {
+            "entry": "answer",
+            "key": task.key,
+            "output": answer.text,
+            "tokens": answer.tokens,
+            "finish_reason": "stop" if answer.reason == "eos" else "length",
+        }
+        if scored is not None:
+            scored.completions[0].result.result()  # raises what ended it
+            _, length = reference(self._codec, task)
+            losses = [-one.logprob for one in scored.prompt_scored[length - 1 :]]
+            entry |= {"reference_loss": math.fsum(losses), "reference_tokens": len(losses)}
+        yield entry
