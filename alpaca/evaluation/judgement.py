@@ -1,0 +1,75 @@
+"""The report on a judge's verdicts: win rate, length-controlled win rate, position bias."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from alpaca import atomic
+from alpaca.evaluation import verdict_forms, verdicts
+from alpaca.evaluation.annotations import Annotation
+from alpaca.evaluation.length_control import length_controlled
+
+TIE = 1.5
+
+
+def report(judged: Sequence[Annotation], html: Path | None, json: Path | None) -> None:
+    """Print it; write it as a page and as JSON where files are named."""
+    found = replace(
+        verdicts.judged(judged), sides=sides(judged), lines=[*agreement(judged), controlled(judged)]
+    )
+    Console(highlight=False).print(verdict_forms.table(found))
+    for line in verdict_forms.sentences(found):
+        print(line)
+    for path, written in ((html, verdict_forms.page), (json, verdict_forms.as_json)):
+        if path is not None:
+            atomic.write_text(path, written(found))
+
+
+def sides(judged: Sequence[Annotation]) -> tuple[int, int]:
+    """How often the answer shown first won, and the one shown second, over both orders.
+
+    `verdicts` of an annotation are turned to output_1's side: in the second order output_2 was
+    shown first.
+    """
+    shown = [
+        (one.extra["verdicts"][0], 3 - one.extra["verdicts"][1])
+        for one in judged
+        if _both(one) is not None
+    ]
+    each = [preference for pair in shown for preference in pair]
+    return sum(one < TIE for one in each), sum(one > TIE for one in each)
+
+
+def agreement(judged: Sequence[Annotation]) -> list[str]:
+    """On how many pairs the two orders have one winner, and how many have no verdict."""
+    both = [found for one in judged if (found := _both(one)) is not None]
+    same = sum((a > TIE) == (b > TIE) and (a < TIE) == (b < TIE) for a, b in both)
+    lines = [f"Both orders have the same winner, or none, on {same:,} of {len(both):,} pairs."]
+    missing = sum(one.preference is None for one in judged)
+    if missing:
+        lines.append(f"{missing:,} pairs have no verdict: a reply held none.")
+    return lines
+
+
+def _both(one: Annotation) -> tuple[float, float] | None:
+    first, second = one.extra.get("verdicts") or (None, None)
+    return None if first is None or second is None else (first, second)
+
+
+def controlled(judged: Sequence[Annotation]) -> str:
+    """The win rate if both answers were equally long, or why there is none."""
+    known = [one for one in judged if one.preference is not None]
+    found = length_controlled(
+        [one.preference for one in known],
+        [len(one.output_1) for one in known],
+        [len(one.output_2) for one in known],
+    )
+    if found.win_rate is None:
+        return f"No length-controlled win rate: {found.note}"
+    return (
+        f"Length-controlled win rate: {found.win_rate:.1f}% "
+        f"(standard error {found.standard_error:.1f}); "
+        "AlpacaEval's model, without instruction difficulty."
+    )
