@@ -131,7 +131,7 @@ def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("data, SHA-256", f"`{run['data_sha256']}`"),
         ("examples", f"{run['examples']:,}" + (", others held out" if held_out else "")),
-        ("steps", f"{result['steps']:,} of {run['batch']} examples"),
+        ("steps", f"{result['steps']:,} of {run['batch']} examples" + _ending(result)),
         ("learning rate", f"{run['peak']:g}, {run['shape']}, {run['warmup']} steps of warm-up"),
         ("AdamW", f"weight decay {run['weight_decay']:g}, moments {run['moments']}"),
         ("computed in", run["compute"]),
@@ -147,6 +147,16 @@ def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _ending(result: dict[str, Any]) -> str:
+    """Where a run ended before its last planned step, and which weights were exported."""
+    told = ""
+    if result.get("stopped"):
+        told += f"; stopped early: {result['stopped']}"
+    if result.get("exported_step") not in (None, result["steps"]):
+        told += f"; exported after step {result['exported_step']:,}, the lowest held-out loss"
+    return told
+
+
 def _losses(result: dict[str, Any]) -> list[tuple[str, str]]:
     names = {
         "loss": "training, last step",
@@ -154,6 +164,8 @@ def _losses(result: dict[str, Any]) -> list[tuple[str, str]]:
         "eval_loss_after": "held out, trained",
         "eval_loss_exported": "held out, this folder",
     }
+    if result.get("exported_step") not in (None, result["steps"]):
+        names["eval_loss_best"] = f"held out, step {result['exported_step']:,}"
     known = [(label, result.get(key)) for key, label in names.items()]
     return [(label, f"{value:.4f}") for label, value in known if value is not None]
 

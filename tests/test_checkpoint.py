@@ -129,9 +129,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     """And the checkpoint holds what there was when it was asked for; the next one waits for it."""
     gate, write = threading.Event(), checkpoint.write
 
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any, **named: Any) -> None:
         gate.wait()
-        write(*arguments)
+        write(*arguments, **named)
 
     monkeypatch.setattr(checkpoint, "write", slow)
     module, optimizer = module_and_optimizer()
@@ -152,7 +152,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise UserError("no space")
 
     monkeypatch.setattr(checkpoint, "write", fails)
@@ -220,3 +220,26 @@ def test_a_checkpoint_that_holds_a_tied_weight_twice_is_loaded(tmp_path: Path) -
     other = Tied()
     checkpoint.load(tmp_path / "checkpoint-1", other, torch.optim.AdamW(other.parameters()))
     assert other.embedding.weight.equal(module.embedding.weight)
+
+
+def test_the_best_checkpoint_outlives_the_rotation_until_there_is_a_better_one(
+    tmp_path: Path,
+) -> None:
+    module, optimizer = module_and_optimizer()
+    kept = []
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4)):
+        state = checkpoint.state_of(module, optimizer)
+        checkpoint.write(tmp_path, step, state, {"run": {}}, keep=1, best=best)
+        kept.append([checkpoint.step_of(path) for path in checkpoint.found(tmp_path)])
+    assert kept == [[1], [1, 2], [1, 3], [4], [4, 5]]
+
+
+def test_only_the_weights_of_a_checkpoint_are_loaded(tmp_path: Path) -> None:
+    module, optimizer = module_and_optimizer()
+    checkpoint.write(tmp_path, 1, checkpoint.state_of(module, optimizer), {"run": {}}, keep=1)
+    wanted = [parameter.detach().clone() for parameter in module.parameters()]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+    checkpoint.load_weights(tmp_path / "checkpoint-1", module)
+    assert all(one.equal(other) for one, other in zip(module.parameters(), wanted, strict=True))

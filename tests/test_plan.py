@@ -226,6 +226,8 @@ def test_three_nodes_are_faster_than_one_and_copies_cost_traffic() -> None:
         ({"save_steps": 10, "save_total_limit": 3}, 4, 0),
         ({"save_steps": 60, "save_total_limit": 9}, 3, 1),
         ({"save_steps": 100, "save_only_model": True}, 1, 1),  # the signal's
+        ({"save_steps": 10, "save_best": True, "eval_strategy": "steps", "eval_steps": 20}, 3, 0),
+        ({"save_strategy": "no", "save_best": True, "eval_strategy": "steps"}, 1, 1),
     ],
 )
 def test_disk_is_counted_for_the_worst_moment(
@@ -245,6 +247,14 @@ def test_disk_is_counted_for_the_worst_moment(
         ({"save_steps": 4000}, 100 * 10**9, 3, 3 * 80.9),  # no room for a copy
         ({"save_steps": 4000, "optim": "adamw_8bit"}, None, 3, 3 * 6.738 * (4 + 2 + 8 / 256)),
         ({"save_steps": 4000, "save_only_model": True}, None, 2, 2 * 3 * 13.48),
+        # after steps 3000, 4000, 6000, 8000, 9000, and the last
+        (
+            {"save_steps": 4000, "optim": "adamw_8bit", "save_best": True}
+            | {"eval_strategy": "steps", "eval_steps": 3000},
+            None,
+            6,
+            6 * 6.738 * (4 + 2 + 8 / 256),
+        ),
     ],
 )
 def test_the_time_of_saving_is_that_in_which_training_waits(

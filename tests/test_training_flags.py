@@ -25,6 +25,17 @@ from alpaca.training import compatibility
         (["--num_train_epochs=nan"], "--num_train_epochs must be a finite number"),
         (["--learning_rate=inf"], "--learning_rate must be a finite number"),
         (["--eval_strategy=epoch"], "there is nothing to evaluate on"),
+        (["--eval_generations=3"], "--eval_generations 3: there is nothing to evaluate on"),
+        (["--eval_generations=-1"], "--eval_generations must not be negative"),
+        (["--eval_generation_tokens=0"], "--eval_generation_tokens must be at least 1"),
+        (["--save_best"], "--save_best True: there is nothing to evaluate on"),
+        (["--save_best", "--eval_fraction=0.1"], "compares evaluations while training"),
+        (["--early_stopping_patience=-1"], "--early_stopping_patience must not be negative"),
+        (
+            ["--early_stopping_patience=2", "--eval_fraction=0.1"],
+            "--early_stopping_patience 2 compares evaluations while training, and --eval_strategy "
+            "no has none",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused(words: list[str], expected: str) -> None:
@@ -104,6 +115,18 @@ def test_examples_longer_than_the_models_window_are_refused(
                 compatibility.check(arguments, tokenizer)
         else:
             compatibility.check(arguments, tokenizer)
+    config.sliding_window = 512
+    config.save_pretrained(folder)
+    for tokens in (112, 113):
+        answering = Arguments(
+            model_name_or_path=folder, model_max_length=400, eval_generations=1,
+            eval_generation_tokens=tokens,
+        )  # fmt: skip
+        if tokens == 112:
+            compatibility.check(answering, tokenizer)
+        else:
+            with pytest.raises(UserError, match="--eval_generation_tokens 113 after a prompt of"):
+                compatibility.check(answering, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,11 @@ def test_a_wrong_fsdp_config_is_explained(given: str, expected: str) -> None:
         (["--warmup_steps", "7"], "warmup_steps", 7.0),
         (["--optim", "adamw_hf"], "optim", "adamw_hf"),
         (["--evaluation_strategy", "steps", "--eval_fraction", "0.1"], "eval_strategy", "steps"),
+        (
+            ["--load_best_model_at_end", "True", "--eval_strategy", "epoch", "--eval_fraction=0.1"],
+            "save_best",
+            True,
+        ),
     ],
 )
 def test_old_and_new_spellings_are_read(words: list[str], field: str, value: object) -> None:

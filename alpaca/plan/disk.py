@@ -1,10 +1,12 @@
 """How much disk space a run takes: its checkpoints, and the exported model to the byte."""
 
+import math
+
 from alpaca import layout
 from alpaca.plan.shapes import Shape
 from alpaca.plan.workload import Workload
 from alpaca.recipe import rules
-from alpaca.recipe.arguments import SavingFlags
+from alpaca.recipe.arguments import LoopFlags
 from alpaca.recipe.steps import steps_per_epoch
 
 
@@ -14,27 +16,34 @@ def checkpoint_bytes(shape: Shape, moments: float) -> int:
     return round(state) + 4 * len(shape.tensors())
 
 
-def disk_bytes(flags: SavingFlags, work: Workload, checkpoint: int, exported: int) -> int:
+def disk_bytes(flags: LoopFlags, work: Workload, checkpoint: int, exported: int) -> int:
     """Peak disk use: while a checkpoint, or the export, is written next to older checkpoints.
 
     If a signal stops a run, it writes one checkpoint more. An older one is deleted when the next is
     complete, the last one when the export is. The rehearsal of the export, before the first step,
-    takes no more than the export.
+    takes no more than the export. `--save_best` keeps one checkpoint more.
     """
-    if flags.save_strategy == "no":
+    if flags.save_strategy == "no" and not flags.save_best:
         return exported
-    written, limit = saves(flags, work) + 1, flags.save_total_limit
+    written, limit = saves(flags, work) + 1, flags.save_total_limit + flags.save_best
     return max(min(limit + 1, written) * checkpoint, min(limit, written) * checkpoint + exported)
 
 
-def saves(flags: SavingFlags, work: Workload) -> int:
-    """How many checkpoints a run writes that nothing interrupts."""
-    if flags.save_strategy == "no":
-        return 0
+def saves(flags: LoopFlags, work: Workload) -> int:
+    """How many checkpoints a run writes that nothing interrupts.
+
+    With `--save_best`, each evaluation may have the lowest loss so far.
+    """
     per_epoch = steps_per_epoch(work.examples, work.batch)
-    period = rules.period(flags.save_strategy, flags.save_steps, per_epoch)
-    before_the_last = -(-work.steps // period) - 1
-    return before_the_last + (not flags.save_only_model)  # the last model is the export
+    due = rules.period(flags.save_strategy, flags.save_steps, per_epoch)
+    best = rules.period(flags.eval_strategy, flags.eval_steps, per_epoch) if flags.save_best else 0
+    periods = [period for period in (due, best) if period]
+    earlier = work.steps - 1
+    before_the_last = sum(earlier // period for period in periods)
+    if len(periods) == 2:  # counted twice
+        before_the_last -= earlier // math.lcm(due, best)
+    # The last model is the export, or is kept in memory for it.
+    return before_the_last + bool(due and not flags.save_only_model)
 
 
 def export_bytes(shape: Shape, dtype: str = "bf16") -> int:

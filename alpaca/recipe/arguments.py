@@ -53,6 +53,8 @@ class DataFlags(Seed):
     joint_tokenization: bool = flag(False, "tokenize prompt and answer as one text, as in 2023")
     eval_data_path: Path | None = flag(None, "held-out examples")
     eval_fraction: float = flag(0.0, "share of data_path to hold out instead")
+    eval_generations: int = flag(0, "at each evaluation, log greedy answers to this many tasks")
+    eval_generation_tokens: int = flag(128, "the most tokens of such an answer")
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,9 @@ class SavingFlags:
     save_strategy: str = flag("steps", "when to write a checkpoint", "no", "steps", "epoch")
     save_steps: int = flag(500, "steps between checkpoints")
     save_total_limit: int = flag(1, "how many checkpoints to keep")
+    save_best: bool = flag(
+        False, "also keep the weights with the lowest held-out loss; export those"
+    )
     save_only_model: bool = flag(False, "checkpoints are models to load, not states to resume from")
     keep_last_checkpoint: bool = flag(False, "keep the last one after the export: for more epochs")
 
@@ -163,6 +168,9 @@ class ReportingFlags:
 
     eval_strategy: str = flag("no", "when to evaluate", "no", "steps", "epoch")
     eval_steps: int = flag(500, "steps between evaluations")
+    early_stopping_patience: int = flag(
+        0, "stop after this many evaluations without a new lowest loss; 0: never"
+    )
     logging_steps: int = flag(1, "steps between lines of log.jsonl")
     report_to: str = flag("none", "also log to these", "none", "tensorboard", "wandb", "trackio")
 
@@ -210,7 +218,7 @@ OPTIONAL = {
 }  # fmt: skip
 
 # 2023 name: today's field
-RENAMED = {"evaluation_strategy": "eval_strategy"}
+RENAMED = {"evaluation_strategy": "eval_strategy", "load_best_model_at_end": "save_best"}
 
 # Flags of the published commands that change nothing here, each with the reason.
 WITHOUT_EFFECT = {
@@ -221,6 +229,8 @@ WITHOUT_EFFECT = {
     "group_by_length": "packs hold no padding, whatever the order",
     "logging_dir": "log.jsonl and the plots are in output_dir",
     "logging_strategy": "--logging_steps decides",
+    "greater_is_better": "of held-out losses the lowest is the best",
+    "metric_for_best_model": "the held-out loss decides (eval_loss)",
     "per_device_eval_batch_size": "evaluation packs examples as training does",
     "remove_unused_columns": "only instruction, input and output are read",
     "resume_from_checkpoint": "a run always resumes from its newest checkpoint",
@@ -338,6 +348,7 @@ def check(arguments: Arguments) -> None:
         "eval_steps",
         "logging_steps",
         "ddp_timeout",
+        "eval_generation_tokens",
     ):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
@@ -355,12 +366,7 @@ def check(arguments: Arguments) -> None:
         raise UserError(
             "--eval_fraction and --eval_data_path cannot be combined.", "Give only one."
         )
-    held_out = arguments.eval_fraction or arguments.eval_data_path
-    if arguments.eval_strategy != "no" and not held_out:
-        raise UserError(
-            f"--eval_strategy {arguments.eval_strategy}: there is nothing to evaluate on.",
-            "Give --eval_data_path or --eval_fraction.",
-        )
+    _check_evaluation(arguments)
     if arguments.pack_tokens < arguments.model_max_length:
         raise UserError(
             f"--max_tokens_per_pack {arguments.max_tokens_per_pack} cannot hold one example of "
@@ -369,6 +375,35 @@ def check(arguments: Arguments) -> None:
         )
     if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
         raise UserError("Nothing to train: --num_train_epochs and --max_steps give no steps.")
+
+
+def _check_evaluation(arguments: Arguments) -> None:
+    """Refuse flags that need held-out examples, or evaluations while training, without those."""
+    strategy, compared = arguments.eval_strategy, compares_evaluations(arguments)
+    needing = [
+        f"--eval_strategy {strategy}" if strategy != "no" else None,
+        f"--eval_generations {arguments.eval_generations}" if arguments.eval_generations else None,
+        compared,
+    ]
+    wanted = next(filter(None, needing), None)
+    if wanted and not (arguments.eval_fraction or arguments.eval_data_path):
+        raise UserError(
+            f"{wanted}: there is nothing to evaluate on.",
+            "Give --eval_data_path or --eval_fraction.",
+        )
+    if compared and strategy == "no":
+        raise UserError(
+            f"{compared} compares evaluations while training, and --eval_strategy no has none.",
+            "Give --eval_strategy steps (and --eval_steps) or --eval_strategy epoch.",
+        )
+
+
+def compares_evaluations(flags: LoopFlags) -> str | None:
+    """The flag that needs several evaluations, with its value; None if none is given."""
+    if flags.save_best:
+        return "--save_best True"
+    patience = flags.early_stopping_patience
+    return f"--early_stopping_patience {patience}" if patience else None
 
 
 def _check_numbers(arguments: Arguments) -> None:
@@ -384,6 +419,8 @@ def _check_numbers(arguments: Arguments) -> None:
         "warmup_steps",
         "max_tokens_per_pack",
         "adam_epsilon",
+        "eval_generations",
+        "early_stopping_patience",
     ):
         if getattr(arguments, name) < 0:
             raise UserError(f"--{name} must not be negative: {getattr(arguments, name)}.")

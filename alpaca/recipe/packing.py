@@ -236,13 +236,19 @@ def fill(pack: Pack, lengths: Sequence[int]) -> Pack:
 
 def plain(ids: Sequence[int]) -> Pack:
     """One sequence without labels, to predict the token after its last one."""
-    nothing = np.zeros(0, dtype=np.int64)
+    return unlabelled([ids])
+
+
+def unlabelled(sequences: Sequence[Sequence[int]]) -> Pack:
+    """Sequences without labels or a shared prefix, to predict the token after each one's last."""
+    ends = np.cumsum([len(ids) for ids in sequences]).tolist()
+    starts = [0, *ends[:-1]]
     return Pack(
-        ids=np.asarray(ids, dtype=np.int64),
-        positions=np.arange(len(ids)),
-        segments=(Segment(0, len(ids), 0, 0),),
-        sources=np.asarray([len(ids) - 1]),
-        labels=nothing,
+        ids=np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]),
+        positions=np.concatenate([np.arange(len(ids)) for ids in sequences]),
+        segments=tuple(Segment(a, b, a, a) for a, b in zip(starts, ends, strict=True)),
+        sources=np.asarray(ends) - 1,
+        labels=np.zeros(0, dtype=np.int64),
     )
 
 

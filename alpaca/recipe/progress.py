@@ -11,7 +11,10 @@ class Progress:
     """Totals and latest figures of a run.
 
     Losses are means over target tokens; held-out losses are None without held-out data.
-    `eval_loss_exported` is the loss of the exported folder, whose weights are rounded to its type.
+    `eval_loss_best` is the lowest at an evaluation after the first step, `best_step` its step, and
+    `evaluations_since_best` counts those after it. `exported_step`: the step whose weights were
+    exported. `eval_loss_exported` is the loss of the exported folder, whose weights are rounded to
+    its type. `stopped`: why early stopping ended the run; None if it did not.
     `padded_tokens`: what the padded recipe would have computed for the same steps.
     `prefix_tokens_saved`: what packs without a shared prefix would have computed more.
     `step_seconds`: the part of `seconds` spent in steps. `mfu`: the mean over `step_seconds`.
@@ -22,6 +25,11 @@ class Progress:
     loss: float = math.nan
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
+    eval_loss_best: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    stopped: str | None = None
+    exported_step: int | None = None
     eval_loss_exported: float | None = None
     seconds: float = 0.0
     step_seconds: float = 0.0
@@ -46,3 +54,43 @@ class Progress:
             memory=max(self.memory, line["memory"]),
             **{name: getattr(self, name) + line[name] for name in summed},
         )
+
+    def evaluated(self, loss: float) -> "Progress":
+        """Add an evaluation; the one before the first step is only for comparison."""
+        if not self.steps:
+            return dataclasses.replace(self, eval_loss_before=loss)
+        after = dataclasses.replace(self, eval_loss_after=loss)
+        if loss < (math.inf if self.eval_loss_best is None else self.eval_loss_best):
+            return dataclasses.replace(
+                after, eval_loss_best=loss, best_step=self.steps, evaluations_since_best=0
+            )
+        since = self.evaluations_since_best + 1
+        return dataclasses.replace(after, evaluations_since_best=since)
+
+    def without_best(self) -> "Progress":
+        """Count anew which held-out loss is the lowest."""
+        return dataclasses.replace(
+            self, eval_loss_best=None, best_step=None, evaluations_since_best=0, stopped=None
+        )
+
+    def without_evaluations(self) -> "Progress":
+        """Forget the held-out losses, which were of other examples."""
+        forgotten = dataclasses.replace(self, eval_loss_before=None, eval_loss_after=None)
+        return forgotten.without_best()
+
+    def lacks_lower_loss(self, patience: int) -> str | None:
+        """Why early stopping ends a run now, `patience` evaluations being enough; else None."""
+        if not patience or self.evaluations_since_best < patience:
+            return None
+        lowest = "finite"
+        if self.eval_loss_best is not None:
+            lowest = f"below the {self.eval_loss_best:.4f} of step {self.best_step}"
+        return (
+            f"no held-out loss of the last {self.evaluations_since_best} evaluation(s) was {lowest}"
+        )
+
+    @property
+    def eval_loss_of_exported_step(self) -> float | None:
+        """The trainer's own held-out loss of the weights that were exported."""
+        of_best = self.exported_step is not None and self.exported_step == self.best_step
+        return self.eval_loss_best if of_best else self.eval_loss_after

@@ -25,7 +25,12 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
@@ -62,11 +67,13 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         meta: dict[str, Any],
         *,
+        best: int | None = None,
         wait: bool = False,
     ) -> None:
         """Begin to write `checkpoint-STEP`, once an earlier one is written; a collective call.
 
-        With `wait` it is written when this returns, and nothing is copied.
+        The one of step `best` is kept besides the newest. With `wait` it is written when this
+        returns, and nothing is copied.
 
         Raises:
             UserError: as `wait`.
@@ -75,20 +82,22 @@ class Saver:
         state = state_of(module, optimizer)
         copies = self.copies and not wait
         if not (copies and all(on_every_rank(lambda: has_room(state), self._group))):
-            write(self.folder, step, state, meta, self.keep, self._group)
+            write(self.folder, step, state, meta, self.keep, self._group, best=best)
             return
         stager = DefaultStager(StagingOptions(False, False, False, False))  # a plain copy
         copied = stager.stage(state)
         stager.close()
         assert isinstance(copied, dict)  # a future only with asynchronous staging
         self._thread = threading.Thread(
-            target=self._write, args=(step, copied, meta), name="checkpoint", daemon=True
+            target=self._write, args=(step, copied, meta, best), name="checkpoint", daemon=True
         )
         self._thread.start()
 
-    def _write(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, state: dict[str, Any], meta: dict[str, Any], best: int | None
+    ) -> None:
         try:
-            write(self.folder, step, state, meta, self.keep, self._group)
+            write(self.folder, step, state, meta, self.keep, self._group, best=best)
         except Exception as error:  # raised again by `wait`
             self._failure = error
 
@@ -157,8 +166,12 @@ def write(
     meta: dict[str, Any],
     keep: int,
     group: dist.ProcessGroup | None = None,
+    *,
+    best: int | None = None,
 ) -> None:
-    """Write `state` as `checkpoint-STEP` in `folder`, keep the newest `keep`; a collective call.
+    """Write `state` as `checkpoint-STEP` in `folder`; a collective call.
+
+    The newest `keep` checkpoints are kept, and besides them the one of step `best`.
 
     Raises:
         UserError: on every rank, when the disk of one of them is full or cannot be written.
@@ -172,7 +185,7 @@ def write(
         recorded[passport.SEAL] = passport.seal(recorded)
         atomic.write_text(partial / META, json.dumps(recorded, indent=1))
         atomic.sync_tree(partial)
-        _finish(partial, final, keep)
+        _finish(partial, final, keep, best)
 
     try:
         on_first_rank(lambda: _begin(final), group)
@@ -197,9 +210,14 @@ def write(
 
 
 def write_model(
-    folder: Path, step: int, export: Callable[[Path, dict[str, Any]], None], keep: int
+    folder: Path,
+    step: int,
+    export: Callable[[Path, dict[str, Any]], None],
+    keep: int,
+    *,
+    best: int | None = None,
 ) -> None:
-    """Write `checkpoint-STEP` as a model folder, keep the newest `keep`; a collective call.
+    """Write `checkpoint-STEP` as a model folder, and keep as many as `write`; a collective call.
 
     `export` writes a model to a folder, on all ranks, with facts for its passport.
     """
@@ -207,7 +225,7 @@ def write_model(
     partial = atomic.partial_path(final)
     on_first_rank(lambda: _begin(final))
     export(partial, {STEP: step})
-    on_first_rank(lambda: _finish(partial, final, keep))
+    on_first_rank(lambda: _finish(partial, final, keep, best))
 
 
 def _begin(final: Path) -> None:
@@ -221,15 +239,16 @@ def _begin(final: Path) -> None:
     atomic.partial_path(final).mkdir(parents=True)
 
 
-def _finish(partial: Path, final: Path, keep: int) -> None:
-    """Give a complete checkpoint its name, and remove all but the last `keep` of its kind."""
+def _finish(partial: Path, final: Path, keep: int, best: int | None) -> None:
+    """Name a complete checkpoint; remove all of its kind but the last `keep` and that of `best`."""
     atomic.replace_folder(partial, final)
     own = _record(final)
     assert own is not None
     alike = _complete(final.parent, own.name)
     written = {path: (path / own.name).stat().st_mtime_ns for path in alike}
     for old in sorted(written, key=lambda path: (path == final, written[path]))[:-keep]:
-        remove(old)
+        if step_of(old) != best:
+            remove(old)
 
 
 def _sync_and_hash(checkpoint: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
@@ -310,6 +329,21 @@ def load(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer
     return recorded
 
 
+def load_weights(folder: Path, module: torch.nn.Module) -> None:
+    """Load only the weights of a checkpoint into a sharded model; a collective call.
+
+    Raises:
+        UserError: as `load`.
+    """
+    _check(folder, meta(folder)["files"])
+    model = get_model_state_dict(module)
+    tied = _tied(module)
+    held = {"model": {name: value for name, value in model.items() if name not in tied}}
+    state_dict_loader.load(held, checkpoint_id=folder)
+    again = {name: held["model"][known] for name, known in tied.items()}
+    set_model_state_dict(module, {**held["model"], **again})
+
+
 def _check(folder: Path, wanted: dict[str, str]) -> None:
     held = _hash_shared(folder)
     for name, value in sorted(wanted.items()):
@@ -335,6 +369,17 @@ def found(folder: Path) -> list[Path]:
 def models(folder: Path) -> list[Path]:
     """The checkpoints in `folder` that are model folders, oldest first."""
     return _complete(folder, passport.NAME)
+
+
+def of_step(folder: Path, step: int) -> Path | None:
+    """The complete checkpoint of a step, of either kind; None if there is none."""
+    path = folder / f"{PREFIX}{step}"
+    return path if _record(path) is not None else None
+
+
+def resumable(checkpoint: Path) -> bool:
+    """Whether a complete checkpoint is a state to resume from, not a model folder."""
+    return (checkpoint / META).is_file()
 
 
 def step_of(checkpoint: Path) -> int:

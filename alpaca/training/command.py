@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
@@ -33,9 +34,10 @@ from alpaca.training import (
     run_log,
     sharding,
 )
+from alpaca.training.answers import Samples
 from alpaca.training.export import Rounding, export, rehearse
 from alpaca.training.identity import Start
-from alpaca.training.inputs import Data
+from alpaca.training.inputs import Data, Task
 from alpaca.training.loop import Trainer
 from alpaca.training.loss import TargetLoss
 from alpaca.training.rendezvous import on_first_rank
@@ -52,6 +54,7 @@ class Run:
     start: Start
     codec: Codec
     data: Data
+    tasks: Sequence[Task]
     schedule: Schedule
     mesh: DeviceMesh
     device: torch.device
@@ -113,6 +116,8 @@ def prepare(arguments: Arguments, given: inputs.Inputs, held: ExitStack) -> Run:
     def schedule(arguments: Arguments) -> Schedule:
         return steps.schedule(arguments, len(data.train), ranks)
 
+    compatibility.check_schedule(arguments, schedule(arguments))
+
     def begin() -> Start:
         _lock(arguments.output_dir, held)
         hashes = identity.hash_inputs(arguments, codec)
@@ -123,7 +128,7 @@ def prepare(arguments: Arguments, given: inputs.Inputs, held: ExitStack) -> Run:
         return identity.begin(arguments, ranks, described)
 
     start = on_first_rank(begin)
-    return Run(start, codec, data, schedule(start.arguments), mesh, device, compute)
+    return Run(start, codec, data, given.tasks, schedule(start.arguments), mesh, device, compute)
 
 
 def execute(run: Run) -> None:
@@ -152,6 +157,7 @@ def execute(run: Run) -> None:
         run.compute,
         run.start.meta,
         write_model=partial(_write_model, run, module, rounded),
+        samples=Samples(run.tasks, codec, arguments.eval_generation_tokens) if run.tasks else None,
         reduces_once=once,
     )
     if run.start.checkpoint is None:
@@ -160,7 +166,7 @@ def execute(run: Run) -> None:
         trainer.train(run.start.checkpoint)
         result = _export(run, trainer, rounded)
     if not arguments.keep_last_checkpoint:
-        on_first_rank(lambda: _remove_checkpoint(run))
+        on_first_rank(lambda: _remove_checkpoint(run, result.steps))
     sample = _sample(trainer, codec)
     if main:
         _illustrate(arguments.output_dir, arguments.model_name_or_path)
@@ -178,6 +184,7 @@ def execute(run: Run) -> None:
 
 def _export(run: Run, trainer: Trainer, rounded: Rounding) -> Progress:
     """Write the model folder; returns what the run did, with the folder's own held-out loss."""
+    trainer.take_best()
     found = trainer.progress
 
     def facts(written: Path) -> dict[str, Any]:
@@ -189,7 +196,6 @@ def _export(run: Run, trainer: Trainer, rounded: Rounding) -> Progress:
             "result": dataclasses.asdict(found),
         }
 
-    sharding.reshard(trainer.module)
     export(trainer.module.model, run.codec, run.arguments.output_dir, rounded, facts)
     return found
 
@@ -209,14 +215,15 @@ def _write_model(
     )
 
 
-def _remove_checkpoint(run: Run) -> None:
+def _remove_checkpoint(run: Run, last: int) -> None:
     """Remove what the complete model makes useless, unless more epochs are to follow.
 
+    `last`: the step at which the run ended.
     With a higher --save_total_limit, the checkpoints before the last stay.
     """
     arguments = run.arguments
     for path in checkpoint.found(arguments.output_dir):
-        if arguments.save_total_limit == 1 or checkpoint.step_of(path) == run.schedule.steps:
+        if arguments.save_total_limit == 1 or checkpoint.step_of(path) == last:
             checkpoint.remove(path)
             print(
                 f"train: the model is complete, so {path.name} was removed "
@@ -324,8 +331,8 @@ def _sample(trainer: Trainer, codec: Codec) -> str:
     corpus, members = (data.other, data.held_out) if data.held_out else (data.corpus, data.train)
     ids = [int(token) for token in corpus.example(members[0])]
     prompt = ids[: int(corpus.prompt_lengths[members[0]])]
-    made = trainer.answer(prompt, codec.eos)
-    return f"--- the model's greedy answer to\n{codec.decode(prompt)}{codec.decode(made)}\n"
+    [made] = trainer.answers([prompt], codec.eos, limit=32)
+    return f"--- the model's greedy answer to\n{codec.decode([*prompt, *made])}\n"
 
 
 def _announce(run: Run) -> None:
@@ -338,7 +345,8 @@ def _announce(run: Run) -> None:
         f"rank(s), computing in {str(run.compute).removeprefix('torch.')}",
         flush=True,
     )
-    if arguments.save_strategy == "steps" and arguments.save_steps >= schedule.steps:
+    only_last = arguments.save_strategy == "steps" and arguments.save_steps >= schedule.steps
+    if only_last and not arguments.save_best:
         print(
             f"train: no checkpoint is written before the last of {schedule.steps} steps, so a "
             "crash loses the whole run; --save_steps 100 writes one every 100 steps",

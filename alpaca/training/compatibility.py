@@ -8,7 +8,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from alpaca.errors import UserError
 from alpaca.folder import load_tokenizer
 from alpaca.model import check_weights
-from alpaca.recipe.arguments import DataFlags
+from alpaca.recipe import rules
+from alpaca.recipe.arguments import DataFlags, LoopFlags, compares_evaluations
+from alpaca.recipe.steps import Schedule
 
 
 def check(flags: DataFlags, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -38,4 +40,26 @@ def check(flags: DataFlags, tokenizer: PreTrainedTokenizerBase) -> None:
             f"--model_max_length {flags.model_max_length} is longer than the attention window "
             f"of the model of {folder}, {window} tokens (sliding_window in its config.json).",
             f"Use --model_max_length {window} or less.",
+        )
+    longest = flags.model_max_length + flags.eval_generation_tokens
+    if window and flags.eval_generations and longest > window:
+        raise UserError(
+            f"--eval_generation_tokens {flags.eval_generation_tokens} after a prompt of "
+            f"--model_max_length {flags.model_max_length} is longer than the attention window of "
+            f"the model of {folder}, {window} tokens (sliding_window in its config.json).",
+            "Lower one of them.",
+        )
+
+
+def check_schedule(flags: LoopFlags, schedule: Schedule) -> None:
+    """Raise UserError where a flag compares evaluations, and a run has only one."""
+    period = rules.period(flags.eval_strategy, flags.eval_steps, schedule.steps_per_epoch)
+    compared = compares_evaluations(flags)
+    if compared and period >= schedule.steps:
+        raise UserError(
+            f"{compared} compares evaluations, but the only one of this run is after the last of "
+            f"its {schedule.steps} steps.",
+            f"Give --eval_strategy steps and an --eval_steps below {schedule.steps}."
+            if schedule.steps > 1
+            else "Give more steps.",
         )

@@ -32,6 +32,8 @@ CHANGEABLE = {
     "steps": "steps",
     "warmup": "warm-up steps",
     "eval_data_sha256": "--eval_data_path",
+    "save_best": "--save_best",
+    "early_stopping_patience": "--early_stopping_patience",
 }
 # What a user calls the others, where it differs from the field's name.
 FLAGS = {
@@ -64,7 +66,8 @@ class Change:
         """One clause of a notice."""
         if self.name.endswith("sha256"):
             return f"{CHANGEABLE[self.name]} (other examples, or none)"
-        return f"{CHANGEABLE[self.name]} {self.new} (was {self.old})"
+        old, new = ("off" if value is None else value for value in (self.old, self.new))
+        return f"{CHANGEABLE[self.name]} {new} (was {old})"
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ def describe(
         if _default_adam(arguments)
         else [arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon],
         "dither_masters": sharding.Dither.of(arguments, compute) is not None or None,
+        "save_best": arguments.save_best or None,
+        "early_stopping_patience": arguments.early_stopping_patience or None,
     }
     return {
         **hashes,

@@ -14,6 +14,7 @@ from alpaca.folder import check_folder, load_tokenizer
 from alpaca.plan.planner import CACHE
 from alpaca.recipe.arguments import DataFlags
 from alpaca.recipe.corpus import Corpus, no_targets_left, open_corpus, split
+from alpaca.records import Record, read_records
 from alpaca.tokens import Codec
 
 
@@ -28,11 +29,20 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A held-out task for `--eval_generations`: its text without the template, its prompt's ids."""
+
+    text: str
+    prompt: list[int]
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """The tokenizer, and the data set as token ids."""
+    """The tokenizer, the data set as token ids, and the tasks to answer at each evaluation."""
 
     codec: Codec
     data: Data
+    tasks: Sequence[Task] = ()
 
 
 def read(flags: DataFlags) -> Inputs:
@@ -44,9 +54,10 @@ def read(flags: DataFlags) -> Inputs:
     check_folder(flags.model_name_or_path)
     codec = Codec(load_tokenizer(flags.tokenizer_name_or_path or flags.model_name_or_path))
     data = _split(flags, codec)
+    tasks = _tasks(flags, data, codec)
     if os.environ.get("RANK", "0") == "0":
         _show(flags, data, codec)
-    return Inputs(codec, data)
+    return Inputs(codec, data, tasks)
 
 
 def _open(flags: DataFlags, data: Path, codec: Codec) -> Corpus:
@@ -69,6 +80,21 @@ def _split(flags: DataFlags, codec: Codec) -> Data:
     return Data(corpus, train, corpus, held_out)
 
 
+def _tasks(flags: DataFlags, data: Data, codec: Codec) -> list[Task]:
+    """The first held-out examples, as many as `--eval_generations` wants, or all that there are."""
+    chosen = data.held_out[: flags.eval_generations]
+    if not chosen:
+        return []
+    # The corpus holds no texts. Its notices about the file are shown elsewhere.
+    records = read_records(flags.eval_data_path or flags.data_path, lambda _: None)
+    return [_task(records[i], codec) for i in chosen]
+
+
+def _task(record: Record, codec: Codec) -> Task:
+    text = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
+    return Task(text, codec.prompt(record.instruction, record.input))
+
+
 def _show(flags: DataFlags, data: Data, codec: Codec) -> None:
     """Print what was noticed in the data, and an example of each kind."""
     corpus = data.corpus
@@ -83,6 +109,11 @@ def _show(flags: DataFlags, data: Data, codec: Codec) -> None:
         print(
             f"train: {data.other.without_targets} of {len(data.other)} examples of "
             f"{flags.eval_data_path} have no answer token left (not evaluated)"
+        )
+    if flags.eval_generations > len(data.held_out):
+        print(
+            f"train: --eval_generations {flags.eval_generations}: only {len(data.held_out)} "
+            "example(s) are held out; all of them are answered"
         )
     if corpus.empty_outputs:
         print(

@@ -25,9 +25,11 @@ from alpaca.recipe.arguments import LoopFlags
 from alpaca.recipe.corpus import Corpus
 from alpaca.recipe.progress import Progress
 from alpaca.recipe.steps import Schedule
-from alpaca.training import checkpoint, flops, loss, optimizer, sharding
+from alpaca.training import answers, checkpoint, flops, loss, optimizer, sharding
+from alpaca.training.answers import Samples
 from alpaca.training.inputs import Data
 from alpaca.training.loss import TargetLoss
+from alpaca.training.rendezvous import on_first_rank
 from alpaca.training.run_log import RunLog
 from alpaca.training.signals import STOP, Requests, StoppedError
 from alpaca.training.trackers import Tracker, open_tracker
@@ -60,12 +62,13 @@ class Trainer:
         *,
         reduces_once: bool,
         write_model: ModelWriter | None = None,
+        samples: Samples | None = None,
     ) -> None:
         """`meta` is stored in checkpoints; its entry `run` is the run's identity.
 
         `reduces_once`: each rank adds up whole gradients and reduces them with the last pack.
         `write_model`, for `--save_only_model`: writes the model as it is now to a folder, with
-        facts for its passport.
+        facts for its passport. `samples`: tasks that the model answers at each evaluation.
         """
         self.flags = flags
         self.module = module
@@ -75,6 +78,7 @@ class Trainer:
         self.compute = compute
         self.meta = meta
         self.write_model = write_model
+        self.samples = samples
         self.reduces_once = reduces_once
         self.optimizer = optimizer.build(module, flags)
         self.sample = UpdateSample(module, compute)
@@ -98,11 +102,7 @@ class Trainer:
         folder = self.flags.output_dir
         if newest is not None:
             meta = checkpoint.load(newest, self.module, self.optimizer)
-            self.progress = Progress(**meta["progress"])
-            if self.evaluated(meta) != self.evaluated(self.meta):  # other held-out examples
-                self.progress = dataclasses.replace(
-                    self.progress, eval_loss_before=None, eval_loss_after=None
-                )
+            self.resume(meta)
         earlier, started = self.progress.seconds, time.monotonic()
         self.sample.count()  # counts start here
         watch = UpdateWatch(self.compute)
@@ -111,22 +111,43 @@ class Trainer:
         with self.saver, log as run_log:
             if newest is None:
                 self.evaluate(run_log)
-            for step in range(self.progress.steps, self.schedule.steps):
-                line, wanted, counts = self.step(step)
+            while not self.ended:
+                line, wanted, counts = self.step(self.progress.steps)
                 if line["lr"] and (warning := watch.warning(counts)):
                     run_log.warn(warning)
                 self.progress = self.progress.after(line, earlier + time.monotonic() - started)
-                run_log.step(line, write=(step + 1) % self.flags.logging_steps == 0)
+                run_log.step(line, write=line["step"] % self.flags.logging_steps == 0)
                 if self.due(self.flags.eval_strategy, self.flags.eval_steps, last=True):
                     self.evaluate(run_log)
                 if self.saves(wanted):
                     self.requests.saving()
-                    self.save(wait=wanted == STOP or step + 1 == self.schedule.steps)
-                if wanted == STOP and self.progress.steps < self.schedule.steps:
+                    self.save(wait=wanted == STOP or self.ended)
+                if wanted == STOP and not self.ended:
                     steps = self.progress.steps
                     resumes = not self.flags.save_only_model
                     raise StoppedError(self.requests.number, steps, resumes=resumes)
         return self.progress
+
+    def resume(self, meta: dict[str, Any]) -> None:
+        """Take the progress of a checkpoint with this `meta`, as far as it still applies."""
+        self.progress = Progress(**meta["progress"])
+        if self.evaluated(meta) != self.evaluated(self.meta):  # other held-out examples
+            self.progress = self.progress.without_evaluations()
+        if self.flags.save_best and self.best_checkpoint() is None:
+            if self.progress.best_step is not None and dist.get_rank() == 0:
+                print(
+                    f"train: there is no checkpoint of step {self.progress.best_step}, which had "
+                    "the lowest held-out loss; --save_best compares the evaluations from here on"
+                )
+            self.progress = self.progress.without_best()
+        if self.progress.stopped is not None:  # with more patience it continues
+            reason = self.progress.lacks_lower_loss(self.flags.early_stopping_patience)
+            self.progress = dataclasses.replace(self.progress, stopped=reason)
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is no step left, or early stopping has ended the run."""
+        return self.progress.steps >= self.schedule.steps or self.progress.stopped is not None
 
     def step(self, step: int) -> tuple[dict[str, Any], int, Counts]:
         """One optimizer step.
@@ -243,15 +264,46 @@ class Trainer:
         return packing.idle(corpus, example_ids[0])
 
     def evaluate(self, run_log: RunLog) -> None:
-        """Log the held-out loss, if there are held-out examples."""
+        """Log the held-out loss and sample answers, if there are held-out examples."""
         mean = self.held_out_loss()
         if mean is None:
             return
         run_log.write({"step": self.progress.steps, "eval_loss": mean})
-        if self.progress.steps:
-            self.progress = dataclasses.replace(self.progress, eval_loss_after=mean)
-        else:
-            self.progress = dataclasses.replace(self.progress, eval_loss_before=mean)
+        self.progress = self.progress.evaluated(mean)
+        if self.samples is not None:
+            wanted = self.samples
+            made = self.answers(wanted.prompts, wanted.codec.eos, wanted.limit)
+            run_log.write(wanted.line(self.progress.steps, made))
+        self.stop_early(run_log)
+
+    def stop_early(self, run_log: RunLog) -> None:
+        """End the run, and say why, after too many evaluations without a new lowest loss."""
+        reason = self.progress.lacks_lower_loss(self.flags.early_stopping_patience)
+        if reason is not None and not self.ended:
+            self.progress = dataclasses.replace(self.progress, stopped=reason)
+            run_log.write({"step": self.progress.steps, "stopped": reason})
+            run_log.say(f"stopped early after step {self.progress.steps}: {reason}")
+
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the lowest held-out loss; None without one. A collective call."""
+        folder, best = self.flags.output_dir, self.progress.best_step
+        return on_first_rank(lambda: checkpoint.of_step(folder, best) if best else None)
+
+    def take_best(self) -> None:
+        """With `--save_best`, load the weights that it keeps, for the export; a collective call."""
+        steps, best = self.progress.steps, self.progress.best_step
+        kept = self.best_checkpoint() if self.flags.save_best and best != steps else None
+        if self.flags.save_best and kept is None and best != steps and dist.get_rank() == 0:
+            print(
+                "train: no checkpoint has the lowest held-out loss: the last weights are exported"
+            )
+        sharding.reshard(self.module)
+        if kept is not None and checkpoint.resumable(kept):
+            checkpoint.load_weights(kept, self.module)
+        elif kept is not None:
+            sharding.load(self.module.model, kept)
+        exported = steps if kept is None else best
+        self.progress = dataclasses.replace(self.progress, exported_step=exported)
 
     def measure_export(self, folder: Path) -> Progress:
         """The run's progress with the held-out loss of its exported weights; a collective call.
@@ -280,23 +332,10 @@ class Trainer:
         targets = max(1, sum(corpus.targets(i) for i in members))
         return float(self.gather(total).sum()) / targets
 
-    @torch.no_grad()
-    def answer(self, prompt: Sequence[int], eos: int, limit: int = 32) -> list[int]:
-        """Up to `limit` greedy tokens after a prompt; a collective call.
-
-        The sharded model is used without a key-value cache: slow, but it needs no more memory than
-        a training step. Rank 0 chooses each token, so that rounding cannot make ranks differ.
-        """
+    def answers(self, prompts: Sequence[list[int]], eos: int, limit: int) -> list[list[int]]:
+        """Up to `limit` greedy tokens after each prompt; a collective call."""
         self.module.eval()
-        made: list[int] = []
-        with torch.compiler.set_stance("force_eager"):  # each length occurs only once
-            for _ in range(limit):
-                likeliest = loss.likeliest(self.module, [*prompt, *made], self.device)
-                token = torch.tensor(likeliest, device=self.device)
-                dist.broadcast(token, 0)
-                if token.item() == eos:
-                    break
-                made.append(int(token.item()))
+        made = answers.greedy(self.module, prompts, eos, limit, self.flags.pack_tokens, self.device)
         self.module.train()
         return made
 
@@ -321,26 +360,32 @@ class Trainer:
         would be what the export writes.
         """
         flags = self.flags
-        if flags.save_only_model and self.progress.steps == self.schedule.steps:
+        if flags.save_only_model and self.ended:
             return False
         last = flags.save_strategy != "no"
-        return bool(wanted) or self.due(flags.save_strategy, flags.save_steps, last=last)
+        if wanted or self.due(flags.save_strategy, flags.save_steps, last=last):
+            return True
+        is_best = self.progress.best_step == self.progress.steps
+        return flags.save_best and is_best and not self.ended  # the last one is exported as it is
 
     def save(self, *, wait: bool) -> None:
         """Write a checkpoint of the steps done so far, while training goes on unless `wait`."""
+        best = self.progress.best_step if self.flags.save_best else None
         if self.flags.save_only_model:
             assert self.write_model is not None
             folder, keep = self.flags.output_dir, self.flags.save_total_limit
-            checkpoint.write_model(folder, self.progress.steps, self.write_model, keep)
+            steps = self.progress.steps
+            checkpoint.write_model(folder, steps, self.write_model, keep, best=best)
             return
         meta = {**self.meta, "progress": dataclasses.asdict(self.progress)}
-        self.saver.save(self.progress.steps, self.module, self.optimizer, meta, wait=wait)
+        steps = self.progress.steps
+        self.saver.save(steps, self.module, self.optimizer, meta, best=best, wait=wait)
 
     def due(self, strategy: str, every: int, *, last: bool = False) -> bool:
         """Whether `strategy` is due after the steps done so far; `last`: always at the end."""
         period = rules.period(strategy, every, self.schedule.steps_per_epoch)
         done = self.progress.steps
-        return bool(period and done % period == 0) or (last and done == self.schedule.steps)
+        return bool(period and done % period == 0) or (last and self.ended)
 
     def gather(self, *values: float) -> torch.Tensor:
         """The values of every rank, on the CPU: (ranks, values), fp64."""

@@ -109,9 +109,12 @@ def pack_loss(
 
 
 @torch.no_grad()
-def likeliest(module: torch.nn.Module, ids: list[int], device: torch.device) -> int:
-    """The most likely token after `ids`."""
-    return int(module(*_tensors(packing.plain(ids), device), None).item())
+def likeliest(
+    module: torch.nn.Module, sequences: Sequence[Sequence[int]], device: torch.device
+) -> list[int]:
+    """The most likely token after each sequence."""
+    found: list[int] = module(*_tensors(packing.unlabelled(sequences), device), None).tolist()
+    return found
 
 
 def _tensors(pack: Pack, device: torch.device) -> tuple[Any, ...]:

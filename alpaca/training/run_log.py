@@ -63,8 +63,12 @@ class RunLog:
 
     def warn(self, message: str) -> None:
         """Print a warning without breaking the progress bar."""
+        self.say(f"warning: {message}")
+
+    def say(self, message: str) -> None:
+        """Print a message without breaking the progress bar."""
         if self.main:
-            tqdm.write(f"train: warning: {message}")
+            tqdm.write(f"train: {message}")
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line to the log, and send it to the tracker."""
@@ -108,12 +112,17 @@ def summary(result: Progress, ranks: int, folder: Path) -> str:
         if result.eval_loss_exported is not None:
             losses += f", {result.eval_loss_exported:.4f} in the exported folder"
         rows.insert(3, ("held-out loss", losses))
+    if result.stopped is not None:
+        rows.insert(1, ("stopped early", result.stopped))
+    if result.exported_step not in (None, result.steps):
+        best = f"step {result.exported_step}, whose held-out loss of {result.eval_loss_best:.4f} "
+        rows.append(("exported", f"{best}was the lowest"))
     return "\n".join(["train: done", *(f"    {name:<18} {value}" for name, value in rows)])
 
 
 def changed_by_export(result: Progress, export: dict[str, str]) -> str | None:
     """A warning if the held-out loss of the exported folder differs from the trainer's."""
-    trained, exported = result.eval_loss_after, result.eval_loss_exported
+    trained, exported = result.eval_loss_of_exported_step, result.eval_loss_exported
     if trained is None or exported is None or abs(exported - trained) <= EXPORT_TOLERANCE:
         return None
     return (

@@ -81,7 +81,8 @@ class Run:
             self._forget()
         self.total_steps = _steps(record) if self.finished else self._known_total()
         if self.finished and self.total_steps is not None:
-            self.step = self.total_steps  # with --logging_steps the last line may be earlier
+            # The last line may be earlier (--logging_steps), the last step too (early stopping).
+            self.step = _ran(record) or self.total_steps
 
     def _read_appended(self, file: BinaryIO) -> None:
         status = os.fstat(file.fileno())
@@ -222,6 +223,12 @@ def _checkpoint_steps(checkpoint: Path) -> int | None:
 def _steps(record: dict[str, Any]) -> int | None:
     """The steps of the run that a checkpoint or passport is of."""
     steps = _part(record, "run").get("steps")
+    return steps if _is_count(steps) else None
+
+
+def _ran(record: dict[str, Any]) -> int | None:
+    """After how many steps the finished run ended that a passport is of."""
+    steps = _part(record, "result").get("steps")
     return steps if _is_count(steps) else None
 
 
