@@ -26,8 +26,12 @@ def base_url(text: str, setting: str) -> str:
     Raises:
         UserError: it is no URL; `setting` is the flag or variable that holds it.
     """
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without an IPv6 address, a port that is no number
+        usable = False
+    if not usable or not text.isprintable() or " " in text:
         raise UserError(f"{setting} {text} is not a URL.", "Example: http://localhost:8000/v1")
     url = text.rstrip("/")
     return url if parts.path.strip("/") else url + "/v1"

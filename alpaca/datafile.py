@@ -79,7 +79,7 @@ def read_any(path: Path) -> tuple[list[Any], str]:
     """
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"There is no data file {path}.",
             "Give an Alpaca-format JSON or JSONL file, for example data/seed_tasks.jsonl.",

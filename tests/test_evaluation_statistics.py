@@ -13,13 +13,11 @@ from statsmodels.stats.inter_rater import fleiss_kappa
 from statsmodels.stats.proportion import proportion_confint
 
 from alpaca.errors import UserError
+from alpaca.evaluation.agreement import cohen_kappa, krippendorff_alpha, position_bias
 from alpaca.evaluation.statistics import (
     bootstrap,
     bootstrap_difference,
-    cohen_kappa,
     detectable,
-    krippendorff_alpha,
-    position_bias,
     power_table,
     shares,
     sign_test,

@@ -2,26 +2,35 @@
 
 The first Ctrl-C sends no more and waits for the replies in flight, which are already paid for; the
 second abandons them. What has arrived is yielded at once, so that the caller can write it down.
+A failure, too, ends the run only after the replies in flight.
 """
 
 import asyncio
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
-from alpaca.dataset.bootstrap import Limits
+from alpaca.dataset.limits import Limits
 from alpaca.dataset.teacher import RefusedError, Reply, StoppedError, Teacher, Usage, estimate
+from alpaca.errors import UserError
+
+MAX_REFUSED = 20  # refusals before any reply, after which a run stops
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and under which key the reply is wanted. `most`: tokens of the reply."""
+    """What is asked, and under which key the reply is wanted.
+
+    most: tokens of the reply. body: of this request only.
+    """
 
     key: str
     prompt: str
     most: int
+    body: Mapping[str, Any] = field(default_factory=dict)
 
 
 Outcome = Reply | RefusedError
@@ -30,11 +39,28 @@ Outcome = Reply | RefusedError
 class Asker:
     """Asks; `tokens_in` and `tokens_out` were used so far, `ended` says why it stopped early."""
 
-    def __init__(self, teacher: Teacher, limits: Limits, used: tuple[int, int] = (0, 0)) -> None:
-        """`used`: tokens sent and received by earlier runs, which count towards the budget."""
+    def __init__(
+        self,
+        teacher: Teacher,
+        limits: Limits,
+        used: tuple[int, int] = (0, 0),
+        *,
+        answered: bool = False,
+        remedy: str = "",
+        wasted: Callable[[Usage], None] = lambda usage: None,
+    ) -> None:
+        """`used`: tokens sent and received by earlier runs, which count towards the budget.
+
+        `answered`: whether an earlier run had a reply. Until there is one, refusals are held back,
+        for a setting may be the reason; `remedy` says which. `wasted` is told of a reply that was
+        paid for and held nothing.
+        """
         self.teacher, self.limits = teacher, limits
         self.tokens_in, self.tokens_out = used
         self.ended = ""
+        self._answered, self._remedy, self._tell = answered, remedy, wasted
+        self._held: list[tuple[str, Outcome]] = []
+        self._failure: UserError | None = None
         self._running: dict[asyncio.Task[Outcome | None], Question] = {}
         self._runner: asyncio.Runner | None = None
         teacher.wasted = self._wasted
@@ -53,23 +79,29 @@ class Asker:
             signal.signal(signal.SIGINT, self._interrupt)
             try:
                 while self._launch(waiting) or self._running:
-                    yield from runner.run(self._arrived())
+                    yield from self._known(runner.run(self._arrived()))
             finally:
                 signal.signal(signal.SIGINT, before)
                 runner.run(self._close())
         if self.ended == "interrupted":
             raise KeyboardInterrupt
+        if self._failure or self._held:
+            raise self._failure or self._refused()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.ended == "interrupted":
             raise KeyboardInterrupt
-        self.ended = "interrupted"
-        self.teacher.stopping = True
+        self._stop("interrupted")
         print(
             f"\nstopping: waiting for {len(self._running)} request(s) in flight; Ctrl-C again "
             "abandons them",
             file=sys.stderr,
         )
+
+    def _stop(self, why: str) -> None:
+        """Send no more, and retry nothing."""
+        self.ended = why
+        self.teacher.stopping = True
 
     def _launch(self, waiting: list[Question]) -> bool:
         """Send what the limits allow; whether anything was sent."""
@@ -95,12 +127,17 @@ class Asker:
 
     async def _one(self, question: Question) -> Outcome | None:
         try:
-            reply = await self.teacher.ask(question.prompt, "")
+            reply = await self.teacher.ask(question.prompt, "", question.body)
         except RefusedError as error:
             if error.usage:
                 self._spend(error.usage)
             return error
         except StoppedError:
+            return None
+        except UserError as error:
+            self._failure = self._failure or error
+            if self.ended != "interrupted":
+                self._stop("failed")
             return None
         self._spend(reply.usage)
         return reply
@@ -115,6 +152,22 @@ class Asker:
                 found.append((question.key, outcome))
         return found
 
+    def _known(self, arrived: list[tuple[str, Outcome]]) -> Iterator[tuple[str, Outcome]]:
+        """What may be yielded: everything, once something was answered."""
+        self._held += arrived
+        self._answered |= any(isinstance(outcome, Reply) for _, outcome in arrived)
+        if self._answered:
+            ready, self._held = self._held, []
+            yield from ready
+        elif len(self._held) >= MAX_REFUSED and not self.ended:
+            self._stop("failed")
+
+    def _refused(self) -> UserError:
+        last = self._held[-1][1]
+        return UserError(
+            f"The {self.teacher.role} refused all {len(self._held)} requests: {last}", self._remedy
+        )
+
     async def _close(self) -> None:
         for task in self._running:
             task.cancel()
@@ -128,3 +181,4 @@ class Asker:
 
     async def _wasted(self, why: str, usage: Usage) -> None:
         self._spend(usage)
+        self._tell(usage)

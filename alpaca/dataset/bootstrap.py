@@ -7,38 +7,15 @@ is never exceeded. Every reply is in the journal before it is used.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from alpaca.dataset.journal import Entry, Journal
+from alpaca.dataset.limits import Limits
 from alpaca.dataset.pool import LAG, Pool
 from alpaca.dataset.recipe import opening, request
 from alpaca.dataset.teacher import RefusedError, StoppedError, Teacher, Usage, estimate
 from alpaca.errors import UserError
 
 MAX_USELESS = 20  # replies in a row without a kept task, after which a run stops spending money
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When to stop; prices are per million tokens, in any currency."""
-
-    wanted: int
-    concurrency: int = 8
-    price_in: float = 0.0
-    price_out: float = 0.0
-    max_cost: float | None = None
-    max_total_tokens: int | None = None
-
-    def cost(self, tokens_in: int, tokens_out: int) -> float:
-        """What these tokens cost."""
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
-
-    def allow(self, tokens_in: int, tokens_out: int) -> bool:
-        """Whether a total of these tokens stays within the budget."""
-        tokens = self.max_total_tokens is None or tokens_in + tokens_out <= self.max_total_tokens
-        return tokens and (
-            self.max_cost is None or self.cost(tokens_in, tokens_out) <= self.max_cost
-        )
 
 
 class Bootstrap:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from alpaca import atomic
-from alpaca.dataset.journal import Entry
+from alpaca.dataset.journal import Entry, side_file
 from alpaca.dataset.pool import Pool
 from alpaca.dataset.reply import Task
 
@@ -32,11 +32,6 @@ def write(output: Path, pool: Pool, wanted: int) -> None:
     atomic.write_text(side_file(output, "neighbours"), _lines(neighbours))
     atomic.write_text(side_file(output, "dropped"), _lines(pool.dropped))
     atomic.write_text(output, json.dumps(records, indent=4, ensure_ascii=False) + "\n")
-
-
-def side_file(output: Path, what: str) -> Path:
-    """The side file `what` of a data set."""
-    return output.with_name(f"{output.stem}.{what}.jsonl")
 
 
 def _lines(items: list[Entry]) -> str:

@@ -25,6 +25,11 @@ CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\Z')
 Entry = dict[str, Any]
 
 
+def side_file(output: Path, what: str) -> Path:
+    """The file `what` next to an output, such as its journal."""
+    return output.with_name(f"{output.stem}.{what}.jsonl")
+
+
 class Journal:
     """One open journal, held by one process at a time.
 
@@ -118,7 +123,8 @@ class Journal:
         return value
 
     def _check(self, begun: Entry, settings: Entry) -> None:
-        if begun.get("entry") != "run" or begun.get("format") not in (FORMAT, UNCHECKED):
+        known = begun.get("entry") == "run" and begun.get("format") in (FORMAT, UNCHECKED)
+        if not known or not isinstance(begun.get("settings"), dict):
             raise UserError(
                 f"{self.path} is not a journal this version can resume from.",
                 "Move it away, or choose another --output.",

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import hashlib
 import json
-import os
 import signal
 import sys
 from collections import Counter
@@ -20,24 +19,25 @@ from tqdm import tqdm
 
 from alpaca.address import base_url
 from alpaca.dataset import recipe
-from alpaca.dataset.bootstrap import Bootstrap, Limits
-from alpaca.dataset.files import side_file, write
-from alpaca.dataset.journal import Entry, Journal
+from alpaca.dataset.bootstrap import Bootstrap
+from alpaca.dataset.files import write
+from alpaca.dataset.journal import Entry, Journal, side_file
+from alpaca.dataset.limits import Limits
 from alpaca.dataset.pool import LAG, Pool
 from alpaca.dataset.reply import Task
-from alpaca.dataset.teacher import NO_KEY, Teacher
+from alpaca.dataset.teacher import Teacher, api_key
 from alpaca.errors import UserError
 from alpaca.records import read_records
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate, write the files, and print a summary."""
-    limits, key = _limits(arguments), _key()
+    limits, key = _limits(arguments), api_key()
     body = _body(arguments)
     teacher = Teacher(
         url=base_url(arguments.teacher, "--teacher"),
         model=arguments.model,
-        key=key or NO_KEY,
+        key=key,
         endpoint=arguments.endpoint,
         timeout=arguments.timeout,
         retries=arguments.retries,
@@ -132,14 +132,6 @@ def _limits(arguments: argparse.Namespace) -> Limits:
         max_cost=arguments.max_cost,
         max_total_tokens=arguments.max_total_tokens,
     )
-
-
-def _key() -> str:
-    """The endpoint's key, from the environment only, so that it is in no shell history."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY holds characters that no key can have.", "Set it again.")
-    return key
 
 
 def _bar(wanted: int) -> "tqdm[Any]":

@@ -8,10 +8,11 @@ library does not retry, so that every attempt is seen and counted here.
 
 import asyncio
 import json
+import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -112,10 +113,11 @@ class Teacher:
             base_url=self.url, api_key=self.key, max_retries=0, timeout=self.timeout
         )
 
-    async def ask(self, prompt: str, opening: str) -> Reply:
+    async def ask(self, prompt: str, opening: str, more: Mapping[str, Any] | None = None) -> Reply:
         """Send one request, retry it after transient failures, and return its reply.
 
         `opening` is the start of the reply, which a model behind a completion endpoint continues.
+        `more` is added to the body of this request.
 
         Raises:
             RefusedError: this request can have no answer; others may.
@@ -127,7 +129,7 @@ class Teacher:
             while (left := self._paused_until - self.clock()) > 0:
                 await self._pause(left)
             try:
-                return await self._attempt(prompt, opening)
+                return await self._attempt(prompt, opening, more or {})
             except _TransientError as error:
                 why = self._redact(str(error))
                 if error.usage and self.wasted:
@@ -163,10 +165,10 @@ class Teacher:
                 raise StoppedError
             await self.sleep(min(left, 0.5))
 
-    async def _attempt(self, prompt: str, opening: str) -> Reply:
+    async def _attempt(self, prompt: str, opening: str, more: Mapping[str, Any]) -> Reply:
         try:
             async with asyncio.timeout(self.timeout):
-                answer = await self._send(prompt, opening)
+                answer = await self._send(prompt, opening, more)
         except (TimeoutError, openai.APITimeoutError):
             raise _TransientError(f"no reply within {self.timeout:g} s") from None
         except openai.APIStatusError as error:
@@ -186,14 +188,17 @@ class Teacher:
         except RefusedError as error:
             raise RefusedError(self._redact(str(error)), error.usage, error.remedy) from None
 
-    async def _send(self, prompt: str, opening: str) -> ChatCompletion | Completion:
+    async def _send(
+        self, prompt: str, opening: str, more: Mapping[str, Any]
+    ) -> ChatCompletion | Completion:
+        body = {**self.body, **more}
         if self.endpoint == "chat":
             messages: Any = [{"role": "user", "content": prompt}]
             return await self._client.chat.completions.create(
-                model=self.model, messages=messages, extra_body=self.body
+                model=self.model, messages=messages, extra_body=body
             )
         return await self._client.completions.create(
-            model=self.model, prompt=prompt + opening, extra_body=self.body
+            model=self.model, prompt=prompt + opening, extra_body=body
         )
 
     def _verdict(self, status: int, message: str, body: Any, after: float | None) -> Exception:
@@ -227,6 +232,18 @@ class Teacher:
             return text
         key = re.escape(self.key)
         return re.sub(key if len(self.key) >= SHORT_KEY else rf"(?<!\w){key}(?!\w)", "[key]", text)
+
+
+def api_key() -> str:
+    """The endpoint's key, from the environment only, so that it is in no shell history.
+
+    Raises:
+        UserError: it holds characters that cannot be sent.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY holds characters that no key can have.", "Set it again.")
+    return key or NO_KEY
 
 
 def pause(attempt: int, after: float | None, jitter: float) -> float:
@@ -270,15 +287,20 @@ def _read(answer: ChatCompletion | Completion, prompt: str, empty: bool) -> Repl
     choices = getattr(answer, "choices", None)
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = getattr(choice, "message", None)
-    content = getattr(choice, "text", None) or getattr(message, "content", None)
+    content = getattr(choice, "text", None)
+    if content is None:
+        content = getattr(message, "content", None)
     text = _text(content)
     usage = _usage(getattr(answer, "usage", None), prompt, text)
     finish = getattr(choice, "finish_reason", None)
-    if text.strip() or (empty and content == "" and finish in ("stop", "length")):
+    blank = empty and isinstance(content, str) and finish in ("stop", "length")
+    if text.strip() or blank:
         return Reply(text, finish == "length", usage, _top(choice))
     why, remedy = _without_text(message, content, finish, usage)
     if why:
         raise RefusedError(f"the reply has no text: {why}", usage, remedy)
+    if empty and choice is not None and finish == "stop":  # null, as some servers write ""
+        return Reply("", False, usage)
     raise _TransientError(
         "the reply is empty" if choice else "the reply has no choices", usage=usage
     )

@@ -6,6 +6,7 @@ stopped. The output is written whole, in the suite's order, at the end.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from alpaca.address import is_url
 from alpaca.errors import UserError
 from alpaca.evaluation import suites
-from alpaca.evaluation.outputs import Output, write
+from alpaca.evaluation.outputs import LONE, Output, check_target, write
 from alpaca.evaluation.suites import Task
 
 DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 512, "seed": 0}
@@ -45,20 +46,19 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer the suite and write the file."""
-    from alpaca.dataset.files import side_file
-    from alpaca.dataset.journal import Journal
+    from alpaca.dataset.journal import Journal, side_file
 
-    if not 0 <= arguments.temperature <= 5 or not 0 < arguments.top_p <= 1:
-        raise UserError("--temperature is 0 to 5, --top_p above 0 and at most 1.")
+    _check(arguments)
     tasks = suites.read(arguments.suite, arguments.limit)
     settings = {name: getattr(arguments, name) for name in DEFAULTS}
-    source = _remote(arguments) if is_url(arguments.model) else _local(arguments, tasks)
+    source = _remote(arguments, tasks) if is_url(arguments.model) else _local(arguments, tasks)
     generator = arguments.generator or source.name
     begun = {"model": source.identity, "generator": generator, **settings}
     with Journal(side_file(arguments.output, "journal"), begun) as journal:
         given = {entry["key"]: entry for entry in journal.entries}
-        left = [task for task in tasks if task.key not in given]
-        for entry in _progress(source.answer(left, settings), len(tasks), len(tasks) - len(left)):
+        left = [task for task in tasks if not _current(task, given.get(task.key))]
+        answers = source.answer(left, settings, answered=bool(given))
+        for entry in _progress(answers, len(tasks), len(tasks) - len(left)):
             journal.append(entry)
             given[entry["key"]] = entry
     outputs = [_output(task, given[task.key], generator, settings) for task in tasks]
@@ -66,20 +66,39 @@ def run(arguments: argparse.Namespace) -> None:
     print(_summary(outputs, arguments.output))
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse values that no run can have, before anything is loaded."""
+    if not 0 <= arguments.temperature <= 5 or not 0 < arguments.top_p <= 1:
+        raise UserError(
+            f"--temperature is {arguments.temperature}, --top_p {arguments.top_p}.",
+            "Set --temperature to 0 to 5, --top_p to above 0 and at most 1.",
+        )
+    if LONE.search(arguments.generator or ""):
+        raise UserError("--generator holds bytes that are not UTF-8.", "Give another name.")
+    check_target(arguments.output, "--output", [arguments.suite])
+
+
+def _current(task: Task, entry: dict[str, Any] | None) -> bool:
+    """Whether a task was answered; if its reference was scored, whether that is still the same."""
+    return entry is not None and entry.get("reference", task.scored) == task.scored
+
+
 def _local(arguments: argparse.Namespace, tasks: list[Task]) -> Any:
+    # Before torch is loaded: its threads else wait in a loop, and take the time of other programs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from alpaca.evaluation.offline import Offline
 
     return Offline(Path(arguments.model), tasks, arguments.max_new_tokens)
 
 
-def _remote(arguments: argparse.Namespace) -> Any:
+def _remote(arguments: argparse.Namespace, tasks: list[Task]) -> Any:
     try:
         from alpaca.evaluation.endpoint import Endpoint
     except ImportError as error:
         raise UserError(
             f"The package {error.name} is missing.", "pip install -e '.[evaluation]'"
         ) from None
-    return Endpoint(arguments.model, arguments.model_id, arguments.concurrency)
+    return Endpoint(arguments.model, tasks, arguments.model_id, arguments.concurrency)
 
 
 def _progress(entries: Any, total: int, done: int) -> Any:
@@ -102,8 +121,12 @@ def _output(task: Task, entry: dict[str, Any], generator: str, settings: dict[st
 
 
 def _summary(outputs: list[Output], path: Path) -> str:
-    cut = sum(one.finish_reason == "length" for one in outputs)
+    reasons = [one.finish_reason or "" for one in outputs]
+    refused = [reason for reason in reasons if reason.startswith("refused")]
+    cut = reasons.count("length")
     ended = f", {cut} of them cut at the limit" if cut else ""
+    if refused:
+        ended += f", {len(refused)} without an answer (the first {refused[0]})"
     return f"{len(outputs)} answers of {outputs[0].generator}{ended}: {path}"
 
 

@@ -5,6 +5,8 @@ package if-verifiable. It skips a name that it does not know, takes random argum
 and draws where it detects languages; here such suites are refused, and the draws have a seed.
 """
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,35 +35,61 @@ def normalized(text: str) -> str:
 
 
 def matches(output: str, answers: Sequence[str]) -> bool:
-    """Whether an answer is one of the right ones."""
-    return normalized(output) in {normalized(answer) for answer in answers}
+    """Whether an answer is one of the right ones; signs alone are compared as they are."""
+    given = normalized(output)
+    if not given:
+        return bool(output.strip()) and output.strip() in {answer.strip() for answer in answers}
+    return given in {normalized(answer) for answer in answers}
 
 
 def verified(task: Task, output: str) -> Followed | None:
     """What an answer follows; None if a check needs data of NLTK's that is not installed.
 
     Raises:
-        UserError: the suite names an instruction that IFEval does not have.
+        UserError: the suite names an instruction that IFEval does not have, or its arguments are
+            wrong.
     """
-    import langdetect
-    from if_verifiable.common import evaluate_instructions
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
     for name, given in task.checks:
         _check(name, given, task, INSTRUCTION_DICT)
+    try:
+        results = _evaluated(task, output)
+    except RecursionError:  # "[[[[...": no JSON, too deep for the parser to say so
+        results = []
+    except (re.error, TypeError) as error:  # a keyword is searched for as a regular expression
+        raise UserError(
+            f"The checks cannot be made ({error}): {task.instruction[:80]}",
+            f"Write a sign such as + in a keyword as \\+: {[dict(one) for _, one in task.checks]}.",
+        ) from None
+    except LookupError as error:
+        if isinstance(error, KeyError | IndexError):
+            raise
+        return None
+    if not results:  # an empty answer
+        return Followed((False,) * len(task.checks), (False,) * len(task.checks))
+    return Followed(
+        tuple(one.strict_pass for one in results), tuple(one.loose_pass for one in results)
+    )
+
+
+def _evaluated(task: Task, output: str) -> list[Any]:
+    """The package's results; it logs every answer whose language it cannot detect."""
+    import langdetect
+    from if_verifiable.common import evaluate_instructions
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+
     langdetect.DetectorFactory.seed = 0
     names, arguments = (list(part) for part in zip(*task.checks, strict=True))
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         results, _ = evaluate_instructions(
             output, names, arguments, task.instruction, INSTRUCTION_DICT
         )
-    except LookupError:
-        return None
-    if not results:  # an empty answer
-        return Followed((False,) * len(names), (False,) * len(names))
-    return Followed(
-        tuple(one.strict_pass for one in results), tuple(one.loose_pass for one in results)
-    )
+    finally:
+        logging.disable(before)
+    return list(results)
 
 
 def _check(name: str, given: Mapping[str, Any], task: Task, known: Mapping[str, Any]) -> None:

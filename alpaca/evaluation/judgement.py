@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alpaca import atomic
+from alpaca.errors import UserError
 from alpaca.evaluation import verdict_forms, verdicts
 from alpaca.evaluation.annotations import Annotation
 from alpaca.evaluation.length_control import length_controlled
@@ -15,7 +16,17 @@ TIE = 1.5
 
 
 def report(judged: Sequence[Annotation], html: Path | None, json: Path | None) -> None:
-    """Print it; write it as a page and as JSON where files are named."""
+    """Print it; write it as a page and as JSON where files are named.
+
+    Raises:
+        UserError: no pair has a verdict.
+    """
+    if all(one.preference is None for one in judged):
+        raise UserError(
+            f"None of the {len(judged)} pairs has a verdict: no reply held 0, 1 or 2.",
+            "Look at the replies in the .journal.jsonl file; a judge that thinks first needs a "
+            "larger --max_tokens, and another --output.",
+        )
     found = replace(
         verdicts.judged(judged), sides=sides(judged), lines=[*agreement(judged), controlled(judged)]
     )

@@ -108,6 +108,11 @@ def measure(outputs: Sequence[Output], tasks: Mapping[str, Task]) -> Scores:
     return scores
 
 
+def perplexity(loss: float) -> float:
+    """What a loss in nats per token is as a perplexity; of a senseless one, a large number."""
+    return math.exp(min(loss, 700.0))
+
+
 def plain(one: Output) -> Values:
     """The measures that need only the text."""
     words = one.output.split()
@@ -128,9 +133,9 @@ def _guarded(package: str, body: Callable[[], str | None]) -> list[str]:
     try:
         notice = body()
     except ImportError as error:
+        missing = (error.name or package).partition(".")[0]
         return [
-            f"not measured without {package} ({error.name} is missing): "
-            "pip install -e '.[evaluation]'"
+            f"not measured without {package} ({missing} is missing): pip install -e '.[evaluation]'"
         ]
     return [notice] if notice else []
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.evaluation.suites import Task
+from alpaca.evaluation.suites import Task, seed_of
 from alpaca.folder import check_folder
 from alpaca.records import Record
 from alpaca.serving.request import Job, Request, Sampling
@@ -30,14 +30,19 @@ class Offline:
     def __init__(self, folder: Path, tasks: Sequence[Task], max_new_tokens: int) -> None:
         """Check the folder; `tasks` is the whole suite, which sets the length of the slots."""
         if not folder.is_dir():
-            raise UserError(f"--model {folder} is neither a folder nor a URL.")
+            raise UserError(
+                f"--model {folder} is neither a folder nor a URL.",
+                "Name a model folder, or an endpoint such as http://localhost:8000/v1.",
+            )
         check_folder(folder)
         self.folder = folder.resolve()
         self.name = self.folder.name
         self.identity = passport.fingerprint(folder)
         self._tasks, self._most = tasks, max_new_tokens
 
-    def answer(self, tasks: Sequence[Task], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def answer(
+        self, tasks: Sequence[Task], settings: dict[str, Any], *, answered: bool = False
+    ) -> Iterator[dict[str, Any]]:
         """Yield the journal's entry of each task as it is finished, in any order."""
         if tasks:
             with self.loaded(settings) as queue:
@@ -90,11 +95,17 @@ class Queue:
         """Yield entries as they are finished; a task's place in the suite sets its seed."""
         places = {task.key: place for place, task in enumerate(suite)}
         most = AHEAD * self._engine.capacity.slots
-        waiting = iter(tasks)
-        for task in waiting:
-            self._submit(places[task.key], task)
-            while len(self._running) >= most:
+        for task in tasks:
+            # a task is two requests, and the engine refuses more than its queue holds
+            while self._running and (
+                len(self._running) >= most or self._engine.waiting + 2 > self._engine.limits.waiting
+            ):
                 yield from self._finished()
+            try:
+                self._submit(places[task.key], task)
+            except UserError as error:  # its prompt is longer than the model's context
+                refused = f"refused: {error.happened}"
+                yield {"entry": "answer", "key": task.key, "output": "", "finish_reason": refused}
         while self._running:
             yield from self._finished()
 
@@ -106,7 +117,7 @@ class Queue:
         sampling = Sampling(
             temperature=self._settings["temperature"],
             top_p=self._settings["top_p"],
-            seed=(self._settings["seed"] + place) % 2**64,
+            seed=seed_of(self._settings["seed"], place),
         )
         room = len(prompt) + self._settings["max_new_tokens"]
         asked = Request(prompt, total_tokens=room, sampling=sampling)
@@ -117,6 +128,8 @@ class Queue:
         if task.reference is None:
             return None
         ids, _ = reference(self._codec, task)
+        if len(ids) >= self._engine.capacity.length:
+            return None
         # the log probabilities of a prompt come with its first token, which is dropped
         asked = Request(ids, total_tokens=len(ids) + 1, max_new_tokens=1, prompt_logprobs=True)
         return self._engine.submit(asked, changed)  # type: ignore[no-any-return]
@@ -137,6 +150,7 @@ class Queue:
             "output": answer.text,
             "tokens": answer.tokens,
             "finish_reason": "stop" if answer.reason == "eos" else "length",
+            "reference": task.scored,
         }
         if scored is not None:
             scored.completions[0].result.result()  # raises what ended it

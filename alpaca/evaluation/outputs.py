@@ -6,7 +6,8 @@ model finds the suite's own answer) and `settings`.
 """
 
 import json
-import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from alpaca.datafile import read_raw
 from alpaca.errors import UserError
 from alpaca.evaluation.suites import Task, keyed
 
+LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: some models answer it
+LARGEST = 1e15  # of a number of tokens, or a loss
+
 
 @dataclass(frozen=True)
 class Output:
     """One answer.
 
-    finish_reason: stop, or length if a limit cut it. reference_loss: the sum of the negative log
+    finish_reason: stop, length if a limit cut it, or "refused: ..." if there is none.
+    reference_loss: the sum of the negative log
     likelihoods, in nats, of the reference_tokens tokens of the reference answer and its end.
     """
 
@@ -55,15 +60,40 @@ class Output:
 
 def write(path: Path, outputs: list[Output]) -> None:
     """Write the file atomically."""
-    entries = [one.entry() for one in outputs]
-    atomic.write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+    atomic.write_text(path, encoded([one.entry() for one in outputs]))
+
+
+def encoded(value: Any) -> str:
+    """A JSON value as a file has it; half of a surrogate pair, which has no UTF-8, as an escape."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return LONE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def check_target(path: Path, flag: str, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a file that could not be written, or that is an input, before the work is done.
+
+    Raises:
+        UserError: it is a folder or in none, or one of `inputs`.
+    """
+    try:
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        folder, blocked = path.is_dir(), not above.is_dir()
+        own = path.exists() and any(one.exists() and path.samefile(one) for one in inputs)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}.") from None
+    if folder or blocked:
+        what = f"{path} is a folder" if folder else f"{above} is no folder"
+        raise UserError(f"{flag} {path} cannot be written: {what}.", "Name another file.")
+    if own:
+        raise UserError(f"{flag} {path} is an input, and would be lost.", "Name another file.")
 
 
 def read(path: Path) -> list[Output]:
     """Read a file of this program or another.
 
     Raises:
-        UserError: it is no list of answers of one generator, or an entry lacks a key.
+        UserError: it is no list of answers of one generator, or an entry lacks a key, or holds
+            half of a surrogate pair.
     """
     items = read_raw(path)
     remedy = "It needs AlpacaEval's keys: instruction, output, generator (and dataset)."
@@ -72,10 +102,17 @@ def read(path: Path) -> list[Output]:
         wrong = _fault(item)
         if wrong:
             raise UserError(f"{path}: entry {number}: {wrong}.", remedy)
+        if any(isinstance(text, str) and LONE.search(text) for text in item.values()):
+            raise UserError(
+                f"{path}: entry {number} holds half of a surrogate pair, which is not text.",
+                "Replace it in the file, or leave the entry out.",
+            )
         found.append(_output(item))
     names = sorted({one.generator for one in found})
-    if len(names) != 1:
-        told = ", ".join(names[:5]) or "no answers"
+    if not names:
+        raise UserError(f"{path} holds no answers.", remedy)
+    if len(names) > 1:
+        told = ", ".join(names[:5])
         raise UserError(f"{path} holds the answers of several generators ({told}).", remedy)
     tasks = keyed([one.task for one in found])
     return [Output(**{**vars(one), "task": task}) for one, task in zip(found, tasks, strict=True)]
@@ -90,11 +127,12 @@ def _fault(item: Any) -> str | None:
     for key in ("input", "dataset", "kind", "finish_reason"):
         if not isinstance(item.get(key, ""), str | None):
             return f"{key} is no text"
-    for key in ("tokens", "reference_loss", "reference_tokens"):
+    for key, kind in (("tokens", int), ("reference_loss", int | float), ("reference_tokens", int)):
         value = item.get(key)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value) and value >= 0):
-            return f"{key} is no number of at least 0"
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value <= LARGEST):
+            whole = " whole" if kind is int else ""
+            return f"{key} is no{whole} number of at least 0"
     return None
 
 

@@ -3,18 +3,19 @@
 Intervals are drawn as SVG, a row a measure and a mark a model. No script is needed to read it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
 from alpaca.dataset.charts import STYLE
-from alpaca.evaluation.measures import MEASURES, Measure, Scores
+from alpaca.evaluation.measures import MEASURES, Measure, Scores, perplexity
+from alpaca.evaluation.outputs import Output
 from alpaca.evaluation.statistics import Interval
 from alpaca.evaluation.suites import Task
 
 COLORS = ("#1b6ca8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c")
 WIDTH, LEFT, ROW = 760, 190, 18
 PAGE_STYLE = """
+body { overflow-wrap: anywhere; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; }
 td, th { padding: .2rem .7rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; } tr + tr { border-top: 1px solid #ddd; }
@@ -23,7 +24,8 @@ td:first-child, th:first-child { text-align: left; } tr + tr { border-top: 1px s
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem;
   margin: 0; }
-svg.intervals { width: 100%; max-width: 60rem; } svg.intervals text { font-size: 12px; }
+svg.intervals { display: block; width: 100%; max-width: 60rem; }
+svg.intervals text { font-size: 12px; }
 details { border-top: 1px solid #ddd; padding: .4rem 0; } summary { cursor: pointer; }
 .good { color: #15803d; } .bad { color: #b91c1c; }
 """
@@ -38,15 +40,15 @@ def page(models: Sequence[Scores], tasks: Mapping[str, Task]) -> str:
         for model, color in zip(models, _colors(models), strict=True)
     )
     plots = "".join(_plot(models, name, MEASURES[name]) for name in shown)
-    answers = "".join(_task(models, key, tasks) for key in _keys(models))
+    answers = "".join(_task(given, tasks.get(key)) for key, given in _by_task(models).items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}{PAGE_STYLE}</style></head><body>\n"
-        f'<h1>{escape(title)}</h1>\n<p class="key">{key}</p>\n{plots}\n'
+        f'<main><h1>{escape(title)}</h1>\n<p class="key">{key}</p>\n{plots}\n'
         "<p>Bars are 95% intervals, from resampling the tasks.</p>\n"
         f"<h2>By kind of task</h2>{_kinds(models)}\n"
-        f"<h2>Answers</h2>{answers}\n</body></html>\n"
+        f"<h2>Answers</h2>{answers}\n</main></body></html>\n"
     )
 
 
@@ -54,8 +56,16 @@ def _colors(models: Sequence[Scores]) -> list[str]:
     return [COLORS[number % len(COLORS)] for number in range(len(models))]
 
 
-def _keys(models: Sequence[Scores]) -> list[str]:
-    return list(dict.fromkeys(one.task.key for model in models for one in model.outputs))
+Given = list[tuple[Scores, Output]]  # the answers to one task, with whose they are
+
+
+def _by_task(models: Sequence[Scores]) -> dict[str, Given]:
+    """The answers to each task, by its key, in the order of the files."""
+    found: dict[str, Given] = {}
+    for model in models:
+        for one in model.outputs:
+            found.setdefault(one.task.key, []).append((model, one))
+    return found
 
 
 def _plot(models: Sequence[Scores], name: str, kind: Measure) -> str:
@@ -74,7 +84,8 @@ def _plot(models: Sequence[Scores], name: str, kind: Measure) -> str:
     )
     ends = [f"{end:.0%}" if kind.share else f"{end:.3g}" for end in (low, high)]
     return (
-        f'<svg class="intervals" viewBox="0 0 {WIDTH} {height}" role="img">'
+        f'<svg class="intervals" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(kind.title)}">'
         f'<text x="0" y="{height / 2 - 6:.0f}">{escape(kind.title)}</text>'
         f'<text x="0" y="{height / 2 + 9:.0f}" fill="#666">{better}</text>'
         f'<path d="M{LEFT} {height - 16}H{WIDTH - 60}" stroke="#999"/>{rows}'
@@ -117,7 +128,7 @@ def _kinds(models: Sequence[Scores]) -> str:
     for kind in kinds:
         cells = "".join(
             (
-                f"<td>{loss[kind]:.3f}</td><td>{math.exp(loss[kind]):.2f}</td>"
+                f"<td>{loss[kind]:.3f}</td><td>{perplexity(loss[kind]):.2f}</td>"
                 if kind in loss
                 else "<td></td><td></td>"
             )
@@ -125,30 +136,39 @@ def _kinds(models: Sequence[Scores]) -> str:
             for loss, done in zip(losses, passed, strict=True)
         )
         rows += f"<tr><td>{escape(kind or '(none)')}</td>{cells}</tr>"
-    return f"<table><tr><th>kind</th>{head}</tr>{rows}</table>"
+    return (
+        '<div class="wide" tabindex="0" role="region" aria-label="By kind of task"><table>'
+        f"<tr><th>kind</th>{head}</tr>{rows}</table></div>"
+    )
 
 
 def _passed(model: Scores) -> dict[str, tuple[int, int]]:
     """Per kind, how many of the tasks with a check or a right answer were passed."""
     found: dict[str, tuple[int, int]] = {}
     for one in model.outputs:
-        for name in ("match", "checks"):
-            if (value := model.values[name].get(one.task.key)) is not None:
-                done, total = found.get(one.task.kind, (0, 0))
-                found[one.task.kind] = done + int(value), total + 1
+        passed = _pass(model, one.task.key)
+        if passed is not None:
+            done, total = found.get(one.task.kind, (0, 0))
+            found[one.task.kind] = done + passed, total + 1
     return found
 
 
-def _task(models: Sequence[Scores], key: str, tasks: Mapping[str, Task]) -> str:
-    given = [(model, one) for model in models for one in model.outputs if one.task.key == key]
-    task = tasks.get(key, given[0][1].task)
+def _pass(model: Scores, key: str) -> bool | None:
+    """Whether a task was passed; None where nothing can be checked."""
+    found = [model.values[name][key] for name in ("match", "checks") if key in model.values[name]]
+    return all(found) if found else None
+
+
+def _task(given: Given, task: Task | None) -> str:
+    """One task: what was asked, every answer to it, and the reference."""
+    task = task or given[0][1].task
     answers = "".join(
-        f"<section><h3>{escape(model.generator)} {_verdict(model, key)}</h3>"
+        f"<section><h3>{escape(model.generator)} {_verdict(model, one)}</h3>"
         f"<pre>{escape(one.output)}</pre></section>"
         for model, one in given
     )
     good = f"<section><h3>reference</h3><pre>{escape(task.reference or '')}</pre></section>"
-    marks = " ".join(_verdict(model, key) for model, _ in given)
+    marks = " ".join(_verdict(model, one) for model, one in given)
     asked = escape(task.instruction[:160])
     rest = f"<pre>{escape(task.input)}</pre>" if task.input else ""
     return (
@@ -157,9 +177,9 @@ def _task(models: Sequence[Scores], key: str, tasks: Mapping[str, Task]) -> str:
     )
 
 
-def _verdict(model: Scores, key: str) -> str:
+def _verdict(model: Scores, one: Output) -> str:
     """Passed, failed, or nothing where nothing can be checked."""
-    found = [model.values[n][key] for n in ("match", "checks") if key in model.values[n]]
-    if not found:
+    passed = _pass(model, one.task.key)
+    if passed is None:
         return ""
-    return '<b class="good">passed</b>' if all(found) else '<b class="bad">failed</b>'
+    return '<b class="good">passed</b>' if passed else '<b class="bad">failed</b>'

@@ -6,8 +6,7 @@ Several files are compared on the tasks they share: the others are held against 
 """
 
 import argparse
-import json
-import math
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from alpaca import atomic
 from alpaca.errors import UserError
 from alpaca.evaluation import outputs, suites
-from alpaca.evaluation.measures import MEASURES, Measure, Scores, difference, measure
+from alpaca.evaluation.measures import MEASURES, Measure, Scores, difference, measure, perplexity
 from alpaca.evaluation.statistics import Interval
 from alpaca.passport import json_numbers
 
@@ -51,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure each file and print one table."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    inputs = [*arguments.outputs, *(arguments.suite or [])]
+    for flag in ("json", "html"):
+        if getattr(arguments, flag) is not None:
+            outputs.check_target(getattr(arguments, flag), f"--{flag}", inputs)
     tasks = {
         task.key: task for suite in arguments.suite or [suites.OURS] for task in suites.read(suite)
     }
@@ -65,8 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"score: {notice}", file=sys.stderr)
     show(models)
     if arguments.json:
-        text = json.dumps(json_numbers(as_json(models)), indent=1, ensure_ascii=False)
-        atomic.write_text(arguments.json, text + "\n")
+        atomic.write_text(arguments.json, outputs.encoded(json_numbers(as_json(models))))
     if arguments.html:
         from alpaca.evaluation.scorepage import page
 
@@ -92,7 +96,17 @@ def notices(models: Sequence[Scores], tasks: dict[str, suites.Task]) -> list[str
                 f"{model.generator} is held against {models[0].generator} on the {shared} tasks "
                 "that both answered"
             )
+        if _otherwise_counted(models[0], model):
+            found.append(
+                f"{model.generator} and {models[0].generator} have other tokens in the same "
+                "references: their losses, which are per token, do not compare"
+            )
     return found
+
+
+def _otherwise_counted(first: Scores, second: Scores) -> bool:
+    """Whether two models' tokenizers cut the same references into different numbers of tokens."""
+    return any(first.weights.get(key, count) != count for key, count in second.weights.items())
 
 
 def show(models: Sequence[Scores]) -> None:
@@ -100,14 +114,17 @@ def show(models: Sequence[Scores]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from alpaca.evaluation.verdict_forms import plain
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("measure")
     table.add_column("tasks", justify="right")
     for number, model in enumerate(models):
-        table.add_column(model.generator, justify="right")
+        table.add_column(Text(plain(model.generator)), justify="right")
         if number:
-            table.add_column(f"- {models[0].generator}", justify="right")
+            table.add_column(Text(plain(f"- {models[0].generator}")), justify="right")
     for name, kind in MEASURES.items():
         if not any(model.values[name] for model in models):
             continue
@@ -116,8 +133,8 @@ def show(models: Sequence[Scores]) -> None:
             cells.append(written(model.interval(name), kind))
             if number:
                 cells.append(changed(difference(models[0], model, name), kind))
-        table.add_row(*cells)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.add_row(*map(Text, cells))
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
     print("In brackets: 95% intervals, from resampling the tasks. *: better or worse beyond them.")
 
 
@@ -190,9 +207,9 @@ def _model(model: Scores) -> dict[str, Any]:
         found["kinds"][name] = model.by_kind(name)
     if "loss" in present:
         found["measures"]["perplexity"] = {
-            part: math.exp(value)
+            part: perplexity(value)
             for part, value in found["measures"]["loss"].items()
             if part != "tasks"
         }
-        found["kinds"]["perplexity"] = {k: math.exp(v) for k, v in found["kinds"]["loss"].items()}
+        found["kinds"]["perplexity"] = {k: perplexity(v) for k, v in found["kinds"]["loss"].items()}
     return found

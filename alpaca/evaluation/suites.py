@@ -8,14 +8,16 @@ and IFEval's two keys.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpaca.datafile import read_raw
+from alpaca.datafile import DuplicateKeys, read_raw
 from alpaca.errors import UserError
+from alpaca.passport import text_sha256
 
 OURS = Path(__file__).resolve().parents[2] / "data" / "evaluation_tasks.jsonl"
 
@@ -37,6 +39,11 @@ class Task:
     answers: tuple[str, ...] = ()
     checks: tuple[tuple[str, dict[str, Any]], ...] = ()
     key: str = field(default="", compare=False)
+
+    @property
+    def scored(self) -> str:
+        """What identifies the reference whose loss was computed; "" without one."""
+        return "" if self.reference is None else text_sha256(self.reference)[:16]
 
 
 def read(path: Path, limit: int | None = None) -> list[Task]:
@@ -65,10 +72,17 @@ def keyed(tasks: Sequence[Task]) -> list[Task]:
     return found
 
 
+def seed_of(seed: int, place: int) -> int:
+    """The seed of the task at a place in the suite, so that each draws its own numbers."""
+    return (seed + place) % 2**63
+
+
 def _task(path: Path, number: int, item: Any, name: str) -> Task:
     try:
         if not isinstance(item, dict):
             raise ValueError("it is no object")
+        if isinstance(item, DuplicateKeys):
+            raise ValueError(f"{item.duplicate} occurs more than once")
         return _read(item, name)
     except (KeyError, ValueError, TypeError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -81,7 +95,8 @@ def _task(path: Path, number: int, item: Any, name: str) -> Task:
 def _read(item: Mapping[str, Any], name: str) -> Task:
     instances = item.get("instances")
     if instances is not None:  # the Self-Instruct evaluation: one instance a task
-        if not isinstance(instances, list) or len(instances) != 1:
+        one = isinstance(instances, list) and len(instances) == 1
+        if not one or not isinstance(instances[0], dict):
             raise ValueError("instances does not hold one instance")
         item = {
             "dataset": "selfinstruct",
@@ -111,7 +126,7 @@ def _text(item: Mapping[str, Any], key: str, default: str | None = None) -> str:
     value = item[key] if default is None else item.get(key)
     if value is None and default is not None:
         return default
-    if not isinstance(value, str):
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{key} is no text")
     return value
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from alpaca.evaluation.statistics import position_bias
+from alpaca.evaluation.agreement import position_bias
 from alpaca.evaluation.verdicts import Row, Verdict
 
 COLUMNS = ("pairs", "wins", "ties", "losses", "win rate", "95% interval", "p")

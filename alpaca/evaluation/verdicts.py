@@ -13,14 +13,10 @@ from pathlib import Path
 
 from alpaca.errors import UserError
 from alpaca.evaluation import annotations
+from alpaca.evaluation.agreement import cohen_kappa, krippendorff_alpha
 from alpaca.evaluation.annotations import Annotation
 from alpaca.evaluation.ballot import TIE, content_of
-from alpaca.evaluation.statistics import (
-    WinRate,
-    cohen_kappa,
-    krippendorff_alpha,
-    win_rate,
-)
+from alpaca.evaluation.statistics import WinRate, win_rate
 
 
 @dataclass(frozen=True)
