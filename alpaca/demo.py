@@ -1,10 +1,10 @@
 """`python -m alpaca demo`: all stages, from download to answers, on any machine.
 
 Fetches a small but real base model, converts it, fine-tunes it on this project's seed tasks,
-serves the result with Cog's server, and sends it three prompts over HTTP with curl. Each stage
-runs the command that a user would type. Fetching, converting and training are skipped when their
-results exist. All results are in demo/ and weights/smollm2-135m/, so the folders of the user's own
-model are not touched.
+serves the result with Cog's server, sends it three prompts over HTTP with curl, and scores it
+beside its base. Each stage runs the command that a user would type, and is skipped where its result
+exists. All results are in demo/ and weights/smollm2-135m/: the folders of the user's own model are
+not touched.
 """
 
 import argparse
@@ -45,6 +45,7 @@ PROMPTS = (
     "Why is the sky blue?",
     "Give me three tips for sleeping better.",
 )
+ANSWERS = {"--limit": 48, "--max_new_tokens": 64}  # of each model, to the evaluation tasks
 LIMITS = {"total_tokens": 160, "temperature": 0.5, "repetition_penalty": 1.1}
 START_SECONDS = 120
 
@@ -52,7 +53,7 @@ START_SECONDS = 120
 def parser() -> argparse.ArgumentParser:
     """Flags of the verb."""
     made = argparse.ArgumentParser(
-        description="Fetch, convert, train, serve and ask: the whole pipeline on any machine."
+        description="Fetch, convert, train, serve, ask, score: the whole pipeline on any machine."
     )
     made.add_argument("--keep", action="store_true", help="leave the server running at the end")
     made.add_argument("--port", type=int, default=5000, help="port to serve on (%(default)s)")
@@ -78,6 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     demo.stage("convert", "To a Hugging Face folder", demo.convert)
     demo.stage("train", "Fine-tuning on our seed tasks", demo.train)
     demo.stage("serve", "Serving the trained model with Cog, and asking it", demo.serve)
+    demo.stage("score", "Is it better? Base and trained model on the same tasks", demo.score)
     demo.finish()
 
 
@@ -121,6 +123,17 @@ class Demo:
         with self.server():
             for prompt in PROMPTS:
                 self.ask(prompt)
+
+    def score(self) -> None:
+        """Answer the evaluation tasks with both models, and print a table."""
+        limits = [str(word) for pair in ANSWERS.items() for word in pair]
+        given = []
+        for folder in (BASE, OUT):
+            # a model that was trained again is answered with again
+            mark = passport.fingerprint(ROOT / folder)[:8]
+            given.append(str(FOLDER / "answers" / f"{folder.name}-{mark}.json"))
+            command("answer", "--model", str(folder), *limits, "-o", given[-1])
+        command("score", *given, "--html", str(FOLDER / "score.html"))
 
     @contextmanager
     def server(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The plans in the README are what the command prints."""
+"""The plans in the documents are what the command prints."""
 
 import shlex
 import subprocess
@@ -28,8 +28,8 @@ def shown(document: str) -> list[tuple[str, str]]:
     return found
 
 
-def test_the_readme_shows_what_plan_prints() -> None:
-    plans = shown("README.md")
+def test_the_documents_show_what_plan_prints() -> None:
+    plans = shown("README.md") + shown("docs/plan.md")
     assert len(plans) == 2
     for flags, output in plans:
         assert "It fits." in output
