@@ -55,7 +55,7 @@ def sentences(verdict: Verdict) -> list[str]:
     if bias is not None:
         left, wins = verdict.sides[0], sum(verdict.sides)
         found.append(
-            f"The answer on the left won {left:,} of {wins:,} times (without ties): "
+            f"The answer shown first won {left:,} of {wins:,} times (without ties): "
             f"{bias.share:.1f}%, {bias.low:.1f}% to {bias.high:.1f}%, p {bias.p_value:.2g}."
         )
     return [*found, *verdict.lines]
