@@ -213,7 +213,7 @@ class Teacher:
         remedy = {
             401: "Set OPENAI_API_KEY to a key this endpoint accepts.",
             403: "The key may not use this model: check both.",
-            404: f"Check {self.flag} (it usually ends in /v1), and the model's name.",
+            404: f"Check {self.flag} (it usually ends in /v1), the model's name and --endpoint.",
             402: "The account has no credit left; run the same command again when it has some.",
             413: "Ask for less at once: with `generate`, a smaller --per_request.",
             429: "The account's quota is used up; run the same command again when it is renewed.",
