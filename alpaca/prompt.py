@@ -29,6 +29,11 @@ def render(instruction: str, input: str = "") -> str:  # noqa: A002 - the data s
     return head + instruction + middle + input + tail
 
 
+def plain(instruction: str, input: str = "") -> str:  # noqa: A002
+    """Instruction and input as a person writes them: for people, and for other projects' models."""
+    return f"{instruction}\n\n{input}" if input else instruction
+
+
 def _pieces(template: str) -> tuple[str, str, str]:
     """Split a template at its fields; without an input field, the last piece is empty."""
     head, _, rest = template.partition("{instruction}")

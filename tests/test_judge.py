@@ -24,7 +24,7 @@ from alpaca.cli import main
 from alpaca.dataset.teacher import estimate
 from alpaca.evaluation import annotations
 from alpaca.evaluation.pairs import Pair
-from alpaca.evaluation.preference import annotated, digest, question, verdict
+from alpaca.evaluation.preference import annotated, keys, question, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("base", "tuned")
@@ -156,12 +156,12 @@ def test_a_judge_that_looks_at_content_gets_the_same_winner_in_any_order(
 
     def wins(pair: Pair) -> tuple[float | None, ...]:
         found = {}
-        for side in (0, 1):
+        for side, key in enumerate(keys(pair)):
             asked = SHOWN.search(question(pair, side))
             assert asked is not None
             better = max(pair.answers)
             mark = "0" if asked[1] == asked[2] else "1" if asked[1] == better else "2"
-            found[f"{digest(pair)}:{side}"] = {"preference": verdict(mark, ())}
+            found[key] = {"preference": verdict(mark, ())}
         made = annotated(pair, NAMES, "judge", found)
         return made.preference, *made.extra["verdicts"]
 
@@ -174,8 +174,9 @@ def test_a_judge_that_looks_at_content_gets_the_same_winner_in_any_order(
     back = Pair("k", "Do it.", "", (other, one))
     assert wins(back) == (3 - right,) * 3
     # any two replies: exchanging the files turns the preference round
-    given_replies = {f"{digest(pair)}:{n}": {"preference": verdict(replies[n], ())} for n in (0, 1)}
-    turned = {f"{digest(back)}:{n}": {"preference": verdict(replies[1 - n], ())} for n in (0, 1)}
+    verdicts = [{"preference": verdict(reply, ())} for reply in replies]
+    given_replies = dict(zip(keys(pair), verdicts, strict=True))
+    turned = dict(zip(keys(back), reversed(verdicts), strict=True))
     ours = annotated(pair, NAMES, "judge", given_replies).preference
     theirs = annotated(back, NAMES, "judge", turned).preference
     assert theirs == (None if ours is None else 3 - ours)

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from alpaca.dataset import limits
 from alpaca.errors import UserError
 
 
@@ -25,23 +26,20 @@ def parser() -> argparse.ArgumentParser:
     add("--teacher", required=True, metavar="URL", help="OpenAI-compatible endpoint, up to /v1")
     add("--model", required=True, help="the teacher's model name at that endpoint")
     add(
-        "--num_instructions", type=_positive, required=True, help="tasks to generate, without seeds"
+        "--num_instructions",
+        type=limits.positive,
+        required=True,
+        help="tasks to generate, without seeds",
     )
     add("--output", type=Path, default=Path("alpaca_data.json"))
     add("--seed_tasks", type=Path, default=Path("data/seed_tasks.jsonl"))
     add("--endpoint", choices=["chat", "completion"], default="chat")
-    add("--per_request", type=_positive, default=20, help="tasks per request")
-    add("--concurrency", type=_positive, default=8, help="requests in flight")
-    add("--max_cost", type=float, help="most money to spend; needs both prices")
-    add("--price_in", type=float, help="price per million tokens sent")
-    add("--price_out", type=float, help="price per million tokens received")
-    add("--max_total_tokens", type=_positive, help="most tokens to use, sent and received")
-    add("--timeout", type=float, default=600, help="timeout of one attempt in seconds")
-    add("--retries", type=int, default=8, help="retries after a transient failure")
+    add("--per_request", type=limits.positive, default=20, help="tasks per request")
+    limits.add_flags(made)
     add("--seed", type=int, default=0, help="random seed for the examples in each request")
     add("--temperature", type=float, default=1.0)
     add("--top_p", type=float, default=1.0)
-    add("--max_tokens", type=_positive, default=4096, help="most tokens in one reply")
+    add("--max_tokens", type=limits.positive, default=4096, help="most tokens in one reply")
     add(
         "--extra",
         type=_object,
@@ -61,12 +59,6 @@ def run(arguments: argparse.Namespace) -> None:
             f"The package {error.name} is missing.", "pip install -e '.[data]'"
         ) from None
     session.run(arguments)
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
 
 
 def _object(text: str) -> dict[str, Any]:

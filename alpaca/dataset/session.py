@@ -22,7 +22,7 @@ from alpaca.dataset import recipe
 from alpaca.dataset.bootstrap import Bootstrap
 from alpaca.dataset.files import write
 from alpaca.dataset.journal import Entry, Journal, side_file
-from alpaca.dataset.limits import Limits
+from alpaca.dataset.limits import Limits, given, progress_bar
 from alpaca.dataset.pool import LAG, Pool
 from alpaca.dataset.reply import Task
 from alpaca.dataset.teacher import Teacher, api_key
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = arguments.output
     with Journal(side_file(output, "journal"), _settings(arguments, body, seeds)) as journal:
         pool = Pool(seeds, arguments.seed)
-        with _bar(arguments.num_instructions) as bar:
+        with progress_bar("tasks", arguments.num_instructions) as bar:
             bootstrap = Bootstrap(
                 pool,
                 journal,
@@ -120,28 +120,9 @@ def _reply_limit(arguments: argparse.Namespace, body: Entry) -> int:
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
-    if arguments.max_cost is not None and None in (arguments.price_in, arguments.price_out):
-        raise UserError("--max_cost needs --price_in and --price_out.", "Give all three.")
     if arguments.concurrency > LAG:
         raise UserError(f"--concurrency is at most {LAG}.", f"Give --concurrency {LAG}.")
-    return Limits(
-        wanted=arguments.num_instructions,
-        concurrency=arguments.concurrency,
-        price_in=arguments.price_in or 0.0,
-        price_out=arguments.price_out or 0.0,
-        max_cost=arguments.max_cost,
-        max_total_tokens=arguments.max_total_tokens,
-    )
-
-
-def _bar(wanted: int) -> "tqdm[Any]":
-    return tqdm(
-        total=wanted,
-        unit=" tasks",
-        dynamic_ncols=True,
-        file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
+    return given(arguments, arguments.num_instructions)
 
 
 def _show(bar: "tqdm[Any]", run: Bootstrap) -> None:

@@ -7,17 +7,17 @@ stopped. The output is written whole, in the suite's order, at the end.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from alpaca.address import is_url
+from alpaca.dataset.limits import positive, progress_bar
 from alpaca.errors import UserError
 from alpaca.evaluation import suites
-from alpaca.evaluation.outputs import LONE, Output, check_target, write
-from alpaca.evaluation.suites import Task
+from alpaca.evaluation.outputs import Output, check_target, write
+from alpaca.evaluation.suites import LONE, Task
 
-DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 512, "seed": 0}
+SETTINGS = ("temperature", "top_p", "max_new_tokens", "seed")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,13 +34,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--generator", metavar="NAME", help="name of the model in the file; the folder's by default"
     )
-    add("--limit", type=_positive, help="only the first tasks")
+    add("--limit", type=positive, help="only the first tasks")
     add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     add("--top_p", type=float, default=1.0)
     add("--seed", type=int, default=0, help="of sampling; each task draws with its own")
-    add("--max_new_tokens", type=_positive, default=512, help="most tokens of an answer")
+    add("--max_new_tokens", type=positive, default=512, help="most tokens of an answer")
     add("--model_id", metavar="ID", help="of a URL: its model; the first it lists by default")
-    add("--concurrency", type=_positive, default=16, help="of a URL: requests in flight")
+    add("--concurrency", type=positive, default=16, help="of a URL: requests in flight")
     return made
 
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     _check(arguments)
     tasks = suites.read(arguments.suite, arguments.limit)
-    settings = {name: getattr(arguments, name) for name in DEFAULTS}
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     source = _remote(arguments, tasks) if is_url(arguments.model) else _local(arguments, tasks)
     generator = arguments.generator or source.name
     begun = {"model": source.identity, "generator": generator, **settings}
@@ -58,9 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
         given = {entry["key"]: entry for entry in journal.entries}
         left = [task for task in tasks if not _current(task, given.get(task.key))]
         answers = source.answer(left, settings, answered=bool(given))
-        for entry in _progress(answers, len(tasks), len(tasks) - len(left)):
-            journal.append(entry)
-            given[entry["key"]] = entry
+        with progress_bar("answers", len(tasks), len(tasks) - len(left)) as bar:
+            for entry in answers:
+                journal.append(entry)
+                given[entry["key"]] = entry
+                bar.update()
     outputs = [_output(task, given[task.key], generator, settings) for task in tasks]
     write(arguments.output, outputs)
     print(_summary(outputs, arguments.output))
@@ -101,15 +103,6 @@ def _remote(arguments: argparse.Namespace, tasks: list[Task]) -> Any:
     return Endpoint(arguments.model, tasks, arguments.model_id, arguments.concurrency)
 
 
-def _progress(entries: Any, total: int, done: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(
-        entries, total=total, initial=done, unit=" answers", file=sys.stderr, dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )  # fmt: skip
-
-
 def _output(task: Task, entry: dict[str, Any], generator: str, settings: dict[str, Any]) -> Output:
     told = ("output", "tokens", "finish_reason", "reference_loss", "reference_tokens")
     return Output(
@@ -128,9 +121,3 @@ def _summary(outputs: list[Output], path: Path) -> str:
     if refused:
         ended += f", {len(refused)} without an answer (the first {refused[0]})"
     return f"{len(outputs)} answers of {outputs[0].generator}{ended}: {path}"
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)

@@ -13,9 +13,8 @@ import threading
 import webbrowser
 from pathlib import Path
 
-from rich.console import Console
-
 from alpaca import atomic
+from alpaca.dataset.limits import positive
 from alpaca.errors import UNLOCKED, UserError
 from alpaca.evaluation import verdict_forms, verdicts
 from alpaca.evaluation.ballot import Ballot, Votes
@@ -40,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--judge", metavar="NAME", help="who judges (the page asks)")
     add("--seed", type=int, default=0, help="draws the order and the sides (%(default)s)")
-    add("--limit", type=_count, metavar="N", help="judge only the first N pairs of that order")
+    add("--limit", type=positive, metavar="N", help="judge only the first N pairs of that order")
     add("--port", type=int, default=0, help="of the page (a free one)")
     add("--no-browser", action="store_true", help="only print the page's address")
     add(
@@ -53,13 +52,6 @@ def parser() -> argparse.ArgumentParser:
     add("--html", type=Path, metavar="FILE", help="write the report as a page, too")
     add("--json", type=Path, metavar="FILE", help="write the report's figures, too")
     return made
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -76,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.report:
         if given:
             raise UserError("--report takes files of votes only.", "Leave out A.json and B.json.")
-        tell(verdicts.load(arguments.report), arguments)
+        verdict_forms.tell(verdicts.load(arguments.report), arguments.html, arguments.json)
         return
     if len(given) < 2:
         raise UserError(
@@ -122,7 +114,7 @@ def _judge(votes: Votes, arguments: argparse.Namespace) -> None:
         if ballot.identical:
             told += f"; identical answers, counted as ties: {ballot.identical:,}"
         print(f"{told}. The votes are in {votes.path}.")
-        tell(verdicts.judged(votes.entries()), arguments)
+        verdict_forms.tell(verdicts.judged(votes.entries()), arguments.html, arguments.json)
         return
     if ballot is None:
         print("\nNobody has judged yet.")
@@ -151,17 +143,3 @@ def command(arguments: argparse.Namespace, judge: str) -> str:
     words += ["--seed", arguments.seed] if arguments.seed else []
     words += ["--limit", arguments.limit] if arguments.limit else []
     return shlex.join(map(str, words))
-
-
-def tell(verdict: verdicts.Verdict, arguments: argparse.Namespace) -> None:
-    """Print the report; write it where --html and --json say."""
-    console = Console(highlight=False)
-    console.print(verdict_forms.table(verdict))
-    for line in verdict_forms.sentences(verdict):
-        print(line)
-    for path, written in (
-        (arguments.html, verdict_forms.page),
-        (arguments.json, verdict_forms.as_json),
-    ):
-        if path is not None:
-            atomic.write_text(path, written(verdict))

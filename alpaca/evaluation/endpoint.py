@@ -14,9 +14,8 @@ from alpaca.dataset.asking import Asker, Outcome, Question
 from alpaca.dataset.limits import Limits
 from alpaca.dataset.teacher import RefusedError, Teacher, api_key
 from alpaca.errors import UserError
-from alpaca.evaluation.outputs import LONE
-from alpaca.evaluation.suites import Task, seed_of
-from alpaca.prompt import render
+from alpaca.evaluation.suites import LONE, Task, seed_of
+from alpaca.prompt import plain, render
 
 
 class Endpoint:
@@ -111,7 +110,7 @@ class Endpoint:
     def _prompt(self, task: Task) -> str:
         if self.own:
             return render(task.instruction, task.input)
-        return f"{task.instruction}\n\n{task.input}" if task.input else task.instruction
+        return plain(task.instruction, task.input)
 
 
 def _told(outcome: Outcome) -> dict[str, Any]:

@@ -4,38 +4,35 @@ Every reply is in the journal, with the tokens it cost, before the next one is l
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from alpaca.address import base_url
+from alpaca.dataset import limits
 from alpaca.dataset.asking import Asker, Outcome, Question
 from alpaca.dataset.journal import Entry, Journal
-from alpaca.dataset.limits import Limits
+from alpaca.dataset.limits import progress_bar
 from alpaca.dataset.teacher import Reply, Teacher, Usage, api_key
 from alpaca.evaluation.pairs import Pair
-from alpaca.evaluation.preference import digest, question, verdict
+from alpaca.evaluation.preference import keys, question, verdict
 
 
 def ask(arguments: argparse.Namespace, pairs: Sequence[Pair], journal: Journal) -> dict[str, Entry]:
     """Ask for the missing verdicts; all verdicts of the journal by pair and order."""
     found = {entry["key"]: entry for entry in journal.entries if "key" in entry}
-    # the content is part of the key: a task that was answered again is judged again
-    wanted = {f"{digest(pair)}:{side}": (pair, side) for pair in pairs for side in (0, 1)}
+    wanted = {key: (pair, side) for pair in pairs for side, key in enumerate(keys(pair))}
     left = [key for key in wanted if key not in found and not wanted[key][0].identical]
     asker = _asker(arguments, journal, len(left))
     questions = [Question(key, question(*wanted[key]), arguments.max_tokens) for key in left]
-    with _bar(len(wanted), len(wanted) - len(left)) as bar:
+    with progress_bar("verdicts", len(wanted), len(wanted) - len(left)) as bar:
         for key, outcome in asker.ask(questions):
             found[key] = _entry(key, outcome)
             journal.append(found[key])
             bar.update()
     if asker.ended == "budget":
         print("stopped at the budget; raise it and run the same command to resume")
-    limits = asker.limits
-    cost = f", cost {limits.cost(asker.tokens_in, asker.tokens_out):.4f}" if limits.price_in else ""
+    spent = asker.limits.cost(asker.tokens_in, asker.tokens_out)
+    cost = f", cost {spent:.4f}" if asker.limits.price_in else ""
     print(f"spent: {asker.tokens_in:,} tokens in, {asker.tokens_out:,} out{cost}")
     return found
 
@@ -54,24 +51,13 @@ def _spent(usage: Usage) -> Entry:
     return {"tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out}
 
 
-def _bar(total: int, done: int) -> "tqdm[Any]":
-    return tqdm(
-        total=total,
-        initial=done,
-        unit=" verdicts",
-        file=sys.stderr,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-
-
 def _asker(arguments: argparse.Namespace, journal: Journal, wanted: int) -> Asker:
     """What asks the judge, with what earlier runs spent; see `Asker`."""
     names = ("tokens_in", "tokens_out")
     spent_in, spent_out = (sum(e.get(name, 0) for e in journal.entries) for name in names)
     return Asker(
         _teacher(arguments),
-        _limits(arguments, wanted),
+        limits.given(arguments, wanted),
         (spent_in, spent_out),
         answered=any("text" in entry for entry in journal.entries),
         remedy="Without log probabilities: --no-logprobs; for a judge that thinks first: a larger "
@@ -94,15 +80,4 @@ def _teacher(arguments: argparse.Namespace) -> Teacher:
         role="judge",
         flag="--judge",
         empty=True,
-    )
-
-
-def _limits(arguments: argparse.Namespace, wanted: int) -> Limits:
-    return Limits(
-        wanted=wanted,
-        concurrency=arguments.concurrency,
-        price_in=arguments.price_in or 0.0,
-        price_out=arguments.price_out or 0.0,
-        max_cost=arguments.max_cost,
-        max_total_tokens=arguments.max_total_tokens,
     )

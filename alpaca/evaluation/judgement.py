@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
-from alpaca import atomic
 from alpaca.errors import UserError
 from alpaca.evaluation import verdict_forms, verdicts
 from alpaca.evaluation.annotations import Annotation
+from alpaca.evaluation.ballot import TIE
 from alpaca.evaluation.length_control import length_controlled
-
-TIE = 1.5
 
 
 def report(judged: Sequence[Annotation], html: Path | None, json: Path | None) -> None:
@@ -30,12 +26,7 @@ def report(judged: Sequence[Annotation], html: Path | None, json: Path | None) -
     found = replace(
         verdicts.judged(judged), sides=sides(judged), lines=[*agreement(judged), controlled(judged)]
     )
-    Console(highlight=False).print(verdict_forms.table(found))
-    for line in verdict_forms.sentences(found):
-        print(line)
-    for path, written in ((html, verdict_forms.page), (json, verdict_forms.as_json)):
-        if path is not None:
-            atomic.write_text(path, written(found))
+    verdict_forms.tell(found, html, json)
 
 
 def sides(judged: Sequence[Annotation]) -> tuple[int, int]:

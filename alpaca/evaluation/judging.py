@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.address import base_url
+from alpaca.dataset import limits
 from alpaca.dataset.journal import Journal, side_file
 from alpaca.errors import UserError
 from alpaca.evaluation import annotations
 from alpaca.evaluation.outputs import check_target
 from alpaca.evaluation.pairs import Contest, Pair, joined
-from alpaca.evaluation.preference import TEMPLATE, annotated, digest
+from alpaca.evaluation.preference import TEMPLATE, annotated, keys
 from alpaca.passport import text_sha256
 
 
@@ -35,16 +36,15 @@ def parser() -> argparse.ArgumentParser:
     add("--judge", required=True, metavar="URL", help="OpenAI-compatible endpoint, up to /v1")
     add("--model", required=True, help="the judge's model name at that endpoint")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="annotations.json")
-    add("--limit", type=_positive, help="only the first pairs")
-    add("--concurrency", type=_positive, default=8, help="requests in flight")
-    add("--max_cost", type=float, help="most money to spend; needs both prices")
-    add("--price_in", type=float, help="price per million tokens sent")
-    add("--price_out", type=float, help="price per million tokens received")
-    add("--max_total_tokens", type=_positive, help="most tokens to use, sent and received")
-    add("--max_tokens", type=_positive, default=16, help="of one reply; more for one that thinks")
+    add("--limit", type=limits.positive, help="only the first pairs")
+    limits.add_flags(made)
+    add(
+        "--max_tokens",
+        type=limits.positive,
+        default=16,
+        help="of one reply; more for one that thinks",
+    )
     add("--no-logprobs", action="store_true", help="read the reply's text, not its probabilities")
-    add("--timeout", type=float, default=600, help="timeout of one attempt in seconds")
-    add("--retries", type=int, default=8, help="retries after a transient failure")
     add("--html", type=Path, metavar="FILE", help="write the report as a page")
     add("--json", type=Path, metavar="FILE", help="write the report's figures")
     return made
@@ -82,14 +82,7 @@ def _check(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, flag)
         if path is not None:
             check_target(path, f"--{flag}", arguments.outputs)
-    if not arguments.timeout > 0 or arguments.retries < 0:
-        raise UserError("--timeout is above 0, --retries at least 0.")
-    if arguments.max_cost is not None and None in (arguments.price_in, arguments.price_out):
-        raise UserError("--max_cost needs --price_in and --price_out.", "Give all three.")
-    for flag in ("max_cost", "price_in", "price_out"):
-        value = getattr(arguments, flag)
-        if value is not None and not value >= 0:
-            raise UserError(f"--{flag} is {value}.", "Give a number of at least 0.")
+    limits.given(arguments, wanted=0)
 
 
 def _finish(
@@ -100,15 +93,9 @@ def _finish(
     complete = [
         annotated(pair, contest.names, arguments.model, found)
         for pair in pairs
-        if pair.identical or all(f"{digest(pair)}:{side}" in found for side in (0, 1))
+        if pair.identical or all(key in found for key in keys(pair))
     ]
     annotations.write(arguments.output, complete)
     print(f"{len(complete)} of {len(pairs)} pairs: {arguments.output}")
     if complete:
         report(complete, arguments.html, arguments.json)
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)

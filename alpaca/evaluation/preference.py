@@ -12,6 +12,7 @@ from typing import Any
 from alpaca.evaluation.annotations import Annotation
 from alpaca.evaluation.pairs import Pair
 from alpaca.passport import text_sha256
+from alpaca.prompt import plain
 
 TEMPLATE = """Two assistants were given the same instruction by a person. Decide whose answer \
 serves that person better: it does what was asked, it is correct, it is clear and no longer than \
@@ -38,9 +39,10 @@ CERTAIN = 0.5  # the least probability of the three characters together that is 
 
 def question(pair: Pair, first: int) -> str:
     """The judge's prompt, with the answer of side `first` (0 or 1) shown first."""
-    asked = f"{pair.instruction}\n\n{pair.input}" if pair.input else pair.instruction
     return TEMPLATE.format(
-        instruction=asked, first=pair.answers[first], second=pair.answers[1 - first]
+        instruction=plain(pair.instruction, pair.input),
+        first=pair.answers[first],
+        second=pair.answers[1 - first],
     )
 
 
@@ -62,16 +64,20 @@ def verdict(text: str, top: Sequence[tuple[str, float]]) -> float | None:
     return VALUES[marks[-1].pop()] if marks and len(marks[-1]) == 1 else None
 
 
-def digest(pair: Pair) -> str:
-    """What identifies a pair's content in the journal."""
-    return text_sha256(json.dumps([pair.key, *pair.content]))[:16]
+def keys(pair: Pair) -> tuple[str, str]:
+    """What identifies a pair's two questions in the journal: its content, and the side shown first.
+
+    A task that was answered again is thus judged again.
+    """
+    content = text_sha256(json.dumps([pair.key, *pair.content]))[:16]
+    return f"{content}:0", f"{content}:1"
 
 
 def annotated(
     pair: Pair, names: tuple[str, str], judge: str, found: Mapping[str, dict[str, Any]]
 ) -> Annotation:
     """The pair's annotation: the mean of its two verdicts, each turned to output_1's side."""
-    replies = [found.get(f"{digest(pair)}:{side}") for side in (0, 1)]
+    replies = [found.get(key) for key in keys(pair)]
     shown = [None if one is None else one["preference"] for one in replies]
     turned = [shown[0], None if shown[1] is None else 3 - shown[1]]
     known = [one for one in turned if one is not None]

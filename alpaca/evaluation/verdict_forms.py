@@ -5,11 +5,14 @@ The page is one file that loads nothing. All that comes from files is escaped.
 
 import json
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alpaca import atomic
 from alpaca.evaluation.agreement import position_bias
 from alpaca.evaluation.verdicts import Row, Verdict
 
@@ -66,6 +69,16 @@ def shown(verdict: Verdict) -> dict[str, Any]:
     rows = [cells(row) for row in verdict.rows]
     lines = sentences(verdict)
     return {"title": title(verdict), "columns": COLUMNS, "rows": rows, "lines": lines}
+
+
+def tell(verdict: Verdict, html: Path | None, figures: Path | None) -> None:
+    """Print the report; write it as a page and as JSON where files are named."""
+    Console(highlight=False).print(table(verdict))
+    for line in sentences(verdict):
+        print(line)
+    for path, written in ((html, page), (figures, as_json)):
+        if path is not None:
+            atomic.write_text(path, written(verdict))
 
 
 def table(verdict: Verdict) -> Table:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from alpaca.folder import check_folder, load_tokenizer
 from alpaca.plan.planner import CACHE
+from alpaca.prompt import plain
 from alpaca.recipe.arguments import DataFlags
 from alpaca.recipe.corpus import Corpus, no_targets_left, open_corpus, split
 from alpaca.records import Record, read_records
@@ -91,8 +92,8 @@ def _tasks(flags: DataFlags, data: Data, codec: Codec) -> list[Task]:
 
 
 def _task(record: Record, codec: Codec) -> Task:
-    text = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
-    return Task(text, codec.prompt(record.instruction, record.input))
+    asked = record.instruction, record.input
+    return Task(plain(*asked), codec.prompt(*asked))
 
 
 def _show(flags: DataFlags, data: Data, codec: Codec) -> None:

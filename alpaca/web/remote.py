@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from alpaca.address import base_url
 from alpaca.errors import UserError
+from alpaca.prompt import plain
 from alpaca.web.bodies import ComparedBody
 from alpaca.web.errors import ApiError
 from alpaca.web.events import EVENTS, event
@@ -79,8 +80,7 @@ def turns(instruction: str, given: str, *, own: bool) -> list[dict[str, str]]:
     """The messages for an instruction and its input; another project's template has one text."""
     if given and own:
         return [{"role": "input", "content": given}, {"role": "user", "content": instruction}]
-    text = f"{instruction}\n\n{given}" if given else instruction
-    return [{"role": "user", "content": text}]
+    return [{"role": "user", "content": plain(instruction, given)}]
 
 
 def headers(key: str | None) -> dict[str, str]:
