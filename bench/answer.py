@@ -66,7 +66,7 @@ def offline(folder: Path, asked: list[str]) -> float:
     settings = {"temperature": 0.75, "top_p": 1.0, "seed": 0, "max_new_tokens": serve.NEW_TOKENS}
     with Offline(folder, tasks, serve.NEW_TOKENS).loaded(settings) as queue:
         began = time.monotonic()
-        tokens = sum(entry["tokens"] for entry in queue.answers(tasks, tasks))
+        tokens = sum(entry["tokens"] for entry in queue.answers(tasks))
         return tokens / (time.monotonic() - began)
 
 

@@ -6,8 +6,9 @@ tokens per second are all that counts. The reference answers are scored with the
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -46,7 +47,7 @@ class Offline:
         """Yield the journal's entry of each task as it is finished, in any order."""
         if tasks:
             with self.loaded(settings) as queue:
-                yield from queue.answers(tasks, self._tasks)
+                yield from queue.answers(tasks)
 
     @contextmanager
     def loaded(self, settings: dict[str, Any]) -> "Iterator[Queue]":
@@ -55,45 +56,61 @@ class Offline:
         from alpaca.serving import loading
         from alpaca.serving.weights import Weights
 
-        codec = Codec(load_tokenizer(self.folder))
-        longest = max(map(len, self._sequences(codec)))
+        suite = encoded(Codec(load_tokenizer(self.folder)), self._tasks)
+        longest = max(len(one.whole or one.prompt) for one in suite)
         environment = {
             **os.environ,
             "ALPACA_SLOTS": os.environ.get("ALPACA_SLOTS", str(SLOTS)),
             "ALPACA_CONTEXT": str(longest + self._most),
             "ALPACA_MAX_SECONDS": str(10**9),
         }
-        engine, codec = loading.load(Weights(self.folder, "--model"), environment)
+        engine, _ = loading.load(Weights(self.folder, "--model"), environment)
         try:
-            yield Queue(engine, codec, settings)
+            yield Queue(engine, suite, settings)
         finally:
             engine.stop()
 
-    def _sequences(self, codec: Codec) -> list[list[int]]:
-        prompts = [codec.prompt(task.instruction, task.input) for task in self._tasks]
-        known = [task for task in self._tasks if task.reference is not None]
-        return prompts + [list(reference(codec, task)[0]) for task in known]
+
+@dataclass(frozen=True)
+class Asked:
+    """A task as token ids: its prompt; and, as training has them, prompt, reference and end."""
+
+    task: Task
+    place: int
+    prompt: tuple[int, ...]
+    whole: tuple[int, ...] | None
 
 
-def reference(codec: Codec, task: Task) -> tuple[tuple[int, ...], int]:
-    """Ids of prompt, reference answer and end, as training has them; the prompt's length."""
-    record = Record(instruction=task.instruction, input=task.input, output=task.reference or "")
-    [example] = codec.examples([record], 1 << 40)
-    return tuple(example.ids), example.prompt_length
+def encoded(codec: Codec, tasks: Sequence[Task]) -> list[Asked]:
+    """A suite's token ids."""
+    records = [
+        Record(instruction=task.instruction, input=task.input, output=task.reference or "")
+        for task in tasks
+    ]
+    examples = codec.examples(records, 1 << 40)
+    return [
+        Asked(
+            task,
+            place,
+            tuple(example.ids[: example.prompt_length]),
+            None if task.reference is None else tuple(example.ids),
+        )
+        for place, (task, example) in enumerate(zip(tasks, examples, strict=True))
+    ]
 
 
 class Queue:
     """Keeps the engine's slots full."""
 
-    def __init__(self, engine: Any, codec: Codec, settings: dict[str, Any]) -> None:
-        """Of a running engine."""
-        self._engine, self._codec, self._settings = engine, codec, settings
+    def __init__(self, engine: Any, suite: Sequence[Asked], settings: dict[str, Any]) -> None:
+        """Of a running engine; a task's place in the suite sets its seed."""
+        self._engine, self._settings = engine, settings
+        self._suite = {one.task.key: one for one in suite}
         self._done: SimpleQueue[int] = SimpleQueue()
-        self._running: dict[int, tuple[Task, Job, Job | None]] = {}
+        self._running: dict[int, tuple[Asked, Job, Job | None]] = {}
 
-    def answers(self, tasks: Sequence[Task], suite: Sequence[Task]) -> Iterator[dict[str, Any]]:
-        """Yield entries as they are finished; a task's place in the suite sets its seed."""
-        places = {task.key: place for place, task in enumerate(suite)}
+    def answers(self, tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
+        """Yield the entries of some of the suite's tasks as they are finished."""
         most = AHEAD * self._engine.capacity.slots
         for task in tasks:
             # a task is two requests, and the engine refuses more than its queue holds
@@ -102,33 +119,30 @@ class Queue:
             ):
                 yield from self._finished()
             try:
-                self._submit(places[task.key], task)
+                self._submit(self._suite[task.key])
             except UserError as error:  # its prompt is longer than the model's context
                 refused = f"refused: {error.happened}"
                 yield {"entry": "answer", "key": task.key, "output": "", "finish_reason": refused}
         while self._running:
             yield from self._finished()
 
-    def _submit(self, place: int, task: Task) -> None:
+    def _submit(self, one: Asked) -> None:
         def changed() -> None:
-            self._done.put(place)
+            self._done.put(one.place)
 
-        prompt = tuple(self._codec.prompt(task.instruction, task.input))
         sampling = Sampling(
             temperature=self._settings["temperature"],
             top_p=self._settings["top_p"],
-            seed=seed_of(self._settings["seed"], place),
+            seed=seed_of(self._settings["seed"], one.place),
         )
-        room = len(prompt) + self._settings["max_new_tokens"]
-        asked = Request(prompt, total_tokens=room, sampling=sampling)
-        job = self._engine.submit(asked, changed)
-        self._running[place] = task, job, self._score(task, changed)
+        room = len(one.prompt) + self._settings["max_new_tokens"]
+        job = self._engine.submit(
+            Request(one.prompt, total_tokens=room, sampling=sampling), changed
+        )
+        self._running[one.place] = one, job, self._score(one.whole, changed)
 
-    def _score(self, task: Task, changed: Any) -> Job | None:
-        if task.reference is None:
-            return None
-        ids, _ = reference(self._codec, task)
-        if len(ids) >= self._engine.capacity.length:
+    def _score(self, ids: tuple[int, ...] | None, changed: Callable[[], None]) -> Job | None:
+        if ids is None or len(ids) >= self._engine.capacity.length:
             return None
         # the log probabilities of a prompt come with its first token, which is dropped
         asked = Request(ids, total_tokens=len(ids) + 1, max_new_tokens=1, prompt_logprobs=True)
@@ -138,23 +152,22 @@ class Queue:
         place = self._done.get()
         if place not in self._running:
             return
-        task, job, scored = self._running[place]
-        parts = [one for one in (job, scored) if one is not None]
+        one, job, scored = self._running[place]
+        parts = [part for part in (job, scored) if part is not None]
         if not all(part.completions[0].result.done() for part in parts):
             return
         del self._running[place]
         answer = job.completions[0].result.result()
         entry = {
             "entry": "answer",
-            "key": task.key,
+            "key": one.task.key,
             "output": answer.text,
             "tokens": answer.tokens,
             "finish_reason": "stop" if answer.reason == "eos" else "length",
-            "reference": task.scored,
+            "reference": one.task.scored,
         }
         if scored is not None:
             scored.completions[0].result.result()  # raises what ended it
-            _, length = reference(self._codec, task)
-            losses = [-one.logprob for one in scored.prompt_scored[length - 1 :]]
+            losses = [-each.logprob for each in scored.prompt_scored[len(one.prompt) - 1 :]]
             entry |= {"reference_loss": math.fsum(losses), "reference_tokens": len(losses)}
         yield entry

@@ -6,18 +6,16 @@ model finds the suite's own answer) and `settings`.
 """
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from alpaca import atomic
 from alpaca.datafile import read_raw
 from alpaca.errors import UserError
-from alpaca.evaluation.suites import Task, keyed
+from alpaca.evaluation.suites import LONE, Task, keyed
 
-LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: some models answer it
 LARGEST = 1e15  # of a number of tokens, or a loss
 
 
@@ -26,8 +24,8 @@ class Output:
     """One answer.
 
     finish_reason: stop, length if a limit cut it, or "refused: ..." if there is none.
-    reference_loss: the sum of the negative log
-    likelihoods, in nats, of the reference_tokens tokens of the reference answer and its end.
+    reference_loss: the sum of the negative log likelihoods, in nats, of the reference_tokens tokens
+    of the reference answer and its end.
     """
 
     task: Task
@@ -115,7 +113,7 @@ def read(path: Path) -> list[Output]:
         told = ", ".join(names[:5])
         raise UserError(f"{path} holds the answers of several generators ({told}).", remedy)
     tasks = keyed([one.task for one in found])
-    return [Output(**{**vars(one), "task": task}) for one, task in zip(found, tasks, strict=True)]
+    return [replace(one, task=task) for one, task in zip(found, tasks, strict=True)]
 
 
 def _fault(item: Any) -> str | None:
