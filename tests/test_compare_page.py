@@ -7,7 +7,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import note_errors, serving_page
 
-from alpaca.evaluation import comparing as comparing_verb
-from alpaca.evaluation import verdicts
+from alpaca.evaluation import verdict_forms, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("vicuna-13b", "guanaco-65b")
@@ -80,25 +79,9 @@ class Command:
 @contextmanager
 def comparing(folder: Path, *flags: str) -> Iterator[Command]:
     paths = [str(folder / f"{stem}.json") for stem in STEMS]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "alpaca", "compare", *paths, "--no-browser", *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        said = ""
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+/", said)):
-            line = process.stdout.readline()
-            assert line, said
-            said += line
-        yield Command(process, found.group())
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    words = [sys.executable, "-m", "alpaca", "compare", *paths, "--no-browser", *flags]
+    with serving_page(words, ROOT) as (process, url, _):
+        yield Command(process, url)
 
 
 @dataclass
@@ -114,13 +97,7 @@ class Page:
 
     def __post_init__(self) -> None:
         self.shown.on("response", self._heard)
-        self.shown.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.shown.on("dialog", lambda dialog: self.errors.append(f"dialog: {dialog.message}"))
-        self.shown.on("console", self._console)
-
-    def _console(self, message: Any) -> None:
-        if message.type == "error" and "Failed to load resource" not in message.text:
-            self.errors.append(message.text)
+        note_errors(self.shown, self.errors)
 
     def _heard(self, response: Any) -> None:
         self.unread += 1
@@ -373,7 +350,7 @@ def test_axe_finds_no_barrier_and_nothing_is_wider_than_a_phone(
         check()
         assert command.ended()[0] == 0
     votes, report = tmp_path / "published-vs-homemade.votes.json", tmp_path / "report.html"
-    comparing_verb.tell(verdicts.load([votes]), Namespace(html=report, json=None))
+    verdict_forms.tell(verdicts.load([votes]), report, None)
     context = browser.new_context(color_scheme=scheme)
     written = context.new_page()
     written.goto(report.as_uri())

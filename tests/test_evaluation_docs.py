@@ -1,18 +1,18 @@
 """README.md's evaluation, line by line: two models answer, people and a judge compare them."""
 
-import json
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from http_server import ROOT, answering, free_port
+from http_server import ROOT
+from pages import serving_page
+from scripted_endpoint import Said, scripted_endpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca.evaluation import annotations, statistics
@@ -22,26 +22,6 @@ PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 [BLOCK] = re.findall(r"## Is it better\?\n\n```sh\n(.*?)```", README, flags=re.DOTALL)
 LINES = BLOCK.splitlines()
 SMALL = {"answer": ["--limit", "24", "--max_new_tokens", "16"]}
-
-
-class Judge(BaseHTTPRequestHandler):
-    """A judge that always prefers the second answer."""
-
-    def log_message(self, *arguments: Any) -> None:
-        """Nothing."""
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        message = {"role": "assistant", "content": "2"}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
-        body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "judge",
-                           "choices": [choice], "usage": usage}).encode()  # fmt: skip
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +40,9 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[str]:
-    with answering(Judge) as url:
-        yield url
+    """One that always prefers the second answer."""
+    with scripted_endpoint(lambda body: Said("2")) as running:
+        yield running.url
 
 
 def test_the_readme_shows_the_whole_path_in_few_lines() -> None:
@@ -75,7 +56,7 @@ def test_the_readme_shows_the_whole_path_in_few_lines() -> None:
 def test_each_line_runs(folder: Path, judge: str, browser: Any) -> None:
     told: dict[str, str] = {}
     for line in LINES:
-        words = shlex.split(line.replace("http://127.0.0.1:9000", judge))
+        words = shlex.split(line.replace("http://127.0.0.1:9000/v1", judge))
         assert words[:3] == ["python", "-m", "alpaca"]
         command = [sys.executable, *words[1:], *SMALL.get(words[3], [])]
         run = voted if words[3] == "compare" else finished
@@ -101,34 +82,17 @@ def finished(command: list[str], folder: Path, browser: Any) -> str:
 
 def voted(command: list[str], folder: Path, browser: Any) -> str:
     """Votes for the left answer until the page has no more pairs."""
-    port = free_port()
-    process = subprocess.Popen(
-        [*command, "--no-browser", "--port", str(port)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        said = ""
-        while "http://" not in said:
-            line = process.stdout.readline()
-            assert line, process.communicate()[1]
-            said += line
+    with serving_page([*command, "--no-browser"], folder) as (process, url, said):
         page = browser.new_page()
-        page.goto(re.findall(r"http://\S+", said)[0].rstrip(".,"))
+        page.goto(url)
         for _ in range(200):
             if process.poll() is not None or not page.locator("#left").is_visible():
                 break
             page.keyboard.press("1")
             page.wait_for_timeout(50)
         page.close()
-        rest, error = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == 0, error
+        rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, rest
     return said + rest
 
 

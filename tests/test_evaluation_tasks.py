@@ -123,3 +123,12 @@ def test_no_two_tasks_are_close_to_each_other(part: str) -> None:
     scores = np.array([index.scores(text) for text in texts])
     np.fill_diagonal(scores, 0)
     assert scores.max() < THRESHOLD
+
+
+def test_the_documents_say_how_many_tasks_there_are_and_how_many_an_echo_passes() -> None:
+    page = (DATA.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    echoed = sum(passes(task, task["instruction"]) for task in CHECKED)
+    assert f"{len(TASKS)} tasks of ours in {len(KINDS)} kinds" in page
+    assert f"{len(ANSWERED)} with exact answers, {len(CHECKED)} with checks" in page
+    assert f"an echo of the instruction passes {echoed} of our {len(CHECKED)}" in page
+    assert not any(passes(task, task["instruction"]) for task in ANSWERED)

@@ -16,6 +16,7 @@ from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
+from pages import note_errors
 
 from alpaca.errors import UserError
 from alpaca.prompt import chat_template, render
@@ -95,14 +96,7 @@ class Page:
 
     def __post_init__(self) -> None:
         self.shown.on("request", lambda request: self.requested.append(request.url))
-        self.shown.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.shown.on("dialog", lambda dialog: self.errors.append(f"dialog: {dialog.message}"))
-        self.shown.on("console", self._console)
-
-    def _console(self, message: Any) -> None:
-        # Chromium reports every answer that is no success; the page has to tell its reader.
-        if message.type == "error" and "Failed to load resource" not in message.text:
-            self.errors.append(message.text)
+        note_errors(self.shown, self.errors)
 
     def set(self, **values: object) -> None:
         self.shown.evaluate("() => (document.getElementById('settings').open = true)")
