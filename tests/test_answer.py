@@ -248,11 +248,14 @@ def test_stopped_at_any_moment_the_same_command_resumes(
     when_journal_has(3, output, process.kill)
     assert process.wait() == -signal.SIGKILL
     killed = len(journal(output))
+    # as in a terminal: what a shell starts in the background ignores Ctrl-C, and so would this
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupt = partial(os.kill, os.getpid(), signal.SIGINT)
     thread = Thread(target=when_journal_has, args=(killed + 3, output, interrupt))
     thread.start()
     assert answer(folder, suite, output, *more) == 130
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert "run the same command again to resume" in capsys.readouterr().err
     kept = journal(output)
     assert 3 <= killed < len(kept) < len(items)
