@@ -59,13 +59,18 @@ def text(folder: Path, recorded: dict[str, Any], of_base: str | None) -> str:
     run, result = recorded["run"], recorded["result"]
     base = recorded.get("base", {}).get("folder", "unknown")
     legal = sorted(path.name for path in folder.iterdir() if LEGAL.fullmatch(path.name))
-    kind = stored.read_json(folder / "config.json")["model_type"]
+    lora = run.get("lora")
+    if lora:
+        made = f"A LoRA adapter of rank {lora['rank']} for `{base}`, trained"
+    else:
+        kind = stored.read_json(folder / "config.json")["model_type"]
+        made = f"`{base}` (`{kind}`), fine-tuned"
     return "\n".join(
         [
             "---",
             f"license: {of_base or 'other'}",
             f"base_model: {json.dumps(base)}",
-            "library_name: transformers",
+            f"library_name: {'peft' if lora else 'transformers'}",
             "pipeline_tag: text-generation",
             "tags: [alpaca, instruction-following]",
             "---",
@@ -73,8 +78,7 @@ def text(folder: Path, recorded: dict[str, Any], of_base: str | None) -> str:
             "",
             f"# {folder.resolve().name}",
             "",
-            f"`{base}` (`{kind}`), fine-tuned to follow instructions on {run['examples']:,} "
-            "examples in the Alpaca format.",
+            f"{made} to follow instructions on {run['examples']:,} examples in the Alpaca format.",
             "",
             "## Licence",
             "",
@@ -105,7 +109,7 @@ def text(folder: Path, recorded: dict[str, Any], of_base: str | None) -> str:
             "",
             "## Run it",
             "",
-            *_programs(folder.resolve().name),
+            *(_beside_base if lora else _programs)(folder.resolve().name),
             "",
         ]
     )
@@ -140,11 +144,24 @@ def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
         ("seed", str(run["seed"])),
         ("versions", ", ".join(f"{name} {value}" for name, value in recorded["versions"].items())),
     ]
+    if lora := run.get("lora"):
+        rows.append(("adapter", _adapter(lora)))
     changes = recorded.get("changes", [])
     if changes:
         told = "; ".join(f"after step {c['step']} {c['name']} {c['new']}" for c in changes)
         rows.append(("changed on the way", told))
     return rows
+
+
+def _adapter(lora: dict[str, Any]) -> str:
+    """Its settings, in the words of the flags."""
+    targets = lora["targets"]
+    layers = targets if isinstance(targets, str) else ", ".join(targets)
+    more = [name for name in ("rslora", "dora") if lora[name]]
+    base = [] if lora["base"] == "no" else [f"base held in {lora['base']}"]
+    dropout = [f"dropout {lora['dropout']:g}"] if lora["dropout"] else []
+    first = [f"rank {lora['rank']}", f"alpha {lora['alpha']:g}", layers]
+    return ", ".join([*first, *more, *dropout, *base])
 
 
 def _ending(result: dict[str, Any]) -> str:
@@ -172,6 +189,26 @@ def _losses(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def _beside_base(name: str) -> list[str]:
+    body = json.dumps({"input": {"prompt": ASK}})
+    return [
+        "```sh",
+        "# alpaca-cog: beside the base, or merged into it",
+        f"python -m alpaca serve --weights {name}",
+        "curl -s http://127.0.0.1:5000/predictions -H 'Content-Type: application/json' "
+        f"-d '{body}'",
+        f"python -m alpaca merge {name} -o {name}-merged",
+        "# vLLM, with BASE the folder or name of the base model",
+        f"vllm serve BASE --host 127.0.0.1 --enable-lora --lora-modules {name}={name}",
+        "```",
+        "```python",
+        "# peft",
+        "from peft import AutoPeftModelForCausalLM",
+        f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")',
+        "```",
+    ]
 
 
 def _programs(name: str) -> list[str]:

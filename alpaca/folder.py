@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 STAGING = ".model.partial"
 READY = ".ready"
+# One of them makes a folder a model's or an adapter's, so one takes the place of the other.
+KINDS = ("config.json", "adapter_config.json")
 
 
 def staging(folder: Path) -> Path:
@@ -31,6 +33,11 @@ def staging(folder: Path) -> Path:
     return inner
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model, or an adapter of one."""
+    return any((folder / name).exists() for name in KINDS)
+
+
 def install(inner: Path, folder: Path) -> None:
     """Move a complete model from its staging folder to `folder`, replacing an older one.
 
@@ -40,9 +47,9 @@ def install(inner: Path, folder: Path) -> None:
     (inner / READY).touch()
     atomic.sync(inner)
     names = {path.name for path in inner.iterdir()} - {READY}
-    for old in folder.glob("*.safetensors*"):
+    for old in [*folder.glob("*.safetensors*"), *(folder / name for name in KINDS)]:
         if old.name not in names:
-            old.unlink()
+            old.unlink(missing_ok=True)
     for name in sorted(names):
         (inner / name).replace(folder / name)
     atomic.sync(folder)

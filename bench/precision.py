@@ -47,6 +47,7 @@ from alpaca.tokens import Codec
 from alpaca.training import attention, sharding
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
+from alpaca.training.weights import Dither
 
 CPU = torch.device("cpu")
 WAYS = ("fp32", "plain", "dithered", "pure", "sft")
@@ -116,7 +117,7 @@ class Bench:
             module = TargetLoss(loaded.train())
         else:
             folder = self.options.model
-            dither = sharding.Dither.of(arguments, compute)
+            dither = Dither.of(arguments, compute)
             module = sharding.build(folder, self.mesh, compute, CPU, arguments, dither)
         if way in ("matrices", "layers"):
             keep_base(module, self.options.model, embeddings=way == "layers")

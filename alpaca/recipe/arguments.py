@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -20,6 +21,10 @@ from alpaca.recipe.schedules import SHAPES
 
 # adamw_hf and adamw_torch, the defaults of 2023, are the same optimizer
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_hf", "adamw_8bit")
+QUANTIZED = ("nf4", "int8")
+ALL_LINEAR = ("all-linear", "all")
+ADAPTER_RATE = 2e-4  # --learning_rate of adapters: ten times that of all weights
+ADAPTER_RANK = 16  # where a flag of another trainer asks for LoRA and names no rank
 SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
 
 
@@ -149,6 +154,32 @@ class PrecisionFlags(Seed):
 
 
 @dataclass(frozen=True)
+class AdapterFlags(Seed):
+    """LoRA: what is trained in place of all weights, and how the frozen base is held."""
+
+    lora_rank: int = flag(0, "train a LoRA adapter of this rank; 0: train all weights")
+    lora_alpha: float = flag(0.0, "its change is scaled by alpha / rank; 0: twice the rank")
+    lora_dropout: float = flag(0.0, "share of an adapter's inputs dropped at random in training")
+    lora_target_modules: str = flag("all-linear", "adapt these layers, such as q_proj,v_proj")
+    lora_use_rslora: bool = flag(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
+    use_dora: bool = flag(False, "also train the length of each row of the weights (DoRA)")
+    quantize_base: str = flag("no", "hold the frozen base in 4 or 8 bits (QLoRA)", "no", *QUANTIZED)
+    merge: bool = flag(False, "also write base and adapter merged, into output_dir/merged")
+
+    @property
+    def alpha(self) -> float:
+        """LoRA's alpha, given or derived from the rank."""
+        return self.lora_alpha or 2.0 * self.lora_rank
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the layers to adapt; empty: all linear layers of the decoder."""
+        if self.lora_target_modules in ALL_LINEAR:
+            return ()
+        return tuple(re.split(r"[,\s]+", self.lora_target_modules.strip(", ")))
+
+
+@dataclass(frozen=True)
 class SavingFlags:
     """When checkpoints are written, and how many are kept."""
 
@@ -183,7 +214,7 @@ class LoopFlags(PackingFlags, OptimizerFlags, SavingFlags, ReportingFlags):
 
 
 @dataclass(frozen=True)
-class Arguments(LoopFlags, ScheduleFlags, ShardingFlags, PrecisionFlags):
+class Arguments(LoopFlags, ScheduleFlags, ShardingFlags, PrecisionFlags, AdapterFlags):
     """All settings of a training run; the defaults are the published recipe.
 
     Each part of the trainer names in its signature the class above that holds what it reads.
@@ -203,6 +234,7 @@ PARTS = (
     PackingFlags,
     Seed,
     ReportingFlags,
+    AdapterFlags,
     PrecisionFlags,
     ShardingFlags,
     Compilation,
@@ -217,8 +249,28 @@ OPTIONAL = {
     ),
 }  # fmt: skip
 
-# 2023 name: today's field
-RENAMED = {"evaluation_strategy": "eval_strategy", "load_best_model_at_end": "save_best"}
+# Other names of a field: of 2023, and of LLaMA-Factory, axolotl and TRL.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "load_best_model_at_end": "save_best",
+    "lora_r": "lora_rank",
+    "lora_target": "lora_target_modules",
+    "use_rslora": "lora_use_rslora",
+    "peft_use_rslora": "lora_use_rslora",
+    "peft_use_dora": "use_dora",
+}
+
+# Their flags that stand for others: what each value means here. Flags given beside them win.
+LORA = {"lora_rank": ADAPTER_RANK}
+TRANSLATED: dict[str, dict[str, dict[str, Any]]] = {
+    "finetuning_type": {"full": {}, "lora": LORA},
+    "adapter": {"lora": LORA, "qlora": {**LORA, "quantize_base": "nf4"}},
+    "use_peft": {"true": LORA, "false": {}},
+    "load_in_4bit": {"true": {"quantize_base": "nf4"}, "false": {}},
+    "load_in_8bit": {"true": {"quantize_base": "int8"}, "false": {}},
+    "quantization_bit": {"4": {"quantize_base": "nf4"}, "8": {"quantize_base": "int8"}},
+    "lora_target_linear": {"true": {"lora_target_modules": "all-linear"}, "false": {}},
+}
 
 # Flags of the published commands that change nothing here, each with the reason.
 WITHOUT_EFFECT = {
@@ -245,7 +297,8 @@ def parser() -> argparse.ArgumentParser:
         description="Fine-tune a LLaMA-family model: python train.py --data_path alpaca_data.json",
         epilog=f"--fsdp: one of {', '.join(SHARDINGS)}; with offload, weights stay in CPU memory\n"
         f"--lr_scheduler_type: one of {', '.join(SHAPES)}\n"
-        "Also accepted: " + ", ".join(f"--{name}" for name in [*RENAMED, *WITHOUT_EFFECT]),
+        "Also accepted: "
+        + ", ".join(f"--{name}" for name in [*RENAMED, *TRANSLATED, *WITHOUT_EFFECT]),
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
@@ -301,7 +354,7 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
             type ends in argparse's own message, exit code 2.
     """
     known = {name for name, _, _ in _flags()}
-    kept: list[str] = []
+    argv, kept = _translated(argv)
     notices: list[str] = []
     ignoring = False
     for word in argv:
@@ -319,6 +372,11 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
             raise UserError(f"train.py has no flag --{name}.", _nearest(name, known))
         kept.append(f"--{name}{equals}{value}")
     arguments = Arguments(**vars(parser().parse_args(kept)))
+    if arguments.lora_rank and not any(
+        word.partition("=")[0] == "--learning_rate" for word in kept
+    ):
+        arguments = dataclasses.replace(arguments, learning_rate=ADAPTER_RATE)
+        notices.append(f"--learning_rate {ADAPTER_RATE}, the default with --lora_rank")
     check(arguments)
     if arguments.lr_scheduler_type in schedules.WITHOUT_WARMUP:
         notices += [
@@ -330,10 +388,29 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
     return arguments, notices
 
 
+def _translated(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The other words of a command line, and the flags that its `TRANSLATED` ones stand for."""
+    words, meant = [], []
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in TRANSLATED:
+            words.append(word)
+            continue
+        if not equals:
+            value = left.pop(0) if left and not left[0].startswith("--") else "true"
+        values = TRANSLATED[name]
+        if value.lower() not in values:
+            raise UserError(f"--{name} {value} is not known here.", f"Give {', '.join(values)}.")
+        meant += [f"--{other}={chosen}" for other, chosen in values[value.lower()].items()]
+    return words, meant
+
+
 def _nearest(name: str, known: set[str]) -> str:
     if name == "deepspeed":
         return "Use --fsdp full_shard, which shards as ZeRO stage 3 does."
-    match = difflib.get_close_matches(name, [*known, *RENAMED, *WITHOUT_EFFECT], n=1)
+    match = difflib.get_close_matches(name, [*known, *RENAMED, *TRANSLATED, *WITHOUT_EFFECT], n=1)
     return f"Did you mean --{match[0]}?" if match else "python train.py --help lists all of them."
 
 
@@ -373,6 +450,7 @@ def check(arguments: Arguments) -> None:
             f"--model_max_length {arguments.model_max_length}.",
             "Raise the first or lower the second.",
         )
+    _check_adapter(arguments)
     if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
         raise UserError("Nothing to train: --num_train_epochs and --max_steps give no steps.")
 
@@ -395,6 +473,25 @@ def _check_evaluation(arguments: Arguments) -> None:
         raise UserError(
             f"{compared} compares evaluations while training, and --eval_strategy no has none.",
             "Give --eval_strategy steps (and --eval_steps) or --eval_strategy epoch.",
+        )
+
+
+def _check_adapter(arguments: Arguments) -> None:
+    """Refuse adapter settings that cannot be trained, or that are given without an adapter."""
+    default = AdapterFlags()
+    for name in AdapterFlags.__annotations__:
+        if not arguments.lora_rank and getattr(arguments, name) != getattr(default, name):
+            raise UserError(
+                f"--{name} {getattr(arguments, name)}: without an adapter it means nothing.",
+                f"Give --lora_rank too, such as --lora_rank {ADAPTER_RANK}.",
+            )
+    if arguments.lora_dropout >= 1:
+        raise UserError(f"--lora_dropout must be in [0, 1), not {arguments.lora_dropout}.")
+    if arguments.use_dora and arguments.quantize_base != "no":
+        raise UserError(
+            f"--use_dora with --quantize_base {arguments.quantize_base}: the row lengths of "
+            "quantized weights would be trained, and served with other weights.",
+            "Leave one of them out.",
         )
 
 
@@ -421,6 +518,9 @@ def _check_numbers(arguments: Arguments) -> None:
         "adam_epsilon",
         "eval_generations",
         "early_stopping_patience",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
     ):
         if getattr(arguments, name) < 0:
             raise UserError(f"--{name} must not be negative: {getattr(arguments, name)}.")

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -42,6 +43,7 @@ from alpaca.training.rendezvous import PATIENCE, lost_rank, on_every_rank, on_fi
 PREFIX = "checkpoint-"
 META = "run.json"
 STEP = "checkpoint"  # in the passport of a checkpoint that is a model folder: its step
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # of an adapter, not its base
 FULL = 1_000_000  # bytes; a disk with less free space counts as full
 
 
@@ -134,19 +136,19 @@ class Saver:
 
 
 def state_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """This rank's shards of the weights and moments; a tied weight is there once."""
-    model, optim = get_state_dict(module, optimizer)
+    """This rank's shards of the trained weights and moments; a tied weight is there once."""
+    model, optim = get_state_dict(module, optimizer, options=TRAINED)
     for name in _tied(module):
-        del model[name]
+        model.pop(name, None)
     return {"model": model, "optimizer": optim}
 
 
 def _tied(module: torch.nn.Module) -> dict[str, str]:
-    """For each further name of a parameter, its first name."""
+    """For each further name of a trained parameter, its first name."""
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if (known := first.setdefault(id(parameter), name)) != name:
+        if parameter.requires_grad and (known := first.setdefault(id(parameter), name)) != name:
             tied[name] = known
     return tied
 
@@ -318,14 +320,14 @@ def load(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer
     Raises:
         UserError: on every rank, when a file is missing or was changed after it was written.
     """
-    recorded = meta(folder)
-    if "files" in recorded:  # checkpoints of earlier versions have none
-        _check(folder, recorded["files"])
+    recorded = _checked(folder)
     state = state_of(module, optimizer)
     state_dict_loader.load(state, checkpoint_id=folder)
     model, optim = state["model"], state["optimizer"]
     model |= {name: model[known] for name, known in _tied(module).items()}
-    set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=optim)
+    set_state_dict(
+        module, optimizer, model_state_dict=model, optim_state_dict=optim, options=TRAINED
+    )
     return recorded
 
 
@@ -335,20 +337,24 @@ def load_weights(folder: Path, module: torch.nn.Module) -> None:
     Raises:
         UserError: as `load`.
     """
-    _check(folder, meta(folder)["files"])
-    model = get_model_state_dict(module)
+    _checked(folder)
+    model = get_model_state_dict(module, options=TRAINED)
     tied = _tied(module)
     held = {"model": {name: value for name, value in model.items() if name not in tied}}
     state_dict_loader.load(held, checkpoint_id=folder)
     again = {name: held["model"][known] for name, known in tied.items()}
-    set_model_state_dict(module, {**held["model"], **again})
+    set_model_state_dict(module, {**held["model"], **again}, options=TRAINED)
 
 
-def _check(folder: Path, wanted: dict[str, str]) -> None:
-    held = _hash_shared(folder)
+def _checked(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `meta`, once every file is as it was written; a collective call."""
+    recorded = meta(folder)
+    wanted = recorded.get("files", {})  # checkpoints of earlier versions have none
+    held = _hash_shared(folder) if wanted else {}
     for name, value in sorted(wanted.items()):
         if held.get(name) != value:
             raise _damaged(folder, f"{name} {'differs' if name in held else 'is missing'}")
+    return recorded
 
 
 def _damaged(checkpoint: Path, reason: str) -> UserError:

@@ -35,14 +35,14 @@ from alpaca.training import (
     sharding,
 )
 from alpaca.training.answers import Samples
-from alpaca.training.export import Rounding, export, rehearse
+from alpaca.training.export import Beside, Rounding, export, rehearse
 from alpaca.training.identity import Start
 from alpaca.training.inputs import Data, Task
 from alpaca.training.loop import Trainer
 from alpaca.training.loss import TargetLoss
 from alpaca.training.rendezvous import on_first_rank
-from alpaca.training.sharding import Dither
 from alpaca.training.signals import StoppedError
+from alpaca.training.weights import Dither
 
 AGAIN = "Free some space and run the same command again: a run resumes from its last state."
 
@@ -64,6 +64,19 @@ class Run:
     def arguments(self) -> Arguments:
         """The flags, as they apply to this number of ranks."""
         return self.start.arguments
+
+    @property
+    def beside(self) -> Beside | None:
+        """The base that an adapter is written for; None: all weights are trained."""
+        flags = self.arguments
+        return Beside(flags, flags.model_name_or_path) if flags.lora_rank else None
+
+    @property
+    def rounding(self) -> Rounding:
+        """How the weights are rounded for the export; an adapter's are not."""
+        if self.beside is not None:
+            return Rounding(torch.float32)
+        return Rounding.of(self.arguments.export_dtype, self.compute, self.arguments.seed)
 
 
 def run(arguments: Arguments, given: inputs.Inputs | None = None) -> None:
@@ -142,10 +155,10 @@ def execute(run: Run) -> None:
     plan = on_first_rank(lambda: _plan(run))
     if main:
         _announce(run)
-    rounded = Rounding.of(arguments.export_dtype, run.compute, arguments.seed)
     dither = Dither.of(arguments, run.compute)
+    base = arguments.model_name_or_path
     module = sharding.build(
-        arguments.model_name_or_path, run.mesh, run.compute, run.device, arguments, dither
+        base, run.mesh, run.compute, run.device, arguments, dither, adapter=arguments
     )
     once = sharding.reduces_once(module, run.mesh, arguments)
     trainer = Trainer(
@@ -156,15 +169,15 @@ def execute(run: Run) -> None:
         run.device,
         run.compute,
         run.start.meta,
-        write_model=partial(_write_model, run, module, rounded),
+        write_model=partial(_write_model, run, module),
         samples=Samples(run.tasks, codec, arguments.eval_generation_tokens) if run.tasks else None,
         reduces_once=once,
     )
     if run.start.checkpoint is None:
-        _rehearse(arguments, module, codec, rounded)
+        _rehearse(run, module)
     with explained_disk_errors(arguments.output_dir, AGAIN):
         trainer.train(run.start.checkpoint)
-        result = _export(run, trainer, rounded)
+        result = _export(run, trainer)
     if not arguments.keep_last_checkpoint:
         on_first_rank(lambda: _remove_checkpoint(run, result.steps))
     sample = _sample(trainer, codec)
@@ -172,7 +185,7 @@ def execute(run: Run) -> None:
         _illustrate(arguments.output_dir, arguments.model_name_or_path)
         print(sample)
         print(run_log.summary(result, dist.get_world_size(), arguments.output_dir))
-        if (warning := run_log.changed_by_export(result, rounded.facts)) is not None:
+        if (warning := run_log.changed_by_export(result, run.rounding.facts)) is not None:
             print(warning)
         print("\n".join(report.compare(plan, result)))
         name = arguments.output_dir.resolve().name
@@ -182,7 +195,7 @@ def execute(run: Run) -> None:
         )
 
 
-def _export(run: Run, trainer: Trainer, rounded: Rounding) -> Progress:
+def _export(run: Run, trainer: Trainer) -> Progress:
     """Write the model folder; returns what the run did, with the folder's own held-out loss."""
     trainer.take_best()
     found = trainer.progress
@@ -196,13 +209,12 @@ def _export(run: Run, trainer: Trainer, rounded: Rounding) -> Progress:
             "result": dataclasses.asdict(found),
         }
 
-    export(trainer.module.model, run.codec, run.arguments.output_dir, rounded, facts)
+    folder = run.arguments.output_dir
+    export(trainer.module.model, run.codec, folder, run.rounding, facts, run.beside)
     return found
 
 
-def _write_model(
-    run: Run, module: TargetLoss, rounded: Rounding, folder: Path, facts: dict[str, Any]
-) -> None:
+def _write_model(run: Run, module: TargetLoss, folder: Path, facts: dict[str, Any]) -> None:
     """Write the model of a step before the last to `folder`; a collective call."""
     sharding.reshard(module)
     known = {**run.start.meta, **facts}
@@ -210,8 +222,9 @@ def _write_model(
         module.model,
         run.codec,
         folder,
-        rounded,
+        run.rounding,
         lambda _: {**known, "base": _base(run.arguments.model_name_or_path)},
+        run.beside,
     )
 
 
@@ -313,12 +326,12 @@ def _base(folder: Path) -> dict[str, Any]:
     return {"folder": folder.name, "files": dict(zip(names, hashes, strict=True))}
 
 
-def _rehearse(arguments: Arguments, module: TargetLoss, codec: Codec, rounded: Rounding) -> None:
+def _rehearse(run: Run, module: TargetLoss) -> None:
     """Refuse now what would fail at the end: no permission to write, or no space for the model."""
-    folder = arguments.output_dir
+    folder = run.arguments.output_dir
     try:
         with explained_disk_errors(folder, AGAIN):
-            rehearse(module.model, codec, folder, rounded)
+            rehearse(module.model, run.codec, folder, run.rounding, run.beside)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error}", "Choose another --output_dir."

@@ -6,6 +6,8 @@ copy. The folder is written under a temporary name, read back, compared, and onl
 A run that computed in fp32 has more digits than a 16-bit export can hold. It is rounded
 stochastically, which keeps the mean of each small update. A run that computed in bf16 used the
 nearest bf16 numbers of its masters, so those are exported.
+
+An adapter is small. It is written in fp32, as it was trained.
 """
 
 import shutil
@@ -20,12 +22,14 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from alpaca import description, golden, layout, passport, rounding, shards
+from alpaca import adapter, description, golden, layout, passport, rounding, shards
 from alpaca.description import vocabulary_of
 from alpaca.errors import UserError
 from alpaca.folder import install, staging
+from alpaca.recipe.arguments import AdapterFlags
 from alpaca.shards import DTYPES, SHORT_NAMES, Shard
 from alpaca.tokens import Codec
+from alpaca.training import adapters, weights
 from alpaca.training.rendezvous import on_first_rank
 
 T = TypeVar("T")
@@ -94,8 +98,11 @@ def export(
     folder: Path,
     rounded: Rounding,
     facts: Callable[[Path], dict[str, Any]],
+    beside: "Beside | None" = None,
 ) -> None:
     """Write the model folder; every rank calls this, rank 0 writes.
+
+    `beside`: only the adapter is written, for the base that it names.
 
     `facts` is called on every rank with the written folder, before it gets its final name. It
     returns what the passport records about the run.
@@ -105,20 +112,20 @@ def export(
         OSError: the disk could not be written. Both are raised on every rank.
     """
     partial = on_first_rank(lambda: staging(folder))
-    planned, expected = _write(model, codec, partial, rounded)
+    planned, expected = _write(model, codec, partial, rounded, beside)
     run_facts = facts(partial)
 
     def finish() -> None:
-        proofs = {"tensors": golden.all_tensor_hashes(partial), "golden": golden.record(partial)}
+        proofs = beside.proofs(partial) if beside else _proofs(partial)
         written = passport.write(
             partial, made_by="train", **run_facts, export=rounded.facts, **proofs
         )
         read = written["files"]
         shards.check(planned, partial)
-        for shard in planned:
-            if read[shard.name] != expected[shard.name]:
+        for name, value in expected.items():
+            if read[name] != value:
                 raise UserError(
-                    f"{partial / shard.name} reads back differently from what was written.",
+                    f"{partial / name} reads back differently from what was written.",
                     "The disk is failing; export to another one with --output_dir.",
                 )
         install(partial, folder)
@@ -126,24 +133,56 @@ def export(
     on_first_rank(finish)
 
 
-def rehearse(model: PreTrainedModel, codec: Codec, folder: Path, rounded: Rounding) -> None:
+@dataclass(frozen=True)
+class Beside:
+    """That an adapter is written, and for which base."""
+
+    flags: AdapterFlags
+    base: Path
+
+    def proofs(self, folder: Path) -> dict[str, Any]:
+        """What the passport of an adapter's folder records besides the run."""
+        return {}
+
+
+def _proofs(folder: Path) -> dict[str, Any]:
+    return {"tensors": golden.all_tensor_hashes(folder), "golden": golden.record(folder)}
+
+
+def load(model: PreTrainedModel, folder: Path) -> None:
+    """Fill this rank's shards from a folder that `export` has written; a collective call."""
+    if adapter.is_adapter(folder):
+        adapters.load(model, folder)
+    else:
+        weights.load(model, folder)
+
+
+def rehearse(
+    model: PreTrainedModel,
+    codec: Codec,
+    folder: Path,
+    rounded: Rounding,
+    beside: Beside | None = None,
+) -> None:
     """Write an export and delete it, to find before a run what would fail at its end.
 
     Raises:
         OSError: on every rank, where the disk cannot be written.
     """
     partial = on_first_rank(lambda: staging(folder))
-    _write(model, codec, partial, rounded)
+    _write(model, codec, partial, rounded, beside)
     on_first_rank(lambda: shutil.rmtree(partial))
 
 
 @torch.no_grad()
 def _write(
-    model: PreTrainedModel, codec: Codec, folder: Path, rounded: Rounding
+    model: PreTrainedModel, codec: Codec, folder: Path, rounded: Rounding, beside: Beside | None
 ) -> tuple[list[Shard[Weight]], dict[str, str]]:
     """Write weights, configuration and tokenizer; returns the files and the SHA-256 of each."""
-    weights = [Weight(name, parameter) for name, parameter in model.named_parameters()]
-    planned = shards.plan(weights, rounded.dtype)
+    if beside is not None:
+        return [], _write_adapter(model, codec, folder, beside)
+    everything = [Weight(name, parameter) for name, parameter in model.named_parameters()]
+    planned = shards.plan(everything, rounded.dtype)
     total = sum(shard.data_bytes for shard in planned)
     hashes: dict[str, str] = {}
     main = dist.get_rank() == 0
@@ -162,6 +201,24 @@ def _write(
 
     on_first_rank(lambda: _or_delete(folder, describe))
     return planned, hashes
+
+
+def _write_adapter(
+    model: PreTrainedModel, codec: Codec, folder: Path, beside: Beside
+) -> dict[str, str]:
+    """Write an adapter, its settings and the tokenizer; returns the SHA-256 of its weights."""
+    values = {}
+    for name, parameter in adapters.trained(model):
+        whole = Weight(name, parameter).gather()
+        if dist.get_rank() == 0:
+            values[name] = whole.cpu().contiguous()
+
+    def write() -> None:
+        adapters.write(model, beside.flags, beside.base, folder, values)
+        vocabulary_of(codec).write(folder, model.config.max_position_embeddings)
+
+    on_first_rank(lambda: _or_delete(folder, write))
+    return on_first_rank(lambda: {adapter.WEIGHTS: passport.sha256(folder / adapter.WEIGHTS)})
 
 
 def _write_shard(

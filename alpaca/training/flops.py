@@ -1,10 +1,12 @@
 """The FLOPs of a pack and the peak FLOP/s of the device: `mfu` in the log is their ratio.
 
 Only the FLOPs that the loss and its gradient need are counted (Chowdhery et al., "PaLM", 2022,
-appendix B: 6 for each weight and token, and attention). Padding, recomputed activations, and the
+appendix B: 6 for each weight and token, and attention). A frozen weight has no gradient of its own,
+so it takes 4. Padding, recomputed activations, and the
 vocabulary at tokens that are not trained on are not counted.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -13,13 +15,19 @@ from transformers import PreTrainedModel
 
 from alpaca.plan import devices
 from alpaca.recipe.packing import Pack
+from alpaca.training.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """The sizes of a model that its FLOPs depend on: layer weights, attention, vocabulary."""
+    """The sizes of a model that its FLOPs depend on: layer weights, attention, vocabulary.
 
-    weights: int
+    `trained`, `frozen`: how many of the layers' weights are; where some are frozen, the vocabulary
+    is too.
+    """
+
+    trained: int
+    frozen: int
     layers: int
     attention_width: int
     vocabulary_weights: int
@@ -32,8 +40,10 @@ class ModelFlops:
         tables = vocabulary * (1 if config.tie_word_embeddings else 2)
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        trained, frozen = counts(model)
         return cls(
-            weights=sum(p.numel() for p in model.parameters()) - tables,
+            trained=trained if frozen else trained - tables,
+            frozen=frozen - tables if frozen else 0,
             layers=config.num_hidden_layers,
             attention_width=head * heads,
             vocabulary_weights=vocabulary,
@@ -45,11 +55,22 @@ class ModelFlops:
         for s in pack.segments:
             own = s.end - s.start
             attended += own * (s.prefix_end - s.prefix_start) + own * (own + 1) // 2
-        return 6.0 * (
-            self.weights * pack.tokens
-            + self.vocabulary_weights * pack.targets
-            + 2 * self.attention_width * self.layers * attended
-        )
+        layers = 6.0 * self.trained + 4.0 * self.frozen
+        vocabulary = (4.0 if self.frozen else 6.0) * self.vocabulary_weights
+        attention = 12.0 * self.attention_width * self.layers
+        return layers * pack.tokens + vocabulary * pack.targets + attention * attended
+
+
+def counts(model: PreTrainedModel) -> tuple[int, int]:
+    """How many weights of a model are trained, and how many are frozen; shards count in full."""
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    frozen = sum(
+        one.numel()
+        for one in model.parameters()
+        if not one.requires_grad and one.dtype.is_floating_point
+    )
+    quantized = (one for one in model.modules() if isinstance(one, QuantizedLinear))
+    return trained, frozen + sum(math.prod(one.shape) for one in quantized)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:

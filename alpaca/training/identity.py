@@ -17,13 +17,13 @@ import torch
 
 from alpaca import passport
 from alpaca.errors import UserError
-from alpaca.folder import finish_install
+from alpaca.folder import finish_install, holds_model
 from alpaca.passport import sha256
 from alpaca.prompt import template_hash
 from alpaca.recipe.arguments import Arguments
 from alpaca.recipe.steps import Schedule
 from alpaca.tokens import Codec
-from alpaca.training import checkpoint, sharding
+from alpaca.training import checkpoint, weights
 
 # Fields of an identity that may differ from the checkpoint's, and what a user calls them. Derived
 # are `steps` (from epochs, examples and batch) and `warmup` (from `steps`).
@@ -46,6 +46,7 @@ FLAGS = {
     "shape": "--lr_scheduler_type",
     "settings": "--lr_scheduler_kwargs",
     "moments": "--optim",
+    "lora": "adapter (--lora_rank and its kin)",
     "adam": "AdamW's betas and epsilon",
 }
 # Beginnings of the names that a run deletes or replaces in its output folder.
@@ -127,7 +128,8 @@ def describe(
         "adam": None
         if _default_adam(arguments)
         else [arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon],
-        "dither_masters": sharding.Dither.of(arguments, compute) is not None or None,
+        "dither_masters": weights.Dither.of(arguments, compute) is not None or None,
+        "lora": _adapter(arguments),
         "save_best": arguments.save_best or None,
         "early_stopping_patience": arguments.early_stopping_patience or None,
     }
@@ -142,6 +144,21 @@ def describe(
         "max_grad_norm": arguments.max_grad_norm,
         "moments": "8bit" if arguments.moments_8bit else "fp32",
         **{name: value for name, value in later.items() if value is not None},
+    }
+
+
+def _adapter(arguments: Arguments) -> dict[str, Any] | None:
+    """The settings that decide which adapter is trained, and over which numbers; None: none is."""
+    if not arguments.lora_rank:
+        return None
+    return {
+        "rank": arguments.lora_rank,
+        "alpha": arguments.alpha,
+        "dropout": arguments.lora_dropout,
+        "targets": list(arguments.targets) or "all-linear",
+        "rslora": arguments.lora_use_rslora,
+        "dora": arguments.use_dora,
+        "base": arguments.quantize_base,
     }
 
 
@@ -217,13 +234,14 @@ def _is_finished(model: dict[str, Any] | None, start: Start) -> bool:
     if model is None or model.get("run") != start.identity or checkpoint.STEP in model:
         return False
     exported: str = model.get("export", {}).get("dtype", "bf16")
-    return exported == start.arguments.export_dtype
+    flags = start.arguments
+    return exported == ("fp32" if flags.lora_rank else flags.export_dtype)
 
 
 def _check_starts(start: Start, model: dict[str, Any] | None) -> None:
     """Refuse to start from the base model where another model, or other checkpoints, would go."""
     folder, identity = start.arguments.output_dir, start.identity
-    if (folder / "config.json").exists():
+    if holds_model(folder):
         refused, changed = differences((model or {}).get("run", {}), identity)
         if model is not None and not refused and changed:
             raise UserError(
@@ -253,7 +271,7 @@ def _check_continues(
     folder, identity = start.arguments.output_dir, start.identity
     refused, changed = differences(meta["run"], identity)
     left = identity["steps"] - meta["step"]
-    if (folder / "config.json").exists():
+    if holds_model(folder):
         # A model that this run has made, or would make with fewer steps, is replaced by the longer
         # run's; any other stays.
         other, _ = differences((model or {}).get("run", {}), identity)

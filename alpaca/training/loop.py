@@ -25,7 +25,7 @@ from alpaca.recipe.arguments import LoopFlags
 from alpaca.recipe.corpus import Corpus
 from alpaca.recipe.progress import Progress
 from alpaca.recipe.steps import Schedule
-from alpaca.training import answers, checkpoint, flops, loss, optimizer, sharding
+from alpaca.training import answers, checkpoint, export, flops, loss, optimizer, sharding
 from alpaca.training.answers import Samples
 from alpaca.training.inputs import Data
 from alpaca.training.loss import TargetLoss
@@ -301,7 +301,7 @@ class Trainer:
         if kept is not None and checkpoint.resumable(kept):
             checkpoint.load_weights(kept, self.module)
         elif kept is not None:
-            sharding.load(self.module.model, kept)
+            export.load(self.module.model, kept)
         exported = steps if kept is None else best
         self.progress = dataclasses.replace(self.progress, exported_step=exported)
 
@@ -314,7 +314,7 @@ class Trainer:
         seen = bool(self.gather(float(any(folder.glob("*.safetensors")))).all())
         if not self.data.held_out or not seen:
             return self.progress
-        sharding.load(self.module.model, folder)
+        export.load(self.module.model, folder)
         return dataclasses.replace(self.progress, eval_loss_exported=self.held_out_loss())
 
     @torch.no_grad()

@@ -67,7 +67,8 @@ class CrossEntropySum(torch.autograd.Function):
         """The sum; if `wanted`, also saves its gradients, in the inputs' types."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else hidden
-        grad_weight = torch.zeros_like(weight) if wanted else weight
+        trains_weight = wanted and ctx.needs_input_grad[1]  # not where the base is frozen
+        grad_weight = torch.zeros_like(weight) if trains_weight else None
         for part, target, out in zip(
             hidden.split(LOSS_CHUNK),
             labels[:, None].split(LOSS_CHUNK),
@@ -83,17 +84,19 @@ class CrossEntropySum(torch.autograd.Function):
                 error = weights.div_(sums)  # the softmax, minus 1 at the target
                 error.scatter_add_(1, target, torch.full_like(sums, -1.0))
                 torch.mm(error.to(weight.dtype), weight, out=out)
-                grad_weight.addmm_(error.to(weight.dtype).T, part)
+                if grad_weight is not None:
+                    grad_weight.addmm_(error.to(weight.dtype).T, part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(
         ctx: Any, *gradients: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         """Scale the gradients that the forward pass saved."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * gradients[0], grad_weight * gradients[0], None, None
+        scaled = None if grad_weight is None else grad_weight * gradients[0]
+        return grad_hidden * gradients[0], scaled, None, None
 
 
 def pack_loss(

@@ -11,7 +11,7 @@ def build(module: torch.nn.Module, flags: OptimizerFlags) -> torch.optim.Optimiz
     In 8 bits, the two moments of a weight take 2 bytes instead of 8: blocks of 256 share a scale
     (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
     """
-    parameters = list(module.parameters())
+    parameters = [one for one in module.parameters() if one.requires_grad]
     groups = [
         {
             "params": [p for p in parameters if p.ndim > 1],

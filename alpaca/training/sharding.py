@@ -4,9 +4,7 @@ No rank ever holds the whole model: each reads from the safetensors files only t
 One process is a group of one, so a laptop and many nodes run the same code.
 """
 
-import math
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -23,19 +20,17 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from alpaca import ram, rounding, stored
+from alpaca import ram
 from alpaca.errors import UserError
 from alpaca.folder import check_folder
 from alpaca.recipe import rules
-from alpaca.recipe.arguments import PrecisionFlags, ShardingFlags
-from alpaca.shards import finite
-from alpaca.training import attention
+from alpaca.recipe.arguments import AdapterFlags, ShardingFlags
+from alpaca.training import adapters, attention, weights
 from alpaca.training.loss import TargetLoss
-from alpaca.training.rendezvous import add_patient_group, meet, on_every_rank
+from alpaca.training.rendezvous import add_patient_group, meet
+from alpaca.training.weights import Dither
 
 
 def start(device: torch.device, flags: ShardingFlags | None = None) -> DeviceMesh:
@@ -72,11 +67,13 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     flags: ShardingFlags | None = None,
-    dither: "Dither | None" = None,
+    dither: Dither | None = None,
+    adapter: AdapterFlags | None = None,
 ) -> TargetLoss:
     """Build, shard and load the model of `folder`: fp32 master weights, computing in `dtype`.
 
-    With `dither`, trainable parameters become dithered masters of the values in the files.
+    With `dither`, trainable parameters become dithered masters of the values in the files. With an
+    `adapter` of a rank above 0, only the adapter is trained, and the base is held in `dtype`.
 
     Raises:
         UserError: no model folder, weights that do not fit its config.json, or a layer class
@@ -89,25 +86,39 @@ def build(
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
     model.tie_weights()
-    module = TargetLoss(model.float().train())
+    model.float()
+    if adapter is not None and adapter.lora_rank:
+        adapters.add(model, adapter, dtype)
+    module = TargetLoss(model.train())
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    shard(module, mesh, dtype, flags)
+    whole = shard(module, mesh, dtype, flags)
     module.to_empty(device=torch.device("cpu") if flags.offload else device)
+    if whole:
+        model.tie_weights()  # `to_empty` has made two tensors of one
     for name, buffer in buffers.items():  # rotary frequencies: computed, not stored in the files
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, buffer.to(device))  # the compute device
-    load(model, folder, dither)
+    weights.load(model, folder, dither)
+    if adapter is not None and adapter.lora_rank:
+        adapters.initialize(model, adapter.seed)
     return module
 
 
-def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, flags: ShardingFlags) -> None:
-    """Shard a model in place, layer by layer, as the flags say; it may be on the meta device."""
+def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, flags: ShardingFlags) -> bool:
+    """Shard a model in place, layer by layer, as the flags say; it may be on the meta device.
+
+    Where nothing is to be divided, frozen parameters are left out: FSDP would copy each for every
+    pass. Returns whether they were.
+    """
+    frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+    whole = bool(frozen) and mesh.size(mesh.ndim - 1) == 1 and not flags.offload
     if flags.gradient_checkpointing:
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "reshard_after_forward": rules.regathers(flags.sharding),
+        **({"ignored_params": frozen} if whole else {}),
     }
     if flags.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
@@ -117,6 +128,7 @@ def shard(module: TargetLoss, mesh: DeviceMesh, dtype: torch.dtype, flags: Shard
             layer.compile(dynamic=False)  # else a second length compiles slower, general code
         fully_shard(layer, **options)
     fully_shard(module, **options)
+    return whole
 
 
 def reshard(module: torch.nn.Module) -> None:
@@ -135,7 +147,7 @@ def reduces_once(module: TargetLoss, mesh: DeviceMesh, flags: ShardingFlags) -> 
 
     A collective call: if one rank has too little, all ranks reduce gradients with every pack.
     """
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    parameters = sum(one.numel() for one in module.parameters() if one.requires_grad)
     if mesh.device_type == "cuda":
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
@@ -160,79 +172,3 @@ def decoder_layers(model: PreTrainedModel, named: str = "") -> list[torch.nn.Mod
             "automatically.",
         )
     return [module for module in model.modules() if type(module).__name__ in classes]
-
-
-@dataclass(frozen=True)
-class Dither:
-    """What `rounding.dither` needs to know about a run."""
-
-    compute: torch.dtype
-    seed: int
-
-    @classmethod
-    def of(cls, flags: PrecisionFlags, compute: torch.dtype) -> "Dither | None":
-        """None where the run computes in its masters' own type, or the user turned dither off."""
-        wanted = flags.dither_masters and compute != torch.float32
-        return cls(compute, flags.seed) if wanted else None
-
-
-@torch.no_grad()
-def load(model: PreTrainedModel, folder: Path, dither: Dither | None = None) -> None:
-    """Fill every parameter's local shard from the folder's safetensors files; a collective call.
-
-    With `dither`, trainable parameters become dithered masters of the values in the files.
-
-    Raises:
-        UserError: a tensor is missing, its shape differs, or it holds NaN or infinite numbers; the
-            message names it. Raised on every rank, even if only one of them found it.
-    """
-    found = on_every_rank(lambda: _fill_all(model, folder, dither))
-    if nonfinite := sorted({name for names in found for name in names}):
-        raise UserError(
-            f"{nonfinite[0]} holds NaN or infinite numbers"
-            + (f", and so do {len(nonfinite) - 1} more tensors." if nonfinite[1:] else "."),
-            "Fetch or convert the weights again.",
-        )
-
-
-def _fill_all(model: PreTrainedModel, folder: Path, dither: Dither | None) -> list[str]:
-    """Fill this rank's shards; returns the tensors with NaN or infinite numbers in its rows."""
-    nonfinite = []
-    parameters = dict(model.named_parameters())
-    for name, entry in stored.tensors(folder).items():
-        if name in parameters:
-            # Reopened for each tensor: pages read from a mapped file count as resident memory.
-            with safe_open(entry.path, framework="pt") as file:
-                parameter = parameters.pop(name)
-                _fill(name, parameter, file.get_slice(name), entry.path, dither)
-            if not finite(parameter.to_local()):
-                nonfinite.append(f"{entry.path}: {name}")
-    if parameters:
-        raise UserError(
-            f"{folder} lacks {len(parameters)} tensor(s) (first: {min(parameters)}).",
-            "Is a shard missing? Convert the weights again.",
-        )
-    return nonfinite
-
-
-def _fill(
-    name: str, parameter: torch.nn.Parameter, source: object, path: Path, dither: Dither | None
-) -> None:
-    shape = list(parameter.shape)
-    found = source.get_shape()  # type: ignore[attr-defined]
-    if found != shape:
-        raise UserError(
-            f"{path.name}: {name} has shape {found}, config.json implies {shape}.",
-            "The weights and config.json belong to different models.",
-        )
-    assert isinstance(parameter, DTensor)
-    local, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    rows = slice(offset[0], offset[0] + local[0])
-    values: torch.Tensor = source[rows]  # type: ignore[index]
-    if dither is not None and parameter.requires_grad:
-        kind, values = values.dtype, values.float().contiguous()
-        first = offset[0] * math.prod(shape[1:])
-        rounding.dither(values, kind, dither.compute, dither.seed, name, first)
-    parameter.to_local().copy_(values)
