@@ -156,6 +156,7 @@ class Trainer:
         changed.
         """
         started = time.monotonic()
+        self.seed_dropout(step)
         example_ids = [self.data.train[i] for i in self.schedule.indices(step)]
         computed = self.forward_backward(example_ids)
         norm, rate = self.update(step)
@@ -190,6 +191,10 @@ class Trainer:
         }
         line = {**self.log_line(step, example_ids, whole, counts), **rates}
         return line, int(ranks[:, 5].max()), counts
+
+    def seed_dropout(self, step: int) -> None:
+        """Let what a step drops at random depend on the step and the rank, not on earlier steps."""
+        torch.manual_seed((self.flags.seed * 1_000_003 + step) * 65_536 + dist.get_rank())
 
     def forward_backward(self, example_ids: Sequence[int]) -> Computed:
         """Add up the gradients of a step's loss, pack by pack; returns this rank's results."""
