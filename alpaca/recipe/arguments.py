@@ -158,11 +158,15 @@ class AdapterFlags(Seed):
     """LoRA: what is trained in place of all weights, and how the frozen base is held."""
 
     lora_rank: int = flag(0, "train a LoRA adapter of this rank; 0: train all weights")
-    lora_alpha: float = flag(0.0, "its change is scaled by alpha / rank; 0: twice the rank")
-    lora_dropout: float = flag(0.0, "share of an adapter's inputs dropped at random in training")
+    lora_alpha: float = flag(
+        0.0, "its scale is alpha / rank [0: twice the rank]; also: --lora_dropout [0.0]"
+    )
+    lora_dropout: float = flag(0.0, "")
     lora_target_modules: str = flag("all-linear", "adapt these layers, such as q_proj,v_proj")
-    lora_use_rslora: bool = flag(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
-    use_dora: bool = flag(False, "also train the length of each row of the weights (DoRA)")
+    lora_use_rslora: bool = flag(False, "")
+    use_dora: bool = flag(
+        False, "also train the rows' lengths (DoRA); --lora_use_rslora: alpha / sqrt(rank)"
+    )
     quantize_base: str = flag("no", "hold the frozen base in 4 or 8 bits (QLoRA)", "no", *QUANTIZED)
     merge: bool = flag(False, "also write base and adapter merged, into output_dir/merged")
 
@@ -245,7 +249,7 @@ PARTS = (
 OPTIONAL = {
     "optim": ("optim", {"adamw_8bit": "torchao"}),
     "report_to": (
-        "report", {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
+        "report", {"tensorboard": "tensorboard", "trackio": "trackio"},
     ),
 }  # fmt: skip
 

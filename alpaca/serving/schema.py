@@ -23,7 +23,10 @@ PRIMITIVES: dict[str, dict[str, Any]] = {
     "int": {"type": "integer"},
     "str": {"type": "string"},
     "Path": {"type": "string", "format": "uri"},
-}
+    "Secret": {
+        "type": "string", "format": "password", "writeOnly": True, "x-cog-secret": True,
+    },
+}  # fmt: skip
 # keyword of Input(): its name in a JSON schema
 CONSTRAINTS = {
     "ge": "minimum",

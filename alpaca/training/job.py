@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -10,24 +12,56 @@ import torch
 
 from alpaca.errors import UserError
 
+BASES = Path(".cache/bases")  # models of the Hub, converted
 GRACE_SECONDS = 4.0
 TAIL = 4000  # characters of output that an error message repeats
 
 
-async def launch(flags: list[str], root: Path) -> None:
+async def launch(flags: list[str], root: Path, secrets: Mapping[str, str]) -> None:
     """Run train.py on all GPUs, or on two CPU ranks, and print its output.
 
-    All ranks are ended when this function returns or is cancelled.
+    `secrets`: variables that only the job sees.
 
     Raises:
         UserError: the job failed; the error repeats the end of its output.
     """
     ranks = torch.cuda.device_count() or 2
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}", "train.py", *flags]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    await run("Training", [*words, "train.py", *flags], root, {**threads, **secrets})
+
+
+async def fetched(name: str, root: Path, secrets: Mapping[str, str]) -> Path:
+    """The folder of a base model: `name` itself, or OWNER/NAME of the Hub, fetched and converted.
+
+    Raises:
+        UserError: it could not be fetched or converted.
+    """
+    owner, _, short = name.partition("/")
+    if (root / owner).exists() or not owner or not short or "/" in short:
+        return Path(name)
+    final = root / BASES / short.lower()
+    if not (final / "config.json").is_file():
+        given = root / BASES / "fetched"
+        fetch = ["-m", "alpaca", "fetch", name, f"--input_dir={given}"]
+        await run("Fetching the base", fetch, root, secrets)
+        convert = ["-m", "alpaca", "convert", f"--input_dir={given / short}", "--no-tokenizer"]
+        await run("Converting the base", [*convert, f"--output_dir={final.parent}"], root, {})
+    return final
+
+
+async def run(what: str, words: list[str], root: Path, variables: Mapping[str, str]) -> None:
+    """Run Python with these arguments and print its output.
+
+    It and all that it started are ended when this function returns or is cancelled.
+
+    Raises:
+        UserError: it failed; the error repeats the end of its output.
+    """
+    environment = {**os.environ, **variables, "PYTHONUNBUFFERED": "1"}
     job = await asyncio.create_subprocess_exec(
-        *command,
+        sys.executable,
+        *words,
         cwd=root,
         env=environment,
         start_new_session=True,
@@ -47,8 +81,9 @@ async def launch(flags: list[str], root: Path) -> None:
         end_family(job.pid)
     if code:
         # Cog returns the error separately; the last lines of the logs may arrive too late.
-        reason = tail[tail.find("train: error:") :] if "train: error:" in tail else tail
-        raise UserError(f"Training failed with exit code {code}:\n{reason.strip()}")
+        told = re.search(r"^(train|alpaca \w+): error:", tail, re.MULTILINE)
+        reason = tail[told.start() :] if told else tail
+        raise UserError(f"{what} failed with exit code {code}:\n{reason.strip()}")
 
 
 def end_family(pid: int) -> None:
