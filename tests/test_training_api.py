@@ -198,7 +198,7 @@ assert uploads.check(found, folder, {}).read_bytes() == b"[]"
 def test_the_table_of_inputs_names_every_input_with_its_default_and_range() -> None:
     page = (ROOT / "docs/training.md").read_text().partition("## Over HTTP")[2]
     shown = re.findall(r"^\| `(\w+)` *\|([^|]*)\|([^|]*)\|", page, re.MULTILINE)
-    assert len(shown) == 8
+    assert len(shown) == 12
     fields = schema.find(ROOT, "train.py:train", "train").input_schema()["properties"]
     assert {name: (default.strip(" `"), reach.strip()) for name, default, reach in shown} == {
         name: (str(field.get("default", "")), reach(field)) for name, field in fields.items()
