@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from train_step import LENGTH, packed, parse, timed
+from train_step import LENGTH, options, packed, timed
 from transformers import AutoModelForCausalLM
 
 from alpaca.folder import load_tokenizer
@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venvs" / "peers"
 PACKAGES = [
     "torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "trl==1.16.0",
+    "peft==0.21.2",
 ]  # fmt: skip
 # torch's cross_entropy, in the libraries' steps, is off by 1.7e-4 in the gradient of 49,152 logits.
 EXACT = 5e-4
@@ -62,13 +63,16 @@ class Peers:
     versions: dict[str, str]
 
     @classmethod
-    def start(cls, model: Path, work: Path) -> "Peers":
-        """Load the model there, with the examples and the gradient that are stored in `work`."""
+    def start(cls, model: Path, work: Path, *, adapter: Path | None = None) -> "Peers":
+        """Load the model there, with the examples and the gradient that are stored in `work`.
+
+        With an adapter's folder, only the adapter is trained.
+        """
         command = [environment(), ROOT / "bench/peers_worker.py", model.resolve(), work]
         log = work / "log"
         with open(log, "w") as errors:
             process = subprocess.Popen(
-                [*map(str, command), str(torch.get_num_threads())],
+                [*map(str, command), str(torch.get_num_threads()), *([adapter] if adapter else [])],
                 cwd=work,
                 text=True,
                 stdin=subprocess.PIPE,
@@ -105,7 +109,7 @@ class Peers:
 
 
 def main() -> None:
-    arguments = parse(__doc__)
+    arguments = options(__doc__).parse_args()
     codec = Codec(load_tokenizer(arguments.model))
     with tempfile.TemporaryDirectory() as folder:
         corpus = open_corpus(arguments.data, codec, Path(folder), LENGTH)
@@ -139,12 +143,25 @@ def report(arguments: argparse.Namespace, corpus: Corpus, work: Path) -> None:
             print(f"round {number}:", {k: round(v[-1], 2) for k, v in seconds.items()}, flush=True)
     finally:
         peers.process.kill()
-    result = {f"speedup_vs_{name}": ratio(seconds[name], seconds["ours"]) for name in best}
+    print(json.dumps(summary(peers, trials, best, seconds, len(members))))
+
+
+def summary(
+    peers: Peers,
+    trials: dict[str, Any],
+    best: dict[str, str],
+    seconds: dict[str, list[float]],
+    examples: int,
+) -> dict[str, Any]:
+    """What was measured, for the last line."""
+    result: dict[str, Any] = {
+        f"speedup_vs_{name}": ratio(seconds[name], seconds["ours"]) for name in best
+    }
     result |= {f"{name}_setting": way for name, way in best.items()}
     result["seconds"] = {name: round(statistics.median(v), 2) for name, v in seconds.items()}
-    result |= {"trials": trials, "examples": len(members), "threads": torch.get_num_threads()}
+    result |= {"trials": trials, "examples": examples, "threads": torch.get_num_threads()}
     result["versions"] = {"python": sys.version.split()[0], **peers.versions}
-    print(json.dumps(result))
+    return result
 
 
 def example(corpus: Corpus, index: int) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -56,7 +57,9 @@ class Watch(TrainerCallback):
         self.seconds = time.perf_counter() - self.seconds
         missed, whole = 0.0, 0.0
         for name, parameter in model.named_parameters():
-            right = self.reference[name]
+            if not parameter.requires_grad:
+                continue
+            right = self.reference[name.replace(".default", "")]
             assert parameter.grad is not None
             missed += float((parameter.grad - right).double().square().sum())
             whole += float(right.double().square().sum())
@@ -128,13 +131,14 @@ COLUMNS = {"sfttrainer": ("input_ids", "completion_mask"), "trainer": ("input_id
 def main() -> None:
     """Answer requests until the input ends."""
     folder, work = Path(sys.argv[1]), Path(sys.argv[2])
+    adapter = sys.argv[4] if len(sys.argv) > 4 else None
     torch.set_num_threads(int(sys.argv[3]))
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print; stdout is for answers only
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     examples = json.loads((work / "examples.json").read_text())
     reference = load_file(work / "gradient.safetensors")
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
     versions = {name: importlib.metadata.version(name) for name in packages}
     print(json.dumps({"ways": list(WAYS), "versions": versions}), file=answers, flush=True)
     for line in sys.stdin:
@@ -143,6 +147,8 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
         )
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         try:
             made = trainer(line.strip(), model, tokenizer, examples)
             made.add_callback(watch)

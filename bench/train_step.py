@@ -58,9 +58,15 @@ def padded(
         (total / targets).backward()
 
 
-def packed(module: TargetLoss, corpus: Corpus, members: list[int], targets: int) -> None:
-    """Forward and backward over packs of at most BATCH x LENGTH tokens."""
-    for pack in packing.distribute(corpus, members, BATCH * LENGTH, world_size=1)[0]:
+def packed(
+    module: TargetLoss,
+    corpus: Corpus,
+    members: list[int],
+    targets: int,
+    capacity: int = BATCH * LENGTH,
+) -> None:
+    """Forward and backward over packs of at most `capacity` tokens."""
+    for pack in packing.distribute(corpus, members, capacity, world_size=1)[0]:
         (loss.pack_loss(module, packing.build(corpus, pack), CPU) / targets).backward()
 
 
@@ -87,18 +93,18 @@ def lasting_rate(size: int = 1024, seconds: float = 3.0) -> float:
     return 2 * size**3 * count / (time.perf_counter() - started)
 
 
-def parse(description: str) -> argparse.Namespace:
+def options(description: str) -> argparse.ArgumentParser:
     """The flags of a benchmark of this step."""
     options = argparse.ArgumentParser(description=description.partition("\n")[0])
     options.add_argument("--data", type=Path, default=Path("data/seed_tasks.jsonl"))
     options.add_argument("--model", type=Path, default=Path("weights/smollm2-135m"))
     options.add_argument("--examples", type=int, default=32)
     options.add_argument("--rounds", type=int, default=3)
-    return options.parse_args()
+    return options
 
 
 def main() -> None:
-    arguments = parse(__doc__)
+    arguments = options(__doc__).parse_args()
     codec = Codec(load_tokenizer(arguments.model))
     with tempfile.TemporaryDirectory() as cache:
         corpus = open_corpus(arguments.data, codec, Path(cache), LENGTH)

@@ -33,6 +33,8 @@ def add(model: PreTrainedModel, flags: AdapterFlags, compute: torch.dtype) -> No
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    from alpaca.training.lowrank import LowRankLinear
+
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(compute)
@@ -41,6 +43,8 @@ def add(model: PreTrainedModel, flags: AdapterFlags, compute: torch.dtype) -> No
     inject_adapter_in_model(config, model, adapter_name=NAME, low_cpu_mem_usage=True)
     for layer in model.modules():
         inner = getattr(layer, "base_layer", None)
+        if isinstance(inner, nn.Linear):
+            layer.__class__ = LowRankLinear
         kind = flags.quantize_base
         if isinstance(inner, nn.Linear) and kind != "no" and fits(kind, inner.in_features):
             layer.base_layer = QuantizedLinear(inner, kind)
