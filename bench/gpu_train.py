@@ -1,6 +1,7 @@
 """Training speed of 7B-shaped layers on one GPU: tokens a second, useful-token MFU, memory.
 
-    python bench/gpu_train.py [--layers N]      python bench/gpu_train.py --device cpu --tiny
+    python bench/gpu_train.py [--layers N] [--lora RANK [--quantize_base nf4]]
+    python bench/gpu_train.py --device cpu --tiny
 
 Runs the trainer's own steps (`--fsdp shard_grad_op`, 32 examples, AdamW, fp32 master weights, bf16
 compute) on random weights and random examples with Alpaca's lengths, with as many layers as fit,
@@ -20,14 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from alpaca.recipe import packing, steps
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import QUANTIZED, Arguments
 from alpaca.recipe.corpus import Corpus
 from alpaca.training import attention, flops, sharding
 from alpaca.training.loop import Data, Trainer
 from alpaca.training.loss import TargetLoss
+from alpaca.training.weights import local
 
 EXAMPLES = 32  # per step: the published 4 x 8 of a device
 PREFIXES = (38, 50)  # LLaMA tokens of the two templates before the instruction
@@ -50,6 +52,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of two small layers")
     parser.add_argument("--layers", type=int, default=0, help="0: as many as fit")
     parser.add_argument("--max_tokens_per_pack", type=int, default=2048)
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter")
+    parser.add_argument("--quantize_base", default="no", choices=["no", *QUANTIZED])
     parser.add_argument("--seconds", type=float, default=40, help="measured of each case")
     parser.add_argument("--eager", action="store_true", help="only the cases without torch.compile")
     options = parser.parse_args()
@@ -81,7 +85,10 @@ class Bench:
         self.seconds = options.seconds
         self.shape: dict[str, Any] = TINY if options.tiny else SHAPE
         self.arguments = Arguments(
-            fsdp="shard_grad_op auto_wrap", max_tokens_per_pack=options.max_tokens_per_pack
+            fsdp="shard_grad_op auto_wrap",
+            max_tokens_per_pack=options.max_tokens_per_pack,
+            lora_rank=options.lora,
+            quantize_base=options.quantize_base,
         )
         self.mesh = sharding.start(device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -101,6 +108,8 @@ class Bench:
             "layers": self.layers,
             "parameters": self.layers * self.layer_parameters() + self.table_parameters(),
             "max_tokens_per_pack": self.arguments.pack_tokens,
+            "lora_rank": self.arguments.lora_rank,
+            "quantize_base": self.arguments.quantize_base,
             "matmul_tflops": round(self.rate / 1e12, 2),
             "peak_tflops": round(self.peak / 1e12, 2),
         }
@@ -119,12 +128,13 @@ class Bench:
         """How many layers fit: 22 bytes per weight, and the activations of a pack.
 
         The 22 bytes: fp32 weight, gradient (whole while it is added up, and reduced) and two
-        moments, and the bf16 copy. Without checkpointing, a layer keeps for each token about 16
+        moments, and the bf16 copy. A frozen base takes 2. Without checkpointing, a layer keeps for each token about 16
         vectors of its width and 3 of the inner width, in bf16.
         """
         vectors = 16 * self.shape["hidden_size"] + 3 * self.shape["intermediate_size"]
-        layer = 22 * self.layer_parameters() + 2 * vectors * self.arguments.pack_tokens
-        free = torch.cuda.mem_get_info()[0] - 22 * self.table_parameters() - 6e9
+        each = 2 if self.arguments.lora_rank else 22
+        layer = each * self.layer_parameters() + 2 * vectors * self.arguments.pack_tokens
+        free = torch.cuda.mem_get_info()[0] - each * self.table_parameters() - 6e9
         return max(1, min(32, int(free / layer)))
 
     def case(self, **flags: bool) -> dict[str, Any]:
@@ -143,12 +153,10 @@ class Bench:
         """A trainer of one device, with random weights."""
         torch.manual_seed(0)
         config = LlamaConfig(**self.shape, num_hidden_layers=self.layers)
-        with self.device:
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=attention.NAME
-            )
-        module = TargetLoss(model.train())
-        sharding.shard(module, self.mesh, self.dtype, arguments)
+        module = sharding.without_values(
+            config, self.mesh, self.dtype, self.device, arguments, arguments
+        )
+        fill(module)
         once = sharding.reduces_once(module, self.mesh, arguments)
         schedule = steps.schedule(arguments, len(self.data.train), 1)
         assert schedule.batch == EXAMPLES
@@ -176,6 +184,21 @@ class Bench:
             "memory_gb": round(lines[-1]["memory"] / 1e9, 1),
             "last_loss": round(lines[-1]["loss"], 4),
         }
+
+
+@torch.no_grad()
+def fill(module: TargetLoss) -> None:
+    """Random weights: norms are 1, matrices small, the bytes of quantized ones any."""
+    for name, parameter in module.named_parameters():
+        values = local(parameter)
+        if name.endswith("scales"):  # fp32, as bytes
+            values.view(torch.float32).fill_(0.02)
+        elif values.dtype == torch.uint8:
+            values.random_(0, 256)
+        elif values.ndim == 1:
+            values.fill_(1.0)
+        else:
+            values.normal_(std=0.02)
 
 
 def corpus(examples: int, vocabulary: int) -> Corpus:

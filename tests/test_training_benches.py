@@ -41,6 +41,15 @@ def test_gpu_train_needs_no_cog() -> None:
 
 
 @pytest.mark.slow
+def test_gpu_train_measures_adapters_on_a_cpu_too() -> None:
+    flags = ("--device", "cpu", "--tiny", "--eager", "--seconds", 0.1)
+    found = bench("gpu_train", *flags, "--lora", 4, "--quantize_base", "nf4")
+    assert (found["lora_rank"], found["quantize_base"]) == (4, "nf4")
+    plain, checkpointed = (case["last_loss"] for case in found["cases"].values())
+    assert plain == checkpointed
+
+
+@pytest.mark.slow
 def test_gpu_train_measures_steps_of_the_trainer_on_a_cpu_too() -> None:
     found = bench("gpu_train", "--device", "cpu", "--tiny", "--eager", "--seconds", 0.1)
     assert list(found["cases"]) == ["eager", "eager+checkpointing"]

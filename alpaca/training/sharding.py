@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.rendezvous import rendezvous
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from alpaca import ram
 from alpaca.errors import UserError
@@ -79,9 +79,25 @@ def build(
         UserError: no model folder, weights that do not fit its config.json, or a layer class
             that the model does not have.
     """
-    flags = flags or ShardingFlags()
     check_folder(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    module = without_values(config, mesh, dtype, device, flags, adapter)
+    weights.load(module.model, folder, dither)
+    if adapter is not None and adapter.lora_rank:
+        adapters.initialize(module.model, adapter.seed)
+    return module
+
+
+def without_values(
+    config: PreTrainedConfig,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    device: torch.device,
+    flags: ShardingFlags | None = None,
+    adapter: AdapterFlags | None = None,
+) -> TargetLoss:
+    """Build and shard a model whose parameters hold no values yet; as `build`."""
+    flags = flags or ShardingFlags()
     config.dtype = torch.float32
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
@@ -98,9 +114,6 @@ def build(
     for name, buffer in buffers.items():  # rotary frequencies: computed, not stored in the files
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, buffer.to(device))  # the compute device
-    weights.load(model, folder, dither)
-    if adapter is not None and adapter.lora_rank:
-        adapters.initialize(model, adapter.seed)
     return module
 
 
