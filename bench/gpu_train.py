@@ -128,8 +128,8 @@ class Bench:
         """How many layers fit: 22 bytes per weight, and the activations of a pack.
 
         The 22 bytes: fp32 weight, gradient (whole while it is added up, and reduced) and two
-        moments, and the bf16 copy. A frozen base takes 2. Without checkpointing, a layer keeps for each token about 16
-        vectors of its width and 3 of the inner width, in bf16.
+        moments, and the bf16 copy. A frozen base takes 2. Without checkpointing, a layer keeps for
+        each token about 16 vectors of its width and 3 of the inner width, in bf16.
         """
         vectors = 16 * self.shape["hidden_size"] + 3 * self.shape["intermediate_size"]
         each = 2 if self.arguments.lora_rank else 22

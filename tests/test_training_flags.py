@@ -175,3 +175,52 @@ def test_examples_that_cannot_be_evaluated_are_said_and_left_out(
         losses.append([line["eval_loss"] for line in lines(out) if "eval_loss" in line])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        # LLaMA-Factory
+        (
+            "--finetuning_type lora --lora_rank 8 --lora_target all --use_rslora True",
+            {"lora_rank": 8, "lora_use_rslora": True, "learning_rate": 2e-4, "targets": ()},
+        ),
+        ("--finetuning_type lora --quantization_bit 4", {"quantize_base": "nf4", "lora_rank": 16}),
+        ("--finetuning_type full", {"lora_rank": 0, "learning_rate": 2e-5}),
+        # axolotl
+        (
+            "--adapter qlora --lora_r 32 --lora_target_modules q_proj,v_proj --load_in_4bit",
+            {"lora_rank": 32, "quantize_base": "nf4", "targets": ("q_proj", "v_proj")},
+        ),
+        ("--adapter=lora --load_in_8bit True", {"lora_rank": 16, "quantize_base": "int8"}),
+        ("--adapter lora --peft_use_dora true --lora_target_linear true", {"use_dora": True}),
+        # TRL
+        ("--use_peft --lora_r 4 --lora_alpha 16", {"lora_rank": 4, "alpha": 16.0}),
+        ("--lora_r=4 --use_peft", {"lora_rank": 4, "alpha": 8.0}),
+        ("--lora_rank 4 --learning_rate 3e-5", {"learning_rate": 3e-5}),
+        ("--lora_rank 4 --learning_rate=3e-5", {"learning_rate": 3e-5}),
+    ],
+)
+def test_other_trainers_words_for_adapters_mean_the_same_here(
+    words: str, meant: dict[str, object]
+) -> None:
+    arguments, _ = parse(words.split())
+    assert {name: getattr(arguments, name) for name in meant} == meant
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--lora_alpha 8", "--lora_alpha 8.0: without an adapter it means nothing"),
+        ("--quantize_base nf4", "Give --lora_rank too"),
+        ("--merge", "--merge True: without an adapter it means nothing"),
+        ("--finetuning_type freeze", "--finetuning_type freeze is not known here"),
+        ("--quantization_bit 3 --lora_rank 4", "Give 4, 8"),
+        ("--lora_rank -1", "--lora_rank must not be negative"),
+        ("--lora_rank 4 --lora_dropout 1", "--lora_dropout must be in [0, 1)"),
+        ("--lora_rank 4 --use_dora --quantize_base int8", "row lengths of quantized weights"),
+    ],
+)
+def test_adapter_flags_that_mean_nothing_are_refused(words: str, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        parse(words.split())
