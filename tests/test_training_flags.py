@@ -1,6 +1,7 @@
 """Flags that cannot work, alone or with the model, are refused before anything starts."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
