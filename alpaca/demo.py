@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description="Fetch, convert, train, serve, ask, score: the whole pipeline on any machine."
     )
+    made.add_argument(
+        "--lora_rank", type=int, default=0, help="train an adapter of this rank, 16 for example"
+    )
     made.add_argument("--keep", action="store_true", help="leave the server running at the end")
     made.add_argument("--port", type=int, default=5000, help="port to serve on (%(default)s)")
     made.add_argument(
@@ -74,7 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
             "The demo asks its questions with curl, which is not installed.",
             "On Debian and Ubuntu: apt-get install curl",
         )
-    demo = Demo(arguments.port, arguments.web_port if arguments.keep else None)
+    web_port = arguments.web_port if arguments.keep else None
+    demo = Demo(arguments.port, web_port, arguments.lora_rank)
     demo.stage("fetch", "A base model", demo.fetch)
     demo.stage("convert", "To a Hugging Face folder", demo.convert)
     demo.stage("train", "Fine-tuning on our seed tasks", demo.train)
@@ -86,8 +90,16 @@ def run(arguments: argparse.Namespace) -> None:
 class Demo:
     """The stages, and the results that are written to `demo/alpaca_out/demo.json`."""
 
-    def __init__(self, port: int, web_port: int | None) -> None:
-        """With a `web_port` the server is left running, and its page is there."""
+    def __init__(self, port: int, web_port: int | None, rank: int = 0) -> None:
+        """With a `web_port` the server is left running, and its page is there.
+
+        `rank`: of the adapter that is trained instead of all weights; 0: none.
+        """
+        self.recipe, self.out = RECIPE, OUT
+        if rank:
+            self.out = OUT.with_name(f"adapter-{rank}")
+            own_rate = {name: v for name, v in RECIPE.items() if name != "--learning_rate"}
+            self.recipe = {**own_rate, "--output_dir": self.out, "--lora_rank": rank}
         self.port = port
         self.web_port = web_port
         self.keep = web_port is not None
@@ -115,7 +127,7 @@ class Demo:
 
     def train(self) -> None:
         """Fine-tune; train.py itself skips a run that is already complete."""
-        flags = [str(word) for pair in RECIPE.items() for word in pair]
+        flags = [str(word) for pair in self.recipe.items() for word in pair]
         execute([sys.executable, "train.py", *flags])
 
     def serve(self) -> None:
@@ -128,7 +140,7 @@ class Demo:
         """Answer the evaluation tasks with both models, and print a table."""
         limits = [str(word) for pair in ANSWERS.items() for word in pair]
         given = []
-        for folder in (BASE, OUT):
+        for folder in (BASE, self.out):
             # a model that was trained again is answered with again
             mark = passport.fingerprint(ROOT / folder)[:8]
             given.append(str(FOLDER / "answers" / f"{folder.name}-{mark}.json"))
@@ -140,12 +152,12 @@ class Demo:
         """Run the server; its output goes to .cache/demo-server.log."""
         log = ROOT / ".cache/demo-server.log"
         log.parent.mkdir(exist_ok=True)
-        words = [sys.executable, "-m", "alpaca", "serve", "--weights", str(OUT)]
+        words = [sys.executable, "-m", "alpaca", "serve", "--weights", str(self.out)]
         ports = ["--port", str(self.port)]
         if self.web_port is not None:
             ports += ["--web-port", str(self.web_port)]
         words += ports
-        print(f"$ ./script/serve --weights {OUT} {' '.join(ports)}", flush=True)
+        print(f"$ ./script/serve --weights {self.out} {' '.join(ports)}", flush=True)
         with open(log, "w") as output:
             # In a new session, so that Ctrl-C reaches only us, and we stop the server properly.
             process = subprocess.Popen(
@@ -201,7 +213,7 @@ class Demo:
 
     def finish(self) -> None:
         """Write demo.json and print a summary."""
-        trained = passport.read(ROOT / OUT)
+        trained = passport.read(ROOT / self.out)
         assert trained is not None
         # The loss of the exported folder, which is served, not of the trainer's own weights.
         before, after = (trained["result"][f"eval_loss_{when}"] for when in ("before", "exported"))
@@ -212,16 +224,16 @@ class Demo:
             "answers": self.answers,
         }
         text = json.dumps(facts, indent=1, ensure_ascii=False)
-        atomic.write_text(ROOT / OUT / "demo.json", text + "\n")
+        atomic.write_text(ROOT / self.out / "demo.json", text + "\n")
         spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         print(f"\n=== Done: held-out loss {before:.3f} before, {after:.3f} after ({spent})")
-        print(f"The model is in {OUT}/, the figures are in {OUT}/demo.json.")
+        print(f"The model is in {self.out}/, the figures are in {self.out}/demo.json.")
         if self.keep:
             body = json.dumps({"input": {"prompt": "Name a colour.", **LIMITS}})
             print(f"Ask it: {self.curl_line(body)}")
             print(f"or in a browser: http://127.0.0.1:{self.web_port}/")
         else:
-            print(f"Serve it: ./script/serve --weights {OUT}")
+            print(f"Serve it: ./script/serve --weights {self.out}")
 
 
 def command(*words: str) -> None:
