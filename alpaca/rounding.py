@@ -66,17 +66,20 @@ def dither(
         bits.add_(torch.where(moved, -noise, noise))
 
 
-def stochastic(values: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor:
+def stochastic(
+    values: Tensor, dtype: torch.dtype, seed: int, name: str, start: int = 0
+) -> Tensor:
     """Round fp32 weights to `dtype`, up or down at random, so that the mean is preserved.
 
     Numbers of `dtype` are unchanged. For fp16, magnitudes below its smallest normal number, 6.1e-5,
     are finally rounded to the nearest 6e-8.
 
     Args:
-        values: fp32, on the CPU, of any shape: the whole tensor.
+        values: fp32, on the CPU, of any shape: elements of the flattened tensor from `start` on.
         dtype: bf16, fp16, or fp32, which changes nothing.
         seed: of the run.
         name: of the tensor.
+        start: index of the first element in the whole tensor.
     """
     low = LOW_BITS[dtype]
     if low == 0:
@@ -85,7 +88,7 @@ def stochastic(values: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tens
     result = torch.empty_like(flat, dtype=dtype)
     for at, part in _chunks(flat):
         bits = part.view(torch.int32)
-        carried = bits + (random_bits(seed, name, at, part.numel()) >> (16 - low))
+        carried = bits + (random_bits(seed, name, start + at, part.numel()) >> (16 - low))
         rounded = (carried & -(1 << low)).view(torch.float32)
         # At the end of the range a carry would give infinity, and for a NaN it could give zero.
         kept = part.isfinite() & rounded.isfinite()
