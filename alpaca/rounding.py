@@ -66,9 +66,7 @@ def dither(
         bits.add_(torch.where(moved, -noise, noise))
 
 
-def stochastic(
-    values: Tensor, dtype: torch.dtype, seed: int, name: str, start: int = 0
-) -> Tensor:
+def stochastic(values: Tensor, dtype: torch.dtype, seed: int, name: str, start: int = 0) -> Tensor:
     """Round fp32 weights to `dtype`, up or down at random, so that the mean is preserved.
 
     Numbers of `dtype` are unchanged. For fp16, magnitudes below its smallest normal number, 6.1e-5,
