@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alpaca.errors import UserError
+
 # How many low bits of the fp32 pattern are zero in every (normal) number of the type.
 LOW_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 CHUNK = 1 << 20  # elements processed at a time: about 30 MB of temporary tensors
@@ -92,6 +94,29 @@ def stochastic(values: Tensor, dtype: torch.dtype, seed: int, name: str, start: 
         kept = part.isfinite() & rounded.isfinite()
         result[at : at + part.numel()] = torch.where(kept, rounded, part)
     return result.view(values.shape)
+
+
+def rounded(
+    values: Tensor, dtype: torch.dtype, seed: int | None, use: str, name: str, start: int = 0
+) -> Tensor:
+    """Round fp32 weights to `dtype`: to the nearest without a `seed`, else stochastically.
+
+    `use` says what for: another use of the same tensor draws other random bits. The other arguments
+    are those of `stochastic`.
+
+    Raises:
+        UserError: a number is too large for fp16.
+    """
+    if seed is None:
+        result = values.to(dtype)
+    else:
+        result = stochastic(values, dtype, seed, f"{use} {name}", start)
+    if dtype == torch.float16 and result.isinf().any():
+        raise UserError(
+            f"{name} holds {float(values.abs().max()):.6g}; the largest number of fp16 is 65504.",
+            "Choose bf16 or fp32 as the type to write.",
+        )
+    return result
 
 
 class Error:

@@ -34,7 +34,7 @@ GROUND = ("errors", "prompt", "atomic", "ram", "layout")
 SHARED = (
     "address", "rounding", "stored", "folder", "datafile", "records", "passport", "adapter", "card",
     "tokens",
-    "recipe", "description", "shards", "model", "golden", "verify",
+    "recipe", "description", "shards", "model", "merging", "golden", "proof", "verify",
 )  # fmt: skip
 DOORS = (
     "predict.py",

@@ -56,17 +56,7 @@ class Rounding:
         Raises:
             UserError: it holds a number that is too large for the type.
         """
-        if self.seed is None:
-            rounded = whole.to(self.dtype)
-        else:
-            rounded = rounding.stochastic(whole, self.dtype, self.seed, f"export {name}")
-        if self.dtype == torch.float16 and rounded.isinf().any():
-            largest = float(whole.abs().max())
-            raise UserError(
-                f"{name} holds {largest:.6g}; the largest number of fp16 is 65504.",
-                "Export with --export_dtype bf16.",
-            )
-        return rounded
+        return rounding.rounded(whole, self.dtype, self.seed, "export", name)
 
 
 @dataclass(frozen=True)
