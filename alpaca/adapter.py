@@ -12,7 +12,7 @@ files; for any other, only the shapes can be compared.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from alpaca import passport, stored
 from alpaca.errors import UserError
@@ -220,10 +221,12 @@ def base_files(base: Path) -> dict[str, str]:
     return hashed(base)
 
 
-def hashed(folder: Path, progress: Callable[[int], object] | None = None) -> dict[str, str]:
-    """Name and SHA-256 of each file in a folder; `progress` is given the bytes of each piece."""
+def hashed(folder: Path) -> dict[str, str]:
+    """Name and SHA-256 of each file in a folder, computed now."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
-    hashes = passport.hash_files(paths, progress)
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
+        hashes = passport.hash_files(paths, bar.update)
     return {path.name: value for path, value in zip(paths, hashes, strict=True)}
 
 
@@ -251,7 +254,7 @@ def find_base(adapter: Adapter, given: Path | None = None) -> Path:
     raise UserError(
         f"The base model of {adapter.folder} was not found"
         + (f" ({names[0]})." if names else ": it does not name one."),
-        "Give its folder: --base FOLDER",
+        "Give its folder: --base FOLDER.",
     )
 
 

@@ -140,11 +140,19 @@ def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
         ("seed", str(run["seed"])),
         ("versions", ", ".join(f"{name} {value}" for name, value in recorded["versions"].items())),
     ]
+    if "adapter" in recorded:
+        rows.insert(0, ("merged from", _adapter(recorded["adapter"]["settings"])))
     changes = recorded.get("changes", [])
     if changes:
         told = "; ".join(f"after step {c['step']} {c['name']} {c['new']}" for c in changes)
         rows.append(("changed on the way", told))
     return rows
+
+
+def _adapter(settings: dict[str, Any]) -> str:
+    kind = "DoRA" if settings.get("use_dora") else "LoRA"
+    scaled = " / sqrt(rank)" if settings.get("use_rslora") else " / rank"
+    return f"a {kind} adapter, rank {settings['r']}, scale {settings['lora_alpha']}{scaled}"
 
 
 def _ending(result: dict[str, Any]) -> str:

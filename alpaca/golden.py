@@ -164,6 +164,7 @@ class Float64Weights:
 
     def __init__(self, folder: Path) -> None:
         """Read the headers; using a missing tensor later raises KeyError."""
+        self.folder = folder
         self.config: dict[str, Any] = stored.read_json(folder / "config.json")
         self.entries = stored.tensors(folder)
         self.parameters = sum(entry.elements for entry in self.entries.values())

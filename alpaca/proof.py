@@ -7,13 +7,14 @@ the first is what the rounding made. Tensors are merged as they are needed: noth
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alpaca import adapter as adapters
 from alpaca import golden, merging, shards
 from alpaca.adapter import Adapter
 from alpaca.golden import Float64Weights
@@ -30,7 +31,7 @@ class AdaptedWeights(Float64Weights):
     def __init__(self, base: Path, adapter: Adapter, base_weight: BaseWeight | None = None) -> None:
         """`base_weight`: what the adapter was trained on in place of a base tensor."""
         super().__init__(base)
-        self.adapter = adapter
+        self.adapter, self.base_weight = adapter, base_weight
         self.parameters += adapter.parameters
         self._base = Base(self.entries, base_weight)
 
@@ -106,9 +107,15 @@ def record(base: Path, adapter: Adapter, base_weight: BaseWeight | None = None) 
     if reason := unfit(weights, 1 + len(WAYS)):
         print(f"note: no golden logits and no proof of merging were saved: {reason}")
         return {"golden": None, "proof": None}
+    return facts(weights)
+
+
+def facts(weights: AdaptedWeights) -> dict[str, Any]:
+    """What `record` returns, however long it takes."""
+    base, adapter = weights.folder, weights.adapter
     ids = golden.prompt_ids(tokenizer_folder(base, adapter))
     logits = golden.forward(weights, ids)
-    found = measure(base, adapter, ids, logits, merging.ROUNDING, base_weight)
+    found = measure(base, adapter, ids, logits, merging.ROUNDING, weights.base_weight)
     return {"golden": golden.described(ids, logits), "proof": found.facts}
 
 
@@ -141,6 +148,54 @@ def largest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 def tokenizer_folder(base: Path, adapter: Adapter) -> Path:
     """Where the tokenizer of base + adapter is: in the adapter's folder, if it has one."""
     return adapter.folder if (adapter.folder / "tokenizer.json").is_file() else base
+
+
+def repeat(
+    recorded: Mapping[str, Any],
+    base: Path,
+    adapter: Adapter,
+    base_weight: BaseWeight | None = None,
+) -> tuple[list[str], Rounded | None]:
+    """Compare an adapter's logits, and those of its merges, with what its passport holds of them.
+
+    Returns one line for each difference, and the figures that were computed.
+    """
+    if not recorded.get("golden") or (adapter.quantized and base_weight is None):
+        return [], None
+    ids = golden.prompt_ids(tokenizer_folder(base, adapter))
+    logits = golden.forward(AdaptedWeights(base, adapter, base_weight), ids)
+    problems = golden.differences(recorded["golden"], golden.described(ids, logits))
+    kept = recorded.get("proof")
+    if problems or not kept:
+        return problems, None
+    ways = {name: dtype for name, dtype in WAYS.items() if name in kept}
+    found = measure(base, adapter, ids, logits, kept["rounding"], base_weight, ways)
+    return differences(kept, found), found
+
+
+def repeat_merge(
+    folder: Path,
+    recorded: Mapping[str, Any],
+    base: Path,
+    adapter: Adapter,
+    base_weight: BaseWeight | None = None,
+) -> tuple[list[str], Rounded | None]:
+    """Compare a merged folder again with the base and adapter that its passport names."""
+    for what, where, files in (
+        ("adapter", adapter.folder, adapters.hashed(adapter.folder)),
+        ("base", base, adapters.base_files(base)),
+    ):
+        weights = {k: v for k, v in recorded[what]["files"].items() if k.endswith(".safetensors")}
+        if any(files.get(name) != value for name, value in weights.items()):
+            return [f"{where} is not the {what} that {folder} was merged from"], None
+    kept = recorded["proof"]
+    ids = golden.prompt_ids(folder)
+    logits = golden.forward(AdaptedWeights(base, adapter, base_weight), ids)
+    written = largest(golden.forward(Float64Weights(folder), ids), logits)
+    exact = {"fp32": torch.float32}
+    found = measure(base, adapter, ids, logits, kept["rounding"], base_weight, exact)
+    found = replace(found, differences={**found.differences, recorded["export"]["dtype"]: written})
+    return differences(kept, found), found
 
 
 def differences(kept: Mapping[str, Any], found: Rounded) -> list[str]:

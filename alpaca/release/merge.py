@@ -98,7 +98,7 @@ def merge(
     entries = model.check_weights(base)
     adapter.check_base(base, entries)
     print(f"hashing {base} and {adapter.folder}", flush=True)
-    hashes = Hashes(_hashed(base), _hashed(adapter.folder))
+    hashes = Hashes(hashed(base), hashed(adapter.folder))
     hashes.check(adapter, base, entries)
     weights = _weights(base, entries)
     dtype, others = _types(weights, chosen.dtype)
@@ -142,12 +142,6 @@ class Hashes:
                         f"See what else changed: python -m alpaca verify {folder}",
                     )
         adapter.check_base(base, dict(entries), self.base)
-
-
-def _hashed(folder: Path) -> dict[str, str]:
-    total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
-        return hashed(folder, bar.update)
 
 
 def _weights(base: Path, entries: Mapping[str, Entry]) -> list[Weight]:
