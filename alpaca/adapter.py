@@ -12,7 +12,7 @@ files; for any other, only the shapes can be compared.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -286,10 +286,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name, value in config.items():
         if value and name not in READ | HARMLESS | {"init_lora_weights"}:
             raise UserError(f"{path}: {name} {value!r} is not supported here.", FOREIGN)
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float) or config[name] <= 0:
+    for name, good in CHECKS.items():
+        if not good(config.get(name)):
             raise UserError(f"{path}: {name} is {config.get(name)!r}.", "Train the adapter again.")
     return config
+
+
+def _positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether it gives a positive number to names by regular expressions."""
+    if not isinstance(value, dict):
+        return value is None
+    try:
+        for key in value:
+            re.compile(key)
+    except re.error:
+        return False
+    return all(map(_positive, value.values()))
+
+
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "r": _positive,
+    "lora_alpha": _positive,
+    "use_rslora": _is_switch,
+    "use_dora": _is_switch,
+    "rank_pattern": _is_pattern,
+    "alpha_pattern": _is_pattern,
+}
 
 
 def _of_pattern(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
@@ -308,7 +339,9 @@ def _entries(folder: Path) -> dict[str, stored.Entry]:
             "Copy the folder again; an adapter_model.bin can be saved anew with peft.",
         )
     stored.check_pointer(path)
-    return stored.header(path)
+    found = stored.header(path)
+    stored.check_types(found)
+    return found
 
 
 def _modules(folder: Path, entries: Mapping[str, stored.Entry], *, dora: bool) -> list[str]:

@@ -116,7 +116,7 @@ def make_adapter(
             parameter.data = 0.1 * torch.randn_like(parameter)
         if "magnitude" in name:
             parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
-    tuned.save_pretrained(folder)
+    tuned.save_pretrained(folder, save_embedding_layers=False)
     if recorded:
         record(folder, base)
     return folder

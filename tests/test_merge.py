@@ -647,7 +647,9 @@ def test_a_disk_that_fills_up_meanwhile_is_said_and_nothing_stays(
     adapter: Path, disk: Path
 ) -> None:
     with slowed(adapter, disk / "out") as process:
+        process.send_signal(signal.SIGSTOP)
         leave(disk, 20_000)
+        process.send_signal(signal.SIGCONT)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "Free some space and run the same command again" in told
