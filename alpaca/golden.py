@@ -184,8 +184,12 @@ class Float64Weights:
     def product(self, module: str, x: Tensor) -> Tensor:
         """x: (tokens, in), multiplied by a module's matrix: (tokens, out)."""
         name = f"{module}.weight"
-        parts = shards.row_slices(self.entries[name].shape)
-        return torch.cat([x @ self.rows(name, rows).T for rows in parts], dim=1)
+        shape = self.entries[name].shape
+        # Pieces that are kept would lie between those that are freed, and keep their memory.
+        y = torch.empty(len(x), shape[0], dtype=torch.float64)
+        for rows in shards.row_slices(shape):
+            y[:, rows] = x @ self.rows(name, rows).T
+        return y
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x: (tokens, in) to (tokens, out)."""

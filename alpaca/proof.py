@@ -50,8 +50,9 @@ class AdaptedWeights(Float64Weights):
         if change.magnitude is None:
             return y
         name = f"{module}.weight"
-        parts = shards.row_slices(self.entries[name].shape)
-        return y * torch.cat([change.rows(p).row_factors(self.rows(name, p)) for p in parts])
+        for rows in shards.row_slices(self.entries[name].shape):
+            y[:, rows] *= change.rows(rows).row_factors(self.rows(name, rows))
+        return y
 
 
 class MergedWeights(Float64Weights):

@@ -84,7 +84,7 @@ def test_the_base_is_added_to_in_fp32_and_rounded_once(
 ) -> None:
     base = make_base(tmp_path / "base", bpe, dtype=dtype)
     folder = make_adapter(tmp_path / "adapter", base)
-    assert merge(folder, tmp_path / "out", "--proof", "never") == 0
+    assert merge(folder, tmp_path / "out", "--rounding", "nearest") == 0
     exact, ours = peft_merged(base, folder, torch.float64), tensors(tmp_path / "out")
     before = tensors(base)
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -152,10 +152,10 @@ def test_row_by_row_it_is_what_it_is_at_once(base: Path, tmp_path: Path) -> None
                 assert torch.equal(torch.cat(rows), whole), name
 
 
-def test_a_stochastic_merge_rounds_to_neighbours_and_keeps_the_mean(
+def test_a_merge_rounds_to_neighbours_at_random_and_keeps_the_mean(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    assert merge(adapter, tmp_path / "out", "--rounding", "stochastic") == 0
+    assert merge(adapter, tmp_path / "out") == 0
     ours, exact = tensors(tmp_path / "out"), peft_merged(base, adapter, torch.float64)
     up = []
     for name, value in ours.items():
@@ -189,6 +189,24 @@ def exact(model: Any) -> Any:
             if type(child).__name__.endswith("RMSNorm"):
                 setattr(module, name, ExactNorm(child))
     return model
+
+
+def test_changes_below_a_rounding_step_survive_on_the_average_and_are_lost_to_the_nearest(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path / "adapter", base)
+    held = load_file(folder / adapters.WEIGHTS)
+    small = {name: value * 1e-3 if "lora_B" in name else value for name, value in held.items()}
+    save_file(small, folder / adapters.WEIGHTS)
+    whole, before = peft_merged(base, folder, torch.float64), tensors(base)
+    kept = {}
+    for way in ("nearest", "stochastic"):
+        assert merge(folder, tmp_path / way, "--rounding", way) == 0
+        ours = tensors(tmp_path / way)
+        change = torch.cat([(whole[name] - before[name]).flatten() for name in whole])
+        found = torch.cat([(ours[name].double() - before[name]).flatten() for name in whole])
+        kept[way] = float(found @ change / (change @ change))
+    assert kept["nearest"] < 0.5 < 0.8 < kept["stochastic"] < 1.2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -283,7 +301,7 @@ def test_an_adapter_of_this_program_gets_its_template_and_card(base: Path, tmp_p
     assert recorded["result"] == {**result, "eval_loss_exported": None}
     card = (tmp_path / "out/README.md").read_text()
     assert "merged from | a LoRA adapter, rank 4" in card
-    assert "exported as | bf16, rounding: nearest" in card
+    assert "exported as | bf16, rounding: stochastic" in card
     assert verify(tmp_path / "out") == 0
 
 

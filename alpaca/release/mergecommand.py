@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--rounding",
         choices=["nearest", "stochastic"],
-        help="how numbers become 16-bit ones (default: nearest; docs/adapters.md compares them)",
+        help="how numbers become 16-bit ones (default: stochastic, which was nearer to base + "
+        "adapter: docs/adapters.md)",
     )
     made.add_argument(
         "--max_shard_size",
