@@ -104,6 +104,11 @@ def train_from_command_line() -> None:
     from alpaca.training import command
 
     command.run(parsed, given)
+    if parsed.merge and os.environ.get("RANK", "0") == "0":
+        from alpaca.release import mergecommand
+
+        folder, base = parsed.output_dir, parsed.model_name_or_path
+        mergecommand.after_training(folder, base, parsed.export_dtype)
 
 
 def end(code: int) -> NoReturn:

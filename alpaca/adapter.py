@@ -12,19 +12,20 @@ files; for any other, only the shapes can be compared.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from alpaca import passport, stored
 from alpaca.errors import UserError
 
-CONFIG = "adapter_config.json"
+CONFIG = stored.ADAPTER
 WEIGHTS = "adapter_model.safetensors"
 ROOT = "base_model.model."  # in PEFT's names, before the module's name in the base model
 FOREIGN = "Merge it into its base with the program that made it."
@@ -45,7 +46,7 @@ CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter adds to one linear layer; fp32.
+    """What an adapter adds to one linear layer; fp32, or fp64.
 
     down: A, (rank, in); up: B, (out, rank); magnitude: DoRA's row lengths, (out,), or None.
     """
@@ -57,18 +58,30 @@ class Change:
 
     def merged(self, weight: Tensor) -> Tensor:
         """The adapted weight, in the type of `weight`: (out, in), fp32 or fp64."""
-        kind = weight.dtype
-        whole = weight + self.scaling * (self.up.to(kind) @ self.down.to(kind))
-        if self.magnitude is not None:
-            whole *= self.row_factors(weight)[:, None]
-        return whole
+        whole = self._sum(weight)
+        return whole if self.magnitude is None else whole * self._factors(whole)[:, None]
 
     def row_factors(self, weight: Tensor) -> Tensor:
         """DoRA's factor of each row of W + s B A, (out,), in the type of `weight`."""
-        assert self.magnitude is not None
+        return self._factors(self._sum(weight))
+
+    def rows(self, rows: slice) -> "Change":
+        """The change of some rows of the weight."""
+        magnitude = None if self.magnitude is None else self.magnitude[rows]
+        return replace(self, up=self.up[rows], magnitude=magnitude)
+
+    def double(self) -> "Change":
+        """The same in fp64."""
+        magnitude = None if self.magnitude is None else self.magnitude.double()
+        return replace(self, down=self.down.double(), up=self.up.double(), magnitude=magnitude)
+
+    def _sum(self, weight: Tensor) -> Tensor:
         kind = weight.dtype
-        whole = weight + self.scaling * (self.up.to(kind) @ self.down.to(kind))
-        factors: Tensor = self.magnitude.to(kind) / torch.linalg.norm(whole, dim=1)
+        return weight + self.scaling * (self.up.to(kind) @ self.down.to(kind))
+
+    def _factors(self, whole: Tensor) -> Tensor:
+        assert self.magnitude is not None
+        factors: Tensor = self.magnitude.to(whole.dtype) / torch.linalg.norm(whole, dim=1)
         return factors
 
     @property
@@ -125,16 +138,29 @@ class Adapter:
         alpha = float(_of_pattern(self.config, "alpha_pattern", module, self.config["lora_alpha"]))
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def check_base(self, base: Path, weights: Mapping[str, stored.Entry] | None = None) -> None:
+    def check_base(
+        self,
+        base: Path,
+        weights: Mapping[str, stored.Entry] | None = None,
+        hashes: Mapping[str, str] | None = None,
+    ) -> None:
         """Refuse a base model that this adapter was not trained on.
 
-        `weights`: the base's tensors, if the caller has read them. Without hashes of its base in
-        the passport, only the shapes are compared.
+        `weights`: the base's tensors, if the caller has read them. `hashes`: SHA-256 of its files,
+        if the caller has computed them; by default they are those in its passport. Without hashes
+        of its base in the adapter's passport, only the shapes are compared.
 
         Raises:
-            UserError: a layer is absent or has another shape, or a file has another hash.
+            UserError: a layer is absent, tied to the embedding or has another shape, or a file has
+                another hash.
         """
         weights = stored.tensors(base) if weights is None else weights
+        if "lm_head" in self.modules and stored.is_tied(stored.read_json(base / "config.json")):
+            raise UserError(
+                f"{self.folder} changes the output matrix (lm_head), which is the embedding in "
+                f"{base}: one matrix cannot be both.",
+                "Train it again without lm_head among its target_modules.",
+            )
         for module in self.modules:
             name = f"{ROOT}{module}"
             _, wide = self._entries[f"{name}.lora_A.weight"].shape
@@ -147,11 +173,31 @@ class Adapter:
                     f"the adapter changes one of shape {[out, wide]}.",
                     self._where(),
                 )
-        recorded = (self.passport or {}).get("base", {}).get("files")
-        if recorded and _weights(recorded) != _weights(base_files(base)):
+        recorded = self.base_files
+        if not recorded:
+            return
+        own = base_files(base) if hashes is None else hashes
+        if _weights(recorded) != _weights(own):
             raise UserError(
                 f"{self.folder} was trained on other weights than those in {base}.", self._where()
             )
+        settings = "config.json"
+        if settings in recorded and recorded[settings] != own.get(settings):
+            raise UserError(
+                f"{self.folder} was trained with another {settings} than that in {base}.",
+                self._where(),
+            )
+
+    @property
+    def base_files(self) -> dict[str, str]:
+        """SHA-256 of the base's files, by name, if the passport has them; else empty."""
+        files: dict[str, str] = (self.passport or {}).get("base", {}).get("files") or {}
+        return files
+
+    @property
+    def quantized(self) -> str | None:
+        """How the base's weights were quantized while the adapter was trained, if they were."""
+        return (self.passport or {}).get("quantized")
 
     def _where(self) -> str:
         return f"It was trained on {self.base_name}." if self.base_name else "Name its own base."
@@ -172,18 +218,48 @@ def base_files(base: Path) -> dict[str, str]:
     if found is not None:
         files: dict[str, str] = found["files"]
         return files
-    paths = sorted(path for path in base.iterdir() if path.is_file())
-    hashes = passport.hash_files(paths)
+    return hashed(base)
+
+
+def hashed(folder: Path) -> dict[str, str]:
+    """Name and SHA-256 of each file in a folder, computed now."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None) as bar:
+        hashes = passport.hash_files(paths, bar.update)
     return {path.name: value for path, value in zip(paths, hashes, strict=True)}
+
+
+def find_base(adapter: Adapter, given: Path | None = None) -> Path:
+    """The folder of an adapter's base model: the given one, or where its settings say.
+
+    What they name is looked for as it is, next to the adapter's folder, and in weights/.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if given is not None:
+        return given
+    recorded = (adapter.passport or {}).get("base", {}).get("folder")
+    names = [name for name in (adapter.base_name, recorded) if name]
+    beside = adapter.folder.resolve().parent
+    for name in names:
+        last = Path(name).name
+        for folder in (
+            Path(name), beside / name, beside / last, Path("weights", last),
+            Path("weights", last.lower()),
+        ):  # fmt: skip
+            if (folder / "config.json").is_file():
+                return folder
+    raise UserError(
+        f"The base model of {adapter.folder} was not found"
+        + (f" ({names[0]})." if names else ": it does not name one."),
+        "Give its folder: --base FOLDER.",
+    )
 
 
 def _weights(files: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in files.items() if name.endswith(".safetensors")}
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and not a model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -207,10 +283,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name, value in config.items():
         if value and name not in READ | HARMLESS | {"init_lora_weights"}:
             raise UserError(f"{path}: {name} {value!r} is not supported here.", FOREIGN)
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float) or config[name] <= 0:
+    for name, good in CHECKS.items():
+        if not good(config.get(name)):
             raise UserError(f"{path}: {name} is {config.get(name)!r}.", "Train the adapter again.")
     return config
+
+
+def _positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether it gives a positive number to names by regular expressions."""
+    if not isinstance(value, dict):
+        return value is None
+    try:
+        for key in value:
+            re.compile(key)
+    except re.error:
+        return False
+    return all(map(_positive, value.values()))
+
+
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "r": _positive,
+    "lora_alpha": _positive,
+    "use_rslora": _is_switch,
+    "use_dora": _is_switch,
+    "rank_pattern": _is_pattern,
+    "alpha_pattern": _is_pattern,
+}
 
 
 def _of_pattern(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
@@ -229,7 +336,9 @@ def _entries(folder: Path) -> dict[str, stored.Entry]:
             "Copy the folder again; an adapter_model.bin can be saved anew with peft.",
         )
     stored.check_pointer(path)
-    return stored.header(path)
+    found = stored.header(path)
+    stored.check_types(found)
+    return found
 
 
 def _modules(folder: Path, entries: Mapping[str, stored.Entry], *, dora: bool) -> list[str]:

@@ -1,8 +1,8 @@
 """Atomic writes: write next to the final path, sync, rename. A result is complete or absent.
 
 Everything that this project keeps on disk is written through this module. A folder is first written
-as `.NAME.partial` next to its final path. A crash leaves only the partial folder. The next run
-deletes it, or resumes from it if the writer supports that.
+as `.NAME.partial` next to its final path. An error deletes it, which would keep a full disk full; a
+crash leaves it. The next run deletes it, or resumes from it if the writer supports that.
 """
 
 import fcntl
@@ -23,14 +23,19 @@ def folder(final: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     """Give a folder to write into; on a clean exit it replaces `final`.
 
     An existing folder at `final` is kept until the new one is synced. With `keep_partial`, the
-    partial folder of an earlier, interrupted writer is reused instead of deleted.
+    partial folder of an earlier, interrupted writer is reused, and that of a failed one is kept.
     """
     partial = partial_path(final)
     if not keep_partial or partial.is_symlink():
         remove(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    yield partial
-    sync_tree(partial)
+    try:
+        yield partial
+        sync_tree(partial)
+    except BaseException:
+        if not keep_partial:
+            remove(partial)
+        raise
     replace_folder(partial, final)
 
 

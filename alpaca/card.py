@@ -59,7 +59,7 @@ def text(folder: Path, recorded: dict[str, Any], of_base: str | None) -> str:
     run, result = recorded["run"], recorded["result"]
     base = recorded.get("base", {}).get("folder", "unknown")
     legal = sorted(path.name for path in folder.iterdir() if LEGAL.fullmatch(path.name))
-    lora = run.get("lora")
+    lora = run.get("lora") if stored.is_adapter(folder) else None
     if lora:
         made = f"A LoRA adapter of rank {lora['rank']} for `{base}`, trained"
     else:
@@ -145,7 +145,8 @@ def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {value}" for name, value in recorded["versions"].items())),
     ]
     if lora := run.get("lora"):
-        rows.append(("adapter", _adapter(lora)))
+        merged = "adapter" in recorded
+        rows.append(("merged from an adapter" if merged else "adapter", _adapter(lora)))
     changes = recorded.get("changes", [])
     if changes:
         told = "; ".join(f"after step {c['step']} {c['name']} {c['new']}" for c in changes)

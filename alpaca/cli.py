@@ -39,6 +39,10 @@ VERBS = {
     ),
     "judge": ("alpaca.evaluation.judging", "let a model judge two models' answers, in both orders"),
     "watch": ("alpaca.web.watch", "show a training run in the terminal while it trains"),
+    "merge": (
+        "alpaca.release.mergecommand",
+        "write a LoRA adapter and its base as one model folder",
+    ),
     "diff": ("alpaca.release.diffcommand", "publish a model as its difference from its base"),
     "export": (
         "alpaca.release.command",

@@ -3,7 +3,7 @@
 A file hash proves nothing if someone rewrites the hash too; the logits of the first answer token
 check the weights themselves. They are computed in float64, so that a change of 1% in one weight is
 larger than rounding errors. The forward pass is written here, independent of transformers, so it
-also checks what transformers computes. It loads one layer at a time, so it needs memory for one.
+also checks what transformers computes. Weights are read some rows at a time, whatever their size.
 """
 
 import hashlib
@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from alpaca import stored
+from alpaca import shards, stored
 from alpaca.errors import UserError
 from alpaca.folder import load_tokenizer
-from alpaca.shards import finite
 from alpaca.tokens import Codec
 
 PROMPTS = (
@@ -35,7 +33,6 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")  # model_type of the decoders com
 ROPES = ("default", "linear", "llama3")
 LIKELIEST = 8  # logits stored individually; all others are checked through one sum
 TOLERANCE = 1e-9  # relative; float64 results on other hardware differ by about 1e-13
-ROWS = 16384  # of the output matrix, multiplied at a time
 RATE = 1.5e10  # float64 operations per second and core; a conservative estimate
 PATIENCE = 60.0  # seconds: the most that writing a folder spends on golden logits
 TOKENS = 150  # of the three prompts together
@@ -48,15 +45,19 @@ def record(folder: Path) -> list[dict[str, Any]] | None:
     need more than a minute.
     """
     weights = Float64Weights(folder)
-    reason = unsupported(weights.config)
-    seconds = 2 * TOKENS * weights.parameters / (RATE * cores())
-    if reason is None and seconds > PATIENCE:
-        reason = f"they would take {seconds / 60:.0f} minutes here"
+    reason = unsupported(weights.config) or too_slow(weights)
     if reason is not None:
         print(f"note: no golden logits were saved: {reason}")
         return None
-    with all_cores():
-        return answers(folder, weights)
+    return answers(folder, weights)
+
+
+def too_slow(weights: "Float64Weights", models: int = 1) -> str | None:
+    """Why so many models of this size would need more than a minute each here, or None."""
+    seconds = 2 * TOKENS * weights.parameters / (RATE * cores())
+    if seconds <= PATIENCE:
+        return None
+    return f"they would take {models * seconds / 60:.0f} minutes here"
 
 
 def cores() -> int:
@@ -77,12 +78,20 @@ def all_cores() -> Iterator[None]:
 
 def answers(folder: Path, weights: "Float64Weights") -> list[dict[str, Any]]:
     """For each prompt: ids, logits of the likeliest first tokens, and a sum over all logits."""
+    ids = prompt_ids(folder)
+    return described(ids, forward(weights, ids))
+
+
+def prompt_ids(folder: Path) -> list[list[int]]:
+    """The ids of each prompt, by the tokenizer in `folder`."""
     codec = Codec(load_tokenizer(folder))
-    ids = [codec.prompt(instruction, given) for instruction, given in PROMPTS]
+    return [codec.prompt(instruction, given) for instruction, given in PROMPTS]
+
+
+def described(ids: Sequence[list[int]], each: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """What a passport keeps of each prompt's ids and logits, (vocabulary,) in float64."""
     found = []
-    for (instruction, given), prompt, logits in zip(
-        PROMPTS, ids, forward(weights, ids), strict=True
-    ):
+    for (instruction, given), prompt, logits in zip(PROMPTS, ids, each, strict=True):
         top = logits.topk(min(LIKELIEST, len(logits)))
         found.append(
             {
@@ -136,43 +145,55 @@ def all_tensor_hashes(folder: Path) -> dict[str, str]:
 
 def tensor_hashes(path: Path) -> dict[str, str]:
     """SHA-256 of each tensor in a file."""
-    with safe_open(path, framework="pt") as file:
-        return {name: tensor_sha256(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    return {name: tensor_sha256(entry) for name, entry in stored.header(path).items()}
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a CPU tensor's dtype, shape and bytes."""
-    head = f"{tensor.dtype}{list(tensor.shape)}".encode()
-    content = tensor.contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(head + b"\0" + content.tobytes()).hexdigest()
+def tensor_sha256(entry: stored.Entry) -> str:
+    """SHA-256 of a stored tensor's dtype (as torch names it), shape and bytes."""
+    digest = hashlib.sha256(f"{shards.TYPES[entry.dtype]}{list(entry.shape)}\0".encode())
+    for rows in shards.read(entry):
+        digest.update(rows.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Float64Weights:
-    """A folder's tensors by name, in float64; each is read from disk when it is used."""
+    """A folder's tensors by name, in float64; rows are read from disk when they are used.
+
+    A subclass may change the weights: all are read by `rows`, and multiplied by `product`.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Read the headers; using a missing tensor later raises KeyError."""
+        self.folder = folder
         self.config: dict[str, Any] = stored.read_json(folder / "config.json")
-        entries = stored.tensors(folder)
-        opened = {path: safe_open(path, framework="pt") for path in stored.weight_files(folder)}
-        self.files: dict[str, Any] = {name: opened[entry.path] for name, entry in entries.items()}
-        self.parameters = sum(entry.elements for entry in entries.values())
+        self.entries = stored.tensors(folder)
+        self.parameters = sum(entry.elements for entry in self.entries.values())
 
     def __contains__(self, name: str) -> bool:
         """Whether the folder has a tensor of this name."""
-        return name in self.files
+        return name in self.entries
 
     def whole(self, name: str) -> Tensor:
         """One tensor."""
-        return checked(name, self.files[name].get_tensor(name))
+        return self.rows(name, slice(None))
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Some rows of one tensor."""
-        return checked(name, self.files[name].get_slice(name)[rows])
+        return checked(name, shards.rows_of(self.entries[name], rows))
+
+    def product(self, module: str, x: Tensor) -> Tensor:
+        """x: (tokens, in), multiplied by a module's matrix: (tokens, out)."""
+        name = f"{module}.weight"
+        shape = self.entries[name].shape
+        # Pieces that are kept would lie between those that are freed, and keep their memory.
+        y = torch.empty(len(x), shape[0], dtype=torch.float64)
+        for rows in shards.row_slices(shape):
+            y[:, rows] = x @ self.rows(name, rows).T
+        return y
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x: (tokens, in) to (tokens, out)."""
-        y = x @ self.whole(f"{name}.weight").T
+        y = self.product(name, x)
         return y + self.whole(f"{name}.bias") if f"{name}.bias" in self else y
 
     def norm(self, name: str, x: Tensor) -> Tensor:
@@ -184,7 +205,7 @@ class Float64Weights:
 
 def checked(name: str, tensor: Tensor) -> Tensor:
     """Convert to float64; refuses NaN and infinity, because JSON cannot hold such logits."""
-    if not finite(tensor):
+    if not shards.finite(tensor):
         raise UserError(
             f"{name} holds NaN or infinite numbers.", "Fetch, convert or train the weights again."
         )
@@ -207,6 +228,11 @@ def unsupported(config: dict[str, Any]) -> str | None:
 @torch.no_grad()
 def forward(weights: Float64Weights, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits, (vocabulary,) in float64, of the token after each prompt."""
+    with all_cores():
+        return _forward(weights, prompts)
+
+
+def _forward(weights: Float64Weights, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     sizes = [len(prompt) for prompt in prompts]
     table = "model.embed_tokens.weight"
     x = torch.cat([weights.rows(table, slice(i, i + 1)) for prompt in prompts for i in prompt])
@@ -222,10 +248,8 @@ def forward(weights: Float64Weights, prompts: Sequence[Sequence[int]]) -> list[T
         x = x + weights.linear(f"{name}.mlp.down_proj", inner)
     ends = torch.tensor(sizes).cumsum(0) - 1
     last = weights.norm("model.norm", x[ends])  # (prompts, width)
-    head = "lm_head.weight" if "lm_head.weight" in weights else table
-    count = weights.config["vocab_size"]
-    pieces = [last @ weights.rows(head, slice(at, at + ROWS)).T for at in range(0, count, ROWS)]
-    return list(torch.cat(pieces, dim=1))
+    head = "lm_head" if "lm_head.weight" in weights else table.removesuffix(".weight")
+    return list(weights.product(head, last))
 
 
 def attention(

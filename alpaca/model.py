@@ -17,9 +17,7 @@ from alpaca import stored
 from alpaca.errors import UserError
 from alpaca.folder import check_folder
 from alpaca.recipe import rules
-from alpaca.shards import NAMES
-
-TYPES = {name: kind for kind, name in NAMES.items()}  # by safetensors' names
+from alpaca.shards import TYPES
 
 
 def check_weights(folder: Path) -> dict[str, stored.Entry]:

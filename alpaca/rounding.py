@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alpaca.errors import UserError
+
 # How many low bits of the fp32 pattern are zero in every (normal) number of the type.
 LOW_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 CHUNK = 1 << 20  # elements processed at a time: about 30 MB of temporary tensors
@@ -66,17 +68,18 @@ def dither(
         bits.add_(torch.where(moved, -noise, noise))
 
 
-def stochastic(values: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor:
+def stochastic(values: Tensor, dtype: torch.dtype, seed: int, name: str, start: int = 0) -> Tensor:
     """Round fp32 weights to `dtype`, up or down at random, so that the mean is preserved.
 
     Numbers of `dtype` are unchanged. For fp16, magnitudes below its smallest normal number, 6.1e-5,
     are finally rounded to the nearest 6e-8.
 
     Args:
-        values: fp32, on the CPU, of any shape: the whole tensor.
+        values: fp32, on the CPU, of any shape: elements of the flattened tensor from `start` on.
         dtype: bf16, fp16, or fp32, which changes nothing.
         seed: of the run.
         name: of the tensor.
+        start: index of the first element in the whole tensor.
     """
     low = LOW_BITS[dtype]
     if low == 0:
@@ -85,12 +88,35 @@ def stochastic(values: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tens
     result = torch.empty_like(flat, dtype=dtype)
     for at, part in _chunks(flat):
         bits = part.view(torch.int32)
-        carried = bits + (random_bits(seed, name, at, part.numel()) >> (16 - low))
+        carried = bits + (random_bits(seed, name, start + at, part.numel()) >> (16 - low))
         rounded = (carried & -(1 << low)).view(torch.float32)
         # At the end of the range a carry would give infinity, and for a NaN it could give zero.
         kept = part.isfinite() & rounded.isfinite()
         result[at : at + part.numel()] = torch.where(kept, rounded, part)
     return result.view(values.shape)
+
+
+def rounded(
+    values: Tensor, dtype: torch.dtype, seed: int | None, use: str, name: str, start: int = 0
+) -> Tensor:
+    """Round fp32 weights to `dtype`: to the nearest without a `seed`, else stochastically.
+
+    `use` says what for: another use of the same tensor draws other random bits. The other arguments
+    are those of `stochastic`.
+
+    Raises:
+        UserError: a number is too large for fp16.
+    """
+    if seed is None:
+        result = values.to(dtype)
+    else:
+        result = stochastic(values, dtype, seed, f"{use} {name}", start)
+    if dtype == torch.float16 and result.isinf().any():
+        raise UserError(
+            f"{name} holds {float(values.abs().max()):.6g}; the largest number of fp16 is 65504.",
+            "Choose bf16 or fp32 as the type to write.",
+        )
+    return result
 
 
 class Error:

@@ -19,6 +19,7 @@ from alpaca.layout import INDEX, ITEM_BYTES
 
 PIECE = 1 << 20  # bytes compared at a time
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+ADAPTER = "adapter_config.json"  # peft's settings of an adapter
 POINTER = b"version https://git-lfs.github.com/spec/"
 # Stored by older programs. The model computes them itself, and transformers skips them.
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
@@ -60,14 +61,24 @@ ADVICE = (
 )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and not a model."""
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
 def check_adapter(folder: Path) -> None:
     """Refuse a folder with a LoRA or other adapter: transformers would also load its base model."""
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder} holds an adapter (adapter_config.json): a change to a model, not a model.",
-            "Merge it into its base model with the program that made it (in peft: "
-            "merge_and_unload, then save_pretrained into a new folder).",
-        )
+    if not (folder / ADAPTER).is_file():
+        return
+    lora = read_json(folder / ADAPTER).get("peft_type") == "LORA"
+    raise UserError(
+        f"{folder} holds an adapter ({ADAPTER}): a change to a model, not a model.",
+        f"Merge it into its base first: python -m alpaca merge {folder} -o "
+        f"{folder.with_name(folder.resolve().name + '-merged')}"
+        if lora
+        else "Merge it into its base model with the program that made it (in peft: "
+        "merge_and_unload, then save_pretrained into a new folder).",
+    )
 
 
 def check_config(config: dict[str, Any], where: Path) -> None:

@@ -1,7 +1,8 @@
 """`python -m alpaca verify FOLDER`: does every file and every weight match the passport?
 
 Hashes find accidental changes. Golden logits find a changed weight even if its hash was rewritten.
-All differences are reported, not only the first.
+An adapter's logits are those of base + adapter; with them, the proof of its merges is repeated. All
+differences are reported, not only the first.
 """
 
 import argparse
@@ -31,8 +32,18 @@ def parser() -> argparse.ArgumentParser:
         "logits for three golden prompts.",
         epilog="Exit code 0: all as written. 2: something differs; the output names it.",
     )
-    made.add_argument("folder", type=Path, help="a model or tokenizer folder")
+    made.add_argument("folder", type=Path, help="a model, adapter or tokenizer folder")
     made.add_argument("--no-golden", action="store_true", help="hashes only")
+    made.add_argument(
+        "--base",
+        type=Path,
+        help="an adapter's base model (default: the folder that the adapter names)",
+    )
+    made.add_argument(
+        "--adapter",
+        type=Path,
+        help="of a merged folder: repeat the comparison with base + adapter, too",
+    )
     made.add_argument(
         "--add-golden",
         action="store_true",
@@ -62,26 +73,64 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"{folder} has no passport: it was made by another program, or before "
             "passports existed.",
-            "Only folders written by convert and train.py can be verified.",
+            "Only folders written by convert, train.py and merge can be verified.",
         )
     if arguments.accept:
         accept(folder, recorded, arguments.accept)
+    check_flags(arguments, recorded)
     problems = sealed(folder, recorded) + files(folder, recorded)
     golden = recorded.get("golden")
-    if not problems and golden and not arguments.no_golden:
+    unchecked = None if golden else "the passport holds none"
+    if arguments.no_golden:
+        unchecked = "--no-golden"
+    if not problems and (unchecked is None or arguments.base):
         count = len(recorded["files"])
         print(f"{folder}: {count} files have the passport's hashes; computing logits", flush=True)
-        problems = golden_logits(folder, recorded)
+        problems = logits(arguments, recorded)
     if problems:
         raise UserError(
             f"{folder} does not match its passport:\n    " + "\n    ".join(problems),
             "Copy, convert or train the folder again; it cannot be fixed in place.",
         )
     if not golden and arguments.add_golden:
-        golden = add_golden(folder, recorded)
-    unchecked = "--no-golden" if golden else "the passport holds none"
-    checked = bool(golden) and not arguments.no_golden
-    print(summary(folder, recorded, unchecked=None if checked else unchecked))
+        add_golden(folder, recorded, arguments.base)
+        unchecked = None
+    print(summary(folder, recorded, unchecked=unchecked))
+
+
+def check_flags(arguments: argparse.Namespace, recorded: dict[str, Any]) -> None:
+    """Refuse --base and --adapter where they would not be used."""
+    folder: Path = arguments.folder
+    if arguments.no_golden and (arguments.base or arguments.adapter):
+        raise UserError("--base and --adapter are for comparing logits, --no-golden omits it.")
+    if arguments.adapter and not (recorded.get("adapter") and recorded.get("proof")):
+        raise UserError(
+            f"{folder} was not merged from an adapter with a comparison of its logits.",
+            "Leave --adapter out.",
+        )
+    if arguments.base and not (stored.is_adapter(folder) or arguments.adapter):
+        raise UserError(f"{folder} is not an adapter.", "Leave --base out.")
+
+
+def logits(arguments: argparse.Namespace, recorded: dict[str, Any]) -> list[str]:
+    """Problems of the logits, and of the comparison of a merge where it can be repeated."""
+    folder: Path = arguments.folder
+    if not stored.is_adapter(folder) and not arguments.adapter:
+        return golden_logits(folder, recorded)
+    from alpaca import adapter as adapters
+    from alpaca import proof  # imports torch, which is slow and not needed for hashing
+
+    adapter = adapters.Adapter(arguments.adapter or folder)
+    base = adapters.find_base(adapter, arguments.base)
+    adapter.check_base(base, hashes=adapters.hashed(base))
+    if arguments.adapter:
+        problems, found = proof.repeat_merge(folder, recorded, base, adapter)
+        problems = golden_logits(folder, recorded) + problems
+    else:
+        problems, found = proof.repeat(recorded, base, adapter)
+    if found is not None:
+        print("\n".join(found.lines()), flush=True)
+    return problems
 
 
 def accept(folder: Path, recorded: dict[str, Any], names: list[str]) -> None:
@@ -207,20 +256,33 @@ def golden_logits(folder: Path, recorded: dict[str, Any]) -> list[str]:
     return problems
 
 
-def add_golden(folder: Path, recorded: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Compute golden logits, without a time limit, and write them into the passport."""
-    from alpaca import atomic, golden
+def add_golden(folder: Path, recorded: dict[str, Any], base: Path | None) -> None:
+    """Compute golden logits, without a time limit, and write them into the passport.
 
-    if not (folder / "config.json").is_file():
+    An adapter's are those of base + adapter; the proof of its merges is added with them.
+    """
+    from alpaca import adapter as adapters
+    from alpaca import atomic, golden, merging, proof
+
+    if stored.is_adapter(folder):
+        adapter = adapters.Adapter(folder)
+        own = adapters.find_base(adapter, base)
+        adapter.check_base(own)
+        trained = merging.as_trained(adapter.quantized)
+        weights: golden.Float64Weights = proof.AdaptedWeights(own, adapter, trained)
+    elif (folder / "config.json").is_file():
+        weights = golden.Float64Weights(folder)
+    else:
         raise UserError(f"No golden logits can be added: {folder} holds no model.")
-    weights = golden.Float64Weights(folder)
     reason = golden.unsupported(weights.config)
     if reason is not None:
         raise UserError(f"No golden logits can be added: {reason}.")
-    recorded["golden"] = golden.answers(folder, weights)
+    if isinstance(weights, proof.AdaptedWeights):
+        recorded |= proof.facts(weights)
+    else:
+        recorded["golden"] = golden.answers(folder, weights)
     recorded[passport.SEAL] = passport.seal(recorded)
     atomic.write_text(folder / passport.NAME, passport.render(recorded))
-    return list(recorded["golden"])
 
 
 def summary(folder: Path, recorded: dict[str, Any], *, unchecked: str | None) -> str:

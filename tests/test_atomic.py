@@ -38,13 +38,17 @@ def test_a_writer_that_fails_leaves_the_old_folder_untouched(tmp_path: Path) -> 
     with atomic.folder(final) as partial:
         (partial / "weights").write_text("old")
 
-    def stopped() -> None:
-        with atomic.folder(final) as partial:
+    def stopped(*, keep_partial: bool) -> None:
+        with atomic.folder(final, keep_partial=keep_partial) as partial:
             (partial / "weights").write_text("half")
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        stopped()
+        stopped(keep_partial=False)
+    assert contents(final) == {"weights": "old"}
+    assert not atomic.partial_path(final).exists()  # it would keep a full disk full
+    with pytest.raises(StoppedError):
+        stopped(keep_partial=True)
     assert contents(final) == {"weights": "old"}
     with atomic.folder(final, keep_partial=True) as partial:
         assert contents(partial) == {"weights": "half"}  # a resuming writer finds it

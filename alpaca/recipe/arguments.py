@@ -168,7 +168,7 @@ class AdapterFlags(Seed):
         False, "also train the rows' lengths (DoRA); --lora_use_rslora: alpha / sqrt(rank)"
     )
     quantize_base: str = flag("no", "hold the frozen base in 4 or 8 bits (QLoRA)", "no", *QUANTIZED)
-    merge: bool = flag(False, "also write base and adapter merged, into output_dir/merged")
+    merge: bool = flag(False, "also write base and adapter merged, beside output_dir: NAME-merged")
 
     @property
     def alpha(self) -> float:

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="forms:\n" + "\n".join(f"  {name:<8}{line}" for name, line in FORMS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("folder", type=Path, help="a model folder")
+    made.add_argument("folder", type=Path, help="a model folder; for tar, an adapter's too")
     made.add_argument("--to", required=True, choices=list(FORMS), help="see below")
     made.add_argument("-o", "--output", type=Path, required=True, help="file or folder to write")
     made.add_argument(
@@ -53,12 +53,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Check the folder, write the export, say what it is."""
     # Imported here because they import torch and transformers, which would slow down --help.
     from alpaca import folder as folders
-    from alpaca import model, passport
+    from alpaca import model, passport, stored
+    from alpaca.adapter import Adapter
 
     source: Path = arguments.folder
     is_folder = arguments.to not in ("gguf", "tar")
     outputs.check(arguments.output, [source], force=arguments.force, folder=is_folder)
-    model.check_weights(source)
+    if arguments.to == "tar" and stored.is_adapter(source):
+        Adapter(source)  # refuses a damaged one
+    else:
+        model.check_weights(source)
     passport.check_loaded(source)
     streams.keep_freed_memory()
     if arguments.to == "ollama":

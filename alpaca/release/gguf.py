@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from alpaca import atomic, golden, passport, rounding, stored
+from alpaca import atomic, golden, passport, rounding, shards, stored
 from alpaca.convert.ggufmeta import ROPE_FACTORS, llama3_factors
 from alpaca.convert.source import permute
 from alpaca.errors import UserError
@@ -40,8 +40,6 @@ NEEDED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
-ROWS_BYTES = 32 << 20  # of a tensor read at a time
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -193,27 +191,11 @@ def _kind(name: str, entry: Entry, kind: str) -> Any:
 
 def _tensor(name: str, entry: Entry, kind: Any, heads: int | None) -> Tensor:
     def rows() -> Iterator[torch.Tensor]:
-        whole = entry.size if heads is not None else ROWS_BYTES
-        for part in _read(entry, whole):
+        whole = entry.elements if heads is not None else shards.ROW_ELEMENTS
+        for part in shards.read(entry, whole):
             yield part if heads is None else permute(part, heads).reshape(part.shape)
 
     return Tensor(name, entry.shape, kind, rows)
-
-
-def _read(entry: Entry, most: int) -> Iterator[torch.Tensor]:
-    """A tensor's rows, as they are stored, at most `most` bytes at a time."""
-    count, kind = entry.shape[0], STORED[entry.dtype]
-    each = entry.size // max(1, count)
-    step = max(1, most // max(1, each))
-    with open(entry.path, "rb") as file:
-        file.seek(entry.start)
-        for start in range(0, count, step):
-            size = min(step, count - start) * each
-            content = bytearray(size)
-            if file.readinto(content) != size:
-                raise UserError(f"{entry.path} is cut short.", "Fetch or train it again.")
-            flat = torch.frombuffer(content, dtype=kind)
-            yield flat.reshape(-1, *entry.shape[1:])
 
 
 def _write_header(

@@ -42,16 +42,24 @@ def add(model: PreTrainedModel, flags: AdapterFlags, compute: torch.dtype) -> No
     # Values come later, when the ranks know their shards.
     inject_adapter_in_model(config, model, adapter_name=NAME, low_cpu_mem_usage=True)
     for layer in model.modules():
-        inner = getattr(layer, "base_layer", None)
-        if isinstance(inner, nn.Linear):
+        if isinstance(getattr(layer, "base_layer", None), nn.Linear):
             layer.__class__ = LowRankLinear
-        kind = flags.quantize_base
-        if isinstance(inner, nn.Linear) and kind != "no" and fits(kind, inner.in_features):
-            layer.base_layer = QuantizedLinear(inner, kind)
+    if flags.quantize_base != "no":
+        _quantize(model, flags.quantize_base)
     for name, parameter in model.named_parameters():
         if ADAPTER in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+
+
+def _quantize(model: PreTrainedModel, kind: str) -> None:
+    """Let all frozen linear layers but the output layer hold their weights in fewer bits."""
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        plain = isinstance(layer, nn.Linear) and layer is not head and ADAPTER not in name
+        if plain and fits(kind, layer.in_features):
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, QuantizedLinear(layer, kind))
 
 
 def settings(model: PreTrainedModel, flags: AdapterFlags) -> dict[str, Any]:

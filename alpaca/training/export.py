@@ -22,7 +22,18 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from alpaca import adapter, description, golden, layout, passport, rounding, shards
+from alpaca import (
+    adapter,
+    description,
+    golden,
+    layout,
+    merging,
+    passport,
+    proof,
+    rounding,
+    shards,
+    stored,
+)
 from alpaca.description import vocabulary_of
 from alpaca.errors import UserError
 from alpaca.folder import install, staging
@@ -60,17 +71,7 @@ class Rounding:
         Raises:
             UserError: it holds a number that is too large for the type.
         """
-        if self.seed is None:
-            rounded = whole.to(self.dtype)
-        else:
-            rounded = rounding.stochastic(whole, self.dtype, self.seed, f"export {name}")
-        if self.dtype == torch.float16 and rounded.isinf().any():
-            largest = float(whole.abs().max())
-            raise UserError(
-                f"{name} holds {largest:.6g}; the largest number of fp16 is 65504.",
-                "Export with --export_dtype bf16.",
-            )
-        return rounded
+        return rounding.rounded(whole, self.dtype, self.seed, "export", name)
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,12 @@ class Beside:
     base: Path
 
     def proofs(self, folder: Path) -> dict[str, Any]:
-        """What the passport of an adapter's folder records besides the run."""
-        return {}
+        """What the passport of an adapter's folder records besides the run, also printed."""
+        kind = None if self.flags.quantize_base == "no" else self.flags.quantize_base
+        found = proof.record(self.base, adapter.Adapter(folder), merging.as_trained(kind))
+        for line in proof.Rounded.of(found["proof"]).lines() if found["proof"] else []:
+            print(f"train: base and adapter {line}")
+        return {**({"quantized": kind} if kind else {}), **found}
 
 
 def _proofs(folder: Path) -> dict[str, Any]:
@@ -151,7 +156,7 @@ def _proofs(folder: Path) -> dict[str, Any]:
 
 def load(model: PreTrainedModel, folder: Path) -> None:
     """Fill this rank's shards from a folder that `export` has written; a collective call."""
-    if adapter.is_adapter(folder):
+    if stored.is_adapter(folder):
         adapters.load(model, folder)
     else:
         weights.load(model, folder)
