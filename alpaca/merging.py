@@ -2,8 +2,8 @@
 
 W + s B A is computed in float64 and rounded to fp32 once, so the fp32 result does not depend on the
 order in which a machine adds. It is then rounded to the type that is written: stochastically, or to
-the nearest. A base in 16 bits lies on the numbers of that type, and most changes by a LoRA are
-smaller than half a step between them: rounding to the nearest would undo those. Tensors that the
+the nearest. A base in 16 bits lies on the numbers of that type, and many changes by a LoRA are
+smaller than half a step between them, so rounding to the nearest undoes those. Tensors that the
 adapter does not change keep their bytes where the type stays.
 
 Row by row, a matrix of any size takes some 100 MB: DoRA needs no more than the length of each row.

@@ -3,7 +3,9 @@
 Trains a LoRA adapter of SmolLM2-135M with peft for some steps (rank 16, all linear layers), on four
 of five seed tasks. Then merges it in bf16, rounding to nearest, and stochastically with several
 seeds. For each: the largest and the root mean square difference of the golden prompts' logits from
-base + adapter in float64, and the difference of the held-out loss from that of the fp32 merge.
+base + adapter in float64, the difference of the held-out loss from that of the fp32 merge, and how
+much of the change is kept: the projection of the rounded change on the exact one, 1 on the average
+where the rounding keeps the mean.
 
     python bench/merge.py [--base weights/smollm2-135m] [--steps 40] [--seeds 5] [--adapter FOLDER]
 """
@@ -108,8 +110,22 @@ def compare(base: Path, adapter: Adapter, examples: list[Example], seeds: int) -
             "rms": float(far.square().mean().sqrt()),
             "loss": loss,
             "loss_difference": loss - whole,
+            "kept": kept(adapter, merge, dtype),
         }
         print(way, json.dumps(figures), flush=True)
+
+
+def kept(adapter: Adapter, merge: Merge, dtype: torch.dtype) -> float:
+    """The share of the change that the merged tensors hold."""
+    product = squares = 0.0
+    for module in adapter.modules:
+        name = f"{module}.weight"
+        base = merge.base.rows(name, slice(None)).double()
+        change = merge.rows(name, slice(None), torch.float32).double() - base
+        found = merge.rows(name, slice(None), dtype).double() - base
+        product += float((found * change).sum())
+        squares += float(change.square().sum())
+    return product / squares
 
 
 if __name__ == "__main__":
