@@ -144,9 +144,10 @@ def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
         ("seed", str(run["seed"])),
         ("versions", ", ".join(f"{name} {value}" for name, value in recorded["versions"].items())),
     ]
-    if lora := run.get("lora"):
-        merged = "adapter" in recorded
-        rows.append(("merged from an adapter" if merged else "adapter", _adapter(lora)))
+    if "adapter" in recorded:
+        rows.append(("merged from", _merged(recorded["adapter"]["settings"])))
+    elif lora := run.get("lora"):
+        rows.append(("adapter", _adapter(lora)))
     changes = recorded.get("changes", [])
     if changes:
         told = "; ".join(f"after step {c['step']} {c['name']} {c['new']}" for c in changes)
@@ -163,6 +164,13 @@ def _adapter(lora: dict[str, Any]) -> str:
     dropout = [f"dropout {lora['dropout']:g}"] if lora["dropout"] else []
     first = [f"rank {lora['rank']}", f"alpha {lora['alpha']:g}", layers]
     return ", ".join([*first, *more, *dropout, *base])
+
+
+def _merged(settings: dict[str, Any]) -> str:
+    """An adapter's settings, in PEFT's names."""
+    kind = "DoRA" if settings.get("use_dora") else "LoRA"
+    scaled = " / sqrt(rank)" if settings.get("use_rslora") else " / rank"
+    return f"a {kind} adapter, rank {settings['r']}, scale {settings['lora_alpha']:g}{scaled}"
 
 
 def _ending(result: dict[str, Any]) -> str:
