@@ -24,7 +24,7 @@ from torch import Tensor
 from alpaca import passport, stored
 from alpaca.errors import UserError
 
-CONFIG = "adapter_config.json"
+CONFIG = stored.ADAPTER
 WEIGHTS = "adapter_model.safetensors"
 ROOT = "base_model.model."  # in PEFT's names, before the module's name in the base model
 FOREIGN = "Merge it into its base with the program that made it."
@@ -101,6 +101,11 @@ class Adapter:
     def parameters(self) -> int:
         """Number of trained numbers."""
         return sum(entry.elements for entry in self._entries.values())
+
+    def bytes_of(self, module: str) -> int:
+        """Memory of a linear layer's change in fp32."""
+        name = f"{ROOT}{module}."
+        return 4 * sum(e.elements for key, e in self._entries.items() if key.startswith(name))
 
     def change(self, module: str) -> Change | None:
         """The change of a linear layer, by its name in the base model; None: it has none."""
@@ -181,9 +186,7 @@ def _weights(files: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in files.items() if name.endswith(".safetensors")}
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and not a model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+is_adapter = stored.is_adapter
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from alpaca.layout import INDEX, ITEM_BYTES
 
 PIECE = 1 << 20  # bytes compared at a time
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+ADAPTER = "adapter_config.json"  # peft's settings of an adapter
 POINTER = b"version https://git-lfs.github.com/spec/"
 # Stored by older programs. The model computes them itself, and transformers skips them.
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
@@ -58,6 +59,11 @@ ADVICE = (
     + ", ".join(DECODERS)
     + "."
 )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and not a model."""
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
 
 
 def check_adapter(folder: Path) -> None:

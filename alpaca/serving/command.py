@@ -39,6 +39,16 @@ def parser() -> argparse.ArgumentParser:
         help="model folder or tar file (default: ALPACA_WEIGHTS, else alpaca_out/)",
     )
     made.add_argument(
+        "--base", metavar="FOLDER", help="model of an adapter in --weights (default: ALPACA_BASE)"
+    )
+    made.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="also serve a LoRA adapter of the model; repeatable (default: ALPACA_ADAPTERS)",
+    )
+    made.add_argument(
         "--train", action="store_true", help="serve the training API instead (POST /trainings)"
     )
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
@@ -67,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Run the quick checks, then replace this process with the server; does not return."""
     environment = named({**IMAGE, **os.environ}, arguments.weights)
+    environment |= adapted(arguments.base, arguments.adapter)
     if not environment.get("COG_WEIGHTS") and not arguments.train:
         check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
@@ -99,6 +110,18 @@ def named(environment: dict[str, str], folder: str | None) -> dict[str, str]:
         return environment
     others = {name: value for name, value in environment.items() if name != "COG_WEIGHTS"}
     return {**others, weights.VARIABLE: str(Path(folder).resolve())}
+
+
+def adapted(base: str | None, adapters: list[str]) -> dict[str, str]:
+    """The variables that `--base` and `--adapter` set, with absolute paths."""
+    found = {weights.BASE: str(Path(base).resolve())} if base else {}
+    for given in adapters:
+        name, _, path = given.partition("=")
+        if not path or "," in given:
+            raise UserError(f"--adapter is {given!r}.", "Write NAME=FOLDER, without commas.")
+        listed = [found[weights.ADAPTERS]] if weights.ADAPTERS in found else []
+        found[weights.ADAPTERS] = ",".join([*listed, f"{name}={Path(path).resolve()}"])
+    return found
 
 
 def check_port(port: int, flag: str = "--port") -> None:

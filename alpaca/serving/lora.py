@@ -1,0 +1,176 @@
+"""LoRA adapters in a forward pass: each changes the rows of its own sequences, beside one base.
+
+A linear layer computes the base's product for all rows (tokens) together, as without adapters. Then
+a hook adds to the rows of each adapter their change, s B A x, and touches no others. Which rows are
+whose is found once per pass. The hooks exist only during a pass that has such rows.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from alpaca.adapter import Adapter, Change
+from alpaca.serving.packed import BlockedLinear, HalfLinear
+from alpaca.serving.transfer import send
+from alpaca.tokens import Codec
+
+Rows = slice | Tensor  # the rows of one adapter: a run of them, or their indices
+Prefix = tuple[tuple[int, ...], list[Tensor]]  # tokens, and their keys and values (`SlotCache`)
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """An adapter's change of one linear layer, in fp32 on the layer's device.
+
+    down: A transposed, (in, rank). up: s B transposed, (rank, out). DoRA multiplies each output but
+    its bias by a factor: `up` holds it, and `stretch`, (out,), is that factor minus 1.
+    """
+
+    down: Tensor
+    up: Tensor
+    stretch: Tensor | None = None
+    bias: Tensor | None = None  # the layer's, with `stretch`
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        parts = (self.down, self.up, self.stretch)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def add(self, rows: Rows, inputs: Tensor, product: Tensor) -> None:
+        """Change rows of `product` (tokens, out) in place; `inputs` is (tokens, in)."""
+        if isinstance(rows, slice):
+            self._add(inputs[rows], product[rows])
+            return
+        given = inputs.index_select(0, rows)
+        if self.stretch is None and product.dtype == torch.float32:
+            product.index_add_(0, rows, given @ self.down @ self.up)
+            return
+        own = product.index_select(0, rows)
+        self._add(given, own)
+        product.index_copy_(0, rows, own)
+
+    def _add(self, inputs: Tensor, product: Tensor) -> None:
+        """Change all rows of `product` in place."""
+        inner = inputs.float() @ self.down
+        if self.stretch is None and product.dtype == torch.float32:
+            product.addmm_(inner, self.up)
+            return
+        added = inner @ self.up
+        if self.stretch is not None:
+            added += self.stretch * (product if self.bias is None else product - self.bias)
+        product.add_(added)  # summed in fp32, and rounded once to the product's type
+
+
+@dataclass(eq=False)
+class LoadedAdapter:
+    """An adapter in memory; it is freed when no name and no running request refers to it.
+
+    codec: of its own tokenizer files, if they differ from the base's. prefixes: the prompts' common
+    beginnings, as this adapter computes them. requests: how many asked for it; the engine counts.
+    """
+
+    name: str
+    layers: dict[nn.Module, LayerChange]
+    codec: Codec | None = None
+    prefixes: list[Prefix] = field(default_factory=list)
+    requests: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its matrices."""
+        return sum(change.bytes for change in self.layers.values())
+
+
+def layers_of(adapter: Adapter, model: nn.Module) -> dict[nn.Module, LayerChange]:
+    """The changes of an adapter whose base is `model`, which `Adapter.check_base` decides."""
+    layers = ((model.get_submodule(name), change) for name, change in adapter.changes())
+    return {layer: _prepared(change, layer) for layer, change in layers}
+
+
+def _prepared(change: Change, layer: nn.Module) -> LayerChange:
+    device = device_of(layer)
+    # a copy: what is read from a file may change with the file
+    down, up = change.down.to(device, copy=True), change.scaling * change.up.to(device)
+    if change.magnitude is None:
+        return LayerChange(down.t(), up.t())
+    weight, bias = _parameters(layer)
+    moved = Change(down, change.up.to(device), change.scaling, change.magnitude.to(device))
+    factors = moved.row_factors(weight.float())
+    return LayerChange(
+        down.t(), (factors[:, None] * up).t(), factors - 1, None if bias is None else bias.float()
+    )
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a linear layer computes."""
+    return _parameters(layer)[0].device if isinstance(layer, nn.Linear) else torch.device("cpu")
+
+
+def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (out, in) and bias that a layer multiplies with and adds."""
+    if isinstance(layer, HalfLinear | BlockedLinear):
+        return layer.unpacked()
+    assert isinstance(layer, nn.Linear)
+    with align_module_device(layer):  # accelerate may keep them elsewhere until they are used
+        return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+
+
+@contextmanager
+def applied(
+    adapted: Mapping[LoadedAdapter, Sequence[int]], head: nn.Module, wanted: Sequence[int]
+) -> Iterator[None]:
+    """Within the context, a pass of the model changes the rows of each adapter.
+
+    `adapted` gives the pass's token indices of each adapter, ascending. The output layer `head`
+    computes only the tokens `wanted`.
+    """
+    found: dict[nn.Module, list[tuple[LayerChange, _Places]]] = {}
+    for adapter, tokens in adapted.items():
+        own, inner = set(tokens), _Places(tokens)
+        last = _Places([at for at, token in enumerate(wanted) if token in own])
+        for layer, change in adapter.layers.items():
+            places = last if layer is head else inner
+            if places.rows:
+                found.setdefault(layer, []).append((change, places))
+    hooks = [layer.register_forward_hook(partial(_change, parts)) for layer, parts in found.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Places:
+    """The rows of one adapter, sent once to each device that needs them."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = rows
+        first = rows[0] if rows else 0
+        run = bool(rows) and rows[-1] - first + 1 == len(rows)
+        self._run = slice(first, first + len(rows)) if run else None
+        self._sent: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Rows:
+        if self._run is not None:
+            return self._run
+        if device not in self._sent:
+            [self._sent[device]] = send(device, torch.int64, self.rows)
+        return self._sent[device]
+
+
+def _change(
+    parts: list[tuple[LayerChange, _Places]], _: nn.Module, inputs: Any, product: Tensor
+) -> None:
+    """After a linear layer: inputs (1, tokens, in), product (1, tokens, out)."""
+    given, out = inputs[0][0], product[0]
+    for change, places in parts:
+        change.add(places.on(out.device), given, out)
