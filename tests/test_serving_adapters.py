@@ -1,9 +1,5 @@
 """Adapters beside one base in the engine: peft's answers for each, and the base's own bits."""
 
-import gc
-import shutil
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import FAMILIES, make_adapter, make_base, peft_model, record
-from engines import answer_of
+from adapters import FAMILIES, make_adapter, make_base, peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from alpaca.errors import UserError
-from alpaca.folder import load_tokenizer
 from alpaca.serving import loading
 from alpaca.serving.attention import PrefillChunk
 from alpaca.serving.engine import Engine
@@ -27,7 +20,7 @@ from alpaca.tokens import Codec
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 8},
-    "rslora": {"r": 5, "lora_alpha": 7, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]},
+    "rslora": {"r": 5, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]},
     "dora": {"r": 4, "lora_alpha": 8, "use_dora": True},
     "patterns": {
         "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7},
