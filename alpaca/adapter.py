@@ -25,7 +25,7 @@ from alpaca import passport, stored
 from alpaca.errors import UserError
 
 CONFIG = stored.ADAPTER
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = stored.ADAPTER_WEIGHTS
 ROOT = "base_model.model."  # in PEFT's names, before the module's name in the base model
 FOREIGN = "Merge it into its base with the program that made it."
 

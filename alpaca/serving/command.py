@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
         help="also serve a LoRA adapter of the model; repeatable (default: ALPACA_ADAPTERS)",
     )
     made.add_argument(
+        "--adapter-folder",
+        metavar="FOLDER",
+        help="adapters in it may be loaded over /v1 (default: ALPACA_ADAPTER_FOLDER)",
+    )
+    made.add_argument(
         "--train", action="store_true", help="serve the training API instead (POST /trainings)"
     )
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
@@ -77,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Run the quick checks, then replace this process with the server; does not return."""
     environment = named({**IMAGE, **os.environ}, arguments.weights)
-    environment |= adapted(arguments.base, arguments.adapter)
+    environment |= adapted(arguments.base, arguments.adapter, arguments.adapter_folder)
     if not environment.get("COG_WEIGHTS") and not arguments.train:
         check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
@@ -112,9 +117,10 @@ def named(environment: dict[str, str], folder: str | None) -> dict[str, str]:
     return {**others, weights.VARIABLE: str(Path(folder).resolve())}
 
 
-def adapted(base: str | None, adapters: list[str]) -> dict[str, str]:
-    """The variables that `--base` and `--adapter` set, with absolute paths."""
-    found = {weights.BASE: str(Path(base).resolve())} if base else {}
+def adapted(base: str | None, adapters: list[str], allowed: str | None) -> dict[str, str]:
+    """The variables that the flags for adapters set, with absolute paths."""
+    folders = {weights.BASE: base, "ALPACA_ADAPTER_FOLDER": allowed}
+    found = {name: str(Path(path).resolve()) for name, path in folders.items() if path}
     for given in adapters:
         name, _, path = given.partition("=")
         if not path or "," in given:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
-from alpaca.serving.lora import LoadedAdapter
+if TYPE_CHECKING:
+    from alpaca.serving.lora import LoadedAdapter
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Job:
         request: Request,
         notify: Callable[[], None] | None = None,
         ended: Callable[[str], None] | None = None,
-        adapter: LoadedAdapter | None = None,
+        adapter: "LoadedAdapter | None" = None,
     ) -> None:
         """Create the n completions and record the time of submission.
 

@@ -52,7 +52,7 @@ def locate(given: Path | None, environment: Mapping[str, str], root: Path) -> We
         if not stored.is_adapter(adapters[name]):
             raise UserError(
                 f"{ADAPTERS}: {adapters[name]} is not an adapter's folder.",
-                f"Name one with {stored.ADAPTER} and adapter_model.safetensors.",
+                f"Name one with {stored.ADAPTER} and {stored.ADAPTER_WEIGHTS}.",
             )
     return replace(found, adapters=adapters)
 
