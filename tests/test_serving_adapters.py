@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import FAMILIES, make_adapter, make_base, peft_model, record
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
@@ -223,6 +224,24 @@ def test_adapters_come_change_and_go_while_requests_run(
     gc.collect()
     assert freed() is None
     assert tokens(submitted(served, prompt, "base", max_new_tokens=100)) == wanted["base"]
+
+
+def test_the_output_layer_can_be_changed(
+    llama: dict[str, Path], engine: tuple[Engine, Codec], tmp_path: Path
+) -> None:
+    """It computes only the rows that are sampled from: none of the first chunk of a long prompt."""
+    served, codec = engine
+    folder = make_adapter(tmp_path / "head", llama["base"], target_modules=["lm_head", "v_proj"])
+    path = folder / "adapter_model.safetensors"
+    held = load_file(path)  # peft adds a copy of the embedding
+    save_file({name: part for name, part in held.items() if "lora_" in name}, path)
+    loading.load_adapter(served, codec, "head", folder)
+    prompts = [codec.prompt(text) for text in (*PROMPTS, "long " * 180)]
+    asked = [(prompt, name) for prompt in prompts for name in ("head", "base")]
+    jobs = [submitted(served, *one) for one in asked]
+    folders = {"base": llama["base"], "head": folder}
+    for (prompt, name), job in zip(asked, jobs, strict=True):
+        assert tokens(job) == greedy(folders, name, prompt, 12), name
 
 
 def test_many_requests_while_adapters_change_get_their_own_answers(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from alpaca.serving.packed import BlockedLinear, HalfLinear
 from alpaca.serving.transfer import send
 from alpaca.tokens import Codec
 
-Rows = slice | Tensor  # the rows of one adapter: a run of them, or their indices
 Prefix = tuple[tuple[int, ...], list[Tensor]]  # tokens, and their keys and values (`SlotCache`)
 
 
@@ -44,21 +44,8 @@ class LayerChange:
         parts = (self.down, self.up, self.stretch)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def add(self, rows: Rows, inputs: Tensor, product: Tensor) -> None:
-        """Change rows of `product` (tokens, out) in place; `inputs` is (tokens, in)."""
-        if isinstance(rows, slice):
-            self._add(inputs[rows], product[rows])
-            return
-        given = inputs.index_select(0, rows)
-        if self.stretch is None and product.dtype == torch.float32:
-            product.index_add_(0, rows, given @ self.down @ self.up)
-            return
-        own = product.index_select(0, rows)
-        self._add(given, own)
-        product.index_copy_(0, rows, own)
-
-    def _add(self, inputs: Tensor, product: Tensor) -> None:
-        """Change all rows of `product` in place."""
+    def add(self, inputs: Tensor, product: Tensor) -> None:
+        """Change `product` (rows, out) in place; `inputs` is (rows, in)."""
         inner = inputs.float() @ self.down
         if self.stretch is None and product.dtype == torch.float32:
             product.addmm_(inner, self.up)
@@ -133,15 +120,20 @@ def applied(
     `adapted` gives the pass's token indices of each adapter, ascending. The output layer `head`
     computes only the tokens `wanted`.
     """
-    found: dict[nn.Module, list[tuple[LayerChange, _Places]]] = {}
-    for adapter, tokens in adapted.items():
-        own, inner = set(tokens), _Places(tokens)
-        last = _Places([at for at, token in enumerate(wanted) if token in own])
-        for layer, change in adapter.layers.items():
-            places = last if layer is head else inner
-            if places.rows:
-                found.setdefault(layer, []).append((change, places))
-    hooks = [layer.register_forward_hook(partial(_change, parts)) for layer, parts in found.items()]
+    own = {adapter: set(tokens) for adapter, tokens in adapted.items()}
+    last = {a: [at for at, token in enumerate(wanted) if token in own[a]] for a in adapted}
+    known: dict[tuple[bool, tuple[LoadedAdapter, ...]], _Rows] = {}
+    changed: dict[nn.Module, list[LoadedAdapter]] = {}
+    for adapter in adapted:
+        for layer in adapter.layers:
+            changed.setdefault(layer, []).append(adapter)
+    hooks = []
+    for layer, adapters in changed.items():
+        key = layer is head, tuple(adapters)
+        if key not in known:
+            known[key] = _Rows([(last if layer is head else adapted)[one] for one in adapters])
+        changes = [adapter.layers[layer] for adapter in adapters]
+        hooks.append(layer.register_forward_hook(partial(_change, changes, known[key])))
     try:
         yield
     finally:
@@ -149,28 +141,38 @@ def applied(
             hook.remove()
 
 
-class _Places:
-    """The rows of one adapter, sent once to each device that needs them."""
+class _Rows:
+    """The rows of some adapters, one adapter after the other; the same in many layers."""
 
-    def __init__(self, rows: Sequence[int]) -> None:
-        self.rows = rows
-        first = rows[0] if rows else 0
-        run = bool(rows) and rows[-1] - first + 1 == len(rows)
-        self._run = slice(first, first + len(rows)) if run else None
+    def __init__(self, each: Sequence[Sequence[int]]) -> None:
+        self._all = [row for rows in each for row in rows]
+        first = self._all[0] if self._all else 0
+        run = range(first, first + len(self._all))
+        self._run = slice(run.start, run.stop) if self._all == list(run) else None
+        ends = list(accumulate(map(len, each), initial=0))
+        self.parts = [slice(*ends) for ends in pairwise(ends)]
         self._sent: dict[torch.device, Tensor] = {}
 
-    def on(self, device: torch.device) -> Rows:
+    def on(self, device: torch.device) -> slice | Tensor:
+        """All of them: a run, or indices, which are sent to a device once."""
         if self._run is not None:
             return self._run
         if device not in self._sent:
-            [self._sent[device]] = send(device, torch.int64, self.rows)
+            [self._sent[device]] = send(device, torch.int64, self._all)
         return self._sent[device]
 
 
 def _change(
-    parts: list[tuple[LayerChange, _Places]], _: nn.Module, inputs: Any, product: Tensor
+    changes: list[LayerChange], rows: _Rows, _: nn.Module, inputs: Any, product: Tensor
 ) -> None:
     """After a linear layer: inputs (1, tokens, in), product (1, tokens, out)."""
     given, out = inputs[0][0], product[0]
-    for change, places in parts:
-        change.add(places.on(out.device), given, out)
+    where = rows.on(out.device)
+    if isinstance(where, slice):
+        given, own = given[where], out[where]
+    else:
+        given, own = given.index_select(0, where), out.index_select(0, where)
+    for change, part in zip(changes, rows.parts, strict=True):
+        change.add(given[part], own[part])
+    if not isinstance(where, slice):
+        out.index_copy_(0, where, own)
