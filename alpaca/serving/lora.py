@@ -1,12 +1,12 @@
 """LoRA adapters in a forward pass: each changes the rows of its own sequences, beside one base.
 
 A linear layer computes the base's product for all rows (tokens) together, as without adapters. Then
-a hook adds to the rows of each adapter their change, s B A x, and touches no others. Which rows are
-whose is found once per pass. The hooks exist only during a pass that has such rows.
+the rows of each adapter get their change, s B A x; no others are touched. Which rows are whose is
+found once per pass. The layers are as they were before and after a pass with such rows.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -127,18 +127,24 @@ def applied(
     for adapter in adapted:
         for layer in adapter.layers:
             changed.setdefault(layer, []).append(adapter)
-    hooks = []
+    methods: dict[nn.Module, Any] = {}
     for layer, adapters in changed.items():
         key = layer is head, tuple(adapters)
         if key not in known:
             known[key] = _Rows([(last if layer is head else adapted)[one] for one in adapters])
         changes = [adapter.layers[layer] for adapter in adapters]
-        hooks.append(layer.register_forward_hook(partial(_change, changes, known[key])))
+        methods[layer] = partial(_changed, layer.forward, changes, known[key])
+    # A method of the instance itself; torch's forward hooks cost 3% of a step (bench/LOG.md).
+    before = {layer: vars(layer).get("forward") for layer in methods}  # accelerate's, if it has one
+    for layer, method in methods.items():
+        vars(layer)["forward"] = method
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer, method in before.items():
+            vars(layer)["forward"] = method
+            if method is None:
+                del vars(layer)["forward"]
 
 
 class _Rows:
@@ -162,11 +168,12 @@ class _Rows:
         return self._sent[device]
 
 
-def _change(
-    changes: list[LayerChange], rows: _Rows, _: nn.Module, inputs: Any, product: Tensor
-) -> None:
-    """After a linear layer: inputs (1, tokens, in), product (1, tokens, out)."""
-    given, out = inputs[0][0], product[0]
+def _changed(
+    product_of: Callable[[Tensor], Tensor], changes: list[LayerChange], rows: _Rows, inputs: Tensor
+) -> Tensor:
+    """A linear layer with its changes: (1, tokens, in) -> (1, tokens, out)."""
+    product = product_of(inputs)
+    out, given = product[0], inputs[0].to(product.device)  # a model may span devices
     where = rows.on(out.device)
     if isinstance(where, slice):
         given, own = given[where], out[where]
@@ -176,3 +183,4 @@ def _change(
         change.add(given[part], own[part])
     if not isinstance(where, slice):
         out.index_copy_(0, where, own)
+    return product
