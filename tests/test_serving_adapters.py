@@ -15,15 +15,19 @@ from typing import Any
 import pytest
 import torch
 from adapters import FAMILIES, make_adapter, make_base, peft_model, record
+from engines import Replaying
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from alpaca.adapter import Adapter
 from alpaca.errors import UserError
 from alpaca.folder import load_tokenizer
+from alpaca.model import load_model
 from alpaca.serving import loading, weights
 from alpaca.serving.attention import PrefillChunk
 from alpaca.serving.engine import Engine
 from alpaca.serving.forward import Batch
+from alpaca.serving.lora import LoadedAdapter, layers_of
 from alpaca.serving.request import Job, Request, Sampling
 from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
@@ -359,6 +363,50 @@ def test_an_adapter_that_does_not_fit_into_memory_is_refused_unread(
     with pytest.raises(UserError, match=r"needs 1,048,576 MiB of cpu memory; .* are left"):
         loading.load_adapter(served, codec, "huge", folder)
     assert served.adapters.names == ["base"]
+
+
+def test_a_gpus_recorded_steps_are_the_bases_alone(
+    llama: dict[str, Path], engine: tuple[Engine, Codec]
+) -> None:
+    """A pass with an adapter is computed, not replayed, and changes no recording."""
+    served, codec = engine
+    loading.load_adapter(served, codec, "one", llama["one"])
+    [one] = served.adapters.loaded
+    replaying = Replaying(load_model(llama["base"], torch.float32))
+    replaying.allocate(replaying.probe(), served.capacity)
+    own = LoadedAdapter("one", layers_of(Adapter(llama["one"]), replaying.model))
+    decoding = [(0, 0, 7), (1, 0, 8), (2, 0, 9)]
+    for rows, replays in (([], 1), ([1], 1), ([], 2)):
+        mine, its = ({adapter: rows} if rows else {} for adapter in (one, own))
+        computed = served.model.run(Batch(decoding, [], [0, 1, 2], mine))
+        found = replaying.run(Batch(decoding, [], [0, 1, 2], its))
+        torch.testing.assert_close(found, computed)
+        assert replaying.replays == replays
+
+
+@pytest.mark.parametrize("name", ["plain", "dora"])
+def test_a_model_spread_by_accelerate_is_changed_too(
+    tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    """The weights of its second layer are on the disk, and come when it computes."""
+    folder = make_adapter(tmp_path / "adapter", tiny_model, **SETTINGS[name])
+    codec = Codec(load_tokenizer(tiny_model))
+    spread = AutoModelForCausalLM.from_pretrained(
+        tiny_model,
+        dtype=torch.float32,
+        device_map="auto",
+        max_memory={"cpu": 750_000},
+        offload_folder=tmp_path / "offloaded",
+        use_safetensors=True,
+    )
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    found = Weights(tiny_model, "a test", {"tuned": folder})
+    served = loading.make_engine(spread, codec, {"ALPACA_CONTEXT": "200"}, weights=found)
+    prompt = codec.prompt("Say hello.")
+    wanted = {"base": tiny_model, "tuned": folder}
+    for one in ("tuned", "base", "tuned"):
+        assert tokens(submitted(served, prompt, one)) == greedy(wanted, one, prompt, 12), one
+    served.stop()
 
 
 # ---- which folder is the base, and which adapter answers by default

@@ -13,7 +13,6 @@ import torch
 from adapters import make_adapter, make_base, peft_model
 from http_server import Server, free_port
 from prometheus_client.parser import text_string_to_metric_families
-from test_serving_adapters import TUNED
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from alpaca.serving import loading
@@ -24,6 +23,7 @@ from alpaca.web import app, server
 
 PROMPT = "Name three colors."
 COUNT = 10
+TUNED = {"ALPACA_SLOTS": "5", "ALPACA_CONTEXT": "300", "ALPACA_DTYPE": "float32"}
 
 
 @pytest.fixture(scope="module")
