@@ -35,6 +35,7 @@ TOP_K = "Choose among this many of the likeliest tokens; 0, the default, allows 
 REPETITION_PENALTY = "Above 1, tokens already in prompt or answer become less likely. 1 is neutral."
 STOP = "Up to 16 texts that end an answer, of up to 1,000 characters each; not part of it."
 SEED = "Repeats an answer: the same seed and inputs give the same text. Random if left out."
+ADAPTER = "Which adapter answers, by its name; the base's name asks the base. Empty: the default."
 STREAM = "Send pieces of text as they are generated, instead of whole answers. Needs n to be 1."
 
 
@@ -80,6 +81,7 @@ class Runner(cog.BaseRunner):
         stop: list[str] = Input(default=[], description=STOP),
         seed: int | None = Input(default=None, ge=0, le=LARGEST, description=SEED),
         stream: bool = Input(default=False, description=STREAM),
+        adapter: str = Input(default="", description=ADAPTER),
     ) -> Iterator[str]:
         """Answer an instruction n times."""
         sampling = Sampling(
@@ -96,6 +98,7 @@ class Runner(cog.BaseRunner):
             max_new_tokens=None if max_new_tokens is None else int(max_new_tokens),
             stop=tuple(stop),
             sampling=sampling,
+            adapter=adapter,
         )
         job = self.engine.submit(request)
         cancellation.on_cancel(job.cancel)

@@ -26,7 +26,7 @@ from alpaca import passport, stored
 from alpaca.errors import UserError
 
 CONFIG = stored.ADAPTER
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = stored.ADAPTER_WEIGHTS
 ROOT = "base_model.model."  # in PEFT's names, before the module's name in the base model
 FOREIGN = "Merge it into its base with the program that made it."
 
@@ -114,6 +114,11 @@ class Adapter:
     def parameters(self) -> int:
         """Number of trained numbers."""
         return sum(entry.elements for entry in self._entries.values())
+
+    def bytes_of(self, module: str) -> int:
+        """Memory of a linear layer's change in fp32."""
+        name = f"{ROOT}{module}."
+        return 4 * sum(e.elements for key, e in self._entries.items() if key.startswith(name))
 
     def change(self, module: str) -> Change | None:
         """The change of a linear layer, by its name in the base model; None: it has none."""

@@ -20,6 +20,7 @@ from alpaca.layout import INDEX, ITEM_BYTES
 PIECE = 1 << 20  # bytes compared at a time
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 ADAPTER = "adapter_config.json"  # peft's settings of an adapter
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/"
 # Stored by older programs. The model computes them itself, and transformers skips them.
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")

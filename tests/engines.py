@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,23 @@ KINDS = {
     "mistral, window 24": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
 }
+
+
+class Replaying(GraphModel):
+    """What a GPU replays, on a CPU: the recorded step computed again, into the same tensor."""
+
+    replays = 0
+
+    def _capture(
+        self, step: Callable[[], torch.Tensor]
+    ) -> tuple[Callable[[], object], torch.Tensor]:
+        logits = step().clone()
+
+        def replay() -> None:
+            self.replays += 1
+            logits.copy_(step())
+
+        return replay, logits
 
 
 def tiny(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import make_adapter, peft_merged
 from engines import answer_of, engine_of, tiny
 from http_server import answering
 from scripted_endpoint import Body, Said, prompt_of, scripted_endpoint
@@ -101,6 +102,25 @@ def journal(output: Path) -> list[dict[str, Any]]:
 
 
 # ---- a folder
+
+
+def test_an_adapters_folder_answers_as_its_merged_model(
+    folder: Path, suite: Path, bpe: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "tuned", folder, use_dora=True)
+    merged = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    merged.load_state_dict(peft_merged(folder, adapter, torch.float32), strict=False)
+    merged.save_pretrained(tmp_path / "merged")
+    bpe.save_pretrained(tmp_path / "merged")
+    told = []
+    for model in (adapter, tmp_path / "merged", folder):
+        assert answer(model, suite, tmp_path / f"{model.name}.json") == 0
+        told.append([one["output"] for one in outputs(tmp_path / f"{model.name}.json")])
+    assert told[0] == told[1] != told[2]
+    assert outputs(tmp_path / "tuned.json")[0]["generator"] == "tuned"
+    # an adapter that was trained again does not continue the older one's journal
+    make_adapter(adapter, folder, seed=9, use_dora=True)
+    assert answer(adapter, suite, tmp_path / "tuned.json") == 2
 
 
 @pytest.mark.parametrize("slots", ["1", "64"])

@@ -1,13 +1,13 @@
 """Slots: how many fit, what is attended to, and the fixed shapes that a GPU would replay."""
 
 import copy
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from engines import Replaying
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import set_eos
@@ -25,7 +25,7 @@ from alpaca.serving.cache import (
     plan_capacity,
 )
 from alpaca.serving.forward import Batch, SlotModel
-from alpaca.serving.graphs import GraphModel, sizes
+from alpaca.serving.graphs import sizes
 
 SHAPES = [LayerShape(2, 16, torch.float32, torch.device("cpu"))] * 3
 TOKEN = 3 * 2 * 2 * 16 * 4  # bytes
@@ -169,23 +169,6 @@ def test_a_step_of_fixed_shape_gives_the_logits_of_an_exact_one(model: SlotModel
     tokens = torch.tensor([[5, 6, 0, 7]])
     fixed = model._pass(tokens, positions[None], step, torch.arange(rows))
     torch.testing.assert_close(fixed[[0, 1, 3]], exact)
-
-
-class Replaying(GraphModel):
-    """What a GPU replays, on a CPU: the recorded step computed again, into the same tensor."""
-
-    replays = 0
-
-    def _capture(
-        self, step: Callable[[], torch.Tensor]
-    ) -> tuple[Callable[[], object], torch.Tensor]:
-        logits = step().clone()
-
-        def replay() -> None:
-            self.replays += 1
-            logits.copy_(step())
-
-        return replay, logits
 
 
 def test_replayed_steps_give_the_logits_of_computed_ones(bpe: PreTrainedTokenizerBase) -> None:

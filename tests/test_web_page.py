@@ -246,7 +246,7 @@ def test_a_model_of_another_server_answers_beside_ours(
     web.site.compared = remote.find(foreign, key)
     try:
         with opened(browser, web.url) as page:
-            page.eventually("#title", "tuned and base and other-7b")
+            page.eventually("#title", "tuned and 2 more")
             page.shown.select_option("#model", label="other-7b")
             page.set(max_new_tokens=8, seed=7)
             page.shown.fill("#input", "pear")

@@ -13,12 +13,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from alpaca import passport
+from alpaca import passport, stored
 from alpaca.errors import UserError
 from alpaca.evaluation.suites import Task, seed_of
 from alpaca.folder import check_folder
 from alpaca.records import Record
+from alpaca.serving import weights
 from alpaca.serving.request import Job, Request, Sampling
+from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
 
 SLOTS = 64
@@ -35,10 +37,11 @@ class Offline:
                 f"--model {folder} is neither a folder nor a URL.",
                 "Name a model folder, or an endpoint such as http://localhost:8000/v1.",
             )
-        check_folder(folder)
         self.folder = folder.resolve()
+        self._weights = weights.of(self.folder, "--model", os.environ, Path.cwd())
+        check_folder(self._weights.folder)
         self.name = self.folder.name
-        self.identity = passport.fingerprint(folder)
+        self.identity = identity(self._weights)
         self._tasks, self._most = tasks, max_new_tokens
 
     def answer(
@@ -54,9 +57,8 @@ class Offline:
         """Load the model, with slots as long as the suite needs."""
         from alpaca.folder import load_tokenizer
         from alpaca.serving import loading
-        from alpaca.serving.weights import Weights
 
-        suite = encoded(Codec(load_tokenizer(self.folder)), self._tasks)
+        suite = encoded(Codec(load_tokenizer(self._weights.folder)), self._tasks)
         longest = max(len(one.whole or one.prompt) for one in suite)
         environment = {
             **os.environ,
@@ -64,11 +66,21 @@ class Offline:
             "ALPACA_CONTEXT": str(longest + self._most),
             "ALPACA_MAX_SECONDS": str(10**9),
         }
-        engine, _ = loading.load(Weights(self.folder, "--model"), environment)
+        engine, _ = loading.load(self._weights, environment)
         try:
             yield Queue(engine, suite, settings)
         finally:
             engine.stop()
+
+
+def identity(found: Weights) -> str:
+    """One hash of what answers: of the weights and, if it is an adapter, of its files."""
+    base = passport.fingerprint(found.folder)
+    if not found.default:
+        return base
+    folder = found.adapters[found.default]
+    own = passport.hash_files([folder / name for name in (stored.ADAPTER, stored.ADAPTER_WEIGHTS)])
+    return passport.text_sha256(" ".join([base, *own]))
 
 
 @dataclass(frozen=True)

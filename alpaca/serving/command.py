@@ -39,6 +39,21 @@ def parser() -> argparse.ArgumentParser:
         help="model folder or tar file (default: ALPACA_WEIGHTS, else alpaca_out/)",
     )
     made.add_argument(
+        "--base", metavar="FOLDER", help="model of an adapter in --weights (default: ALPACA_BASE)"
+    )
+    made.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="also serve a LoRA adapter of the model; repeatable (default: ALPACA_ADAPTERS)",
+    )
+    made.add_argument(
+        "--adapter-folder",
+        metavar="FOLDER",
+        help="adapters in it may be loaded over /v1 (default: ALPACA_ADAPTER_FOLDER)",
+    )
+    made.add_argument(
         "--train", action="store_true", help="serve the training API instead (POST /trainings)"
     )
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
@@ -67,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Run the quick checks, then replace this process with the server; does not return."""
     environment = named({**IMAGE, **os.environ}, arguments.weights)
+    environment |= adapted(arguments.base, arguments.adapter, arguments.adapter_folder)
     if not environment.get("COG_WEIGHTS") and not arguments.train:
         check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
@@ -99,6 +115,19 @@ def named(environment: dict[str, str], folder: str | None) -> dict[str, str]:
         return environment
     others = {name: value for name, value in environment.items() if name != "COG_WEIGHTS"}
     return {**others, weights.VARIABLE: str(Path(folder).resolve())}
+
+
+def adapted(base: str | None, adapters: list[str], allowed: str | None) -> dict[str, str]:
+    """The variables that the flags for adapters set, with absolute paths."""
+    folders = {weights.BASE: base, "ALPACA_ADAPTER_FOLDER": allowed}
+    found = {name: str(Path(path).resolve()) for name, path in folders.items() if path}
+    for given in adapters:
+        name, _, path = given.partition("=")
+        if not path or "," in given:
+            raise UserError(f"--adapter is {given!r}.", "Write NAME=FOLDER, without commas.")
+        listed = [found[weights.ADAPTERS]] if weights.ADAPTERS in found else []
+        found[weights.ADAPTERS] = ",".join([*listed, f"{name}={Path(path).resolve()}"])
+    return found
 
 
 def check_port(port: int, flag: str = "--port") -> None:

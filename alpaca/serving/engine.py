@@ -10,13 +10,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
 from alpaca.errors import UserError
+from alpaca.serving.adapters import Adapters
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.generation import Generation
+from alpaca.serving.lora import LoadedAdapter
 from alpaca.serving.measures import Measures
 from alpaca.serving.request import CanceledError, Job, Request, Scored
 from alpaca.serving.sampling import NO_TOKEN, Draws, choose, score
@@ -61,9 +64,11 @@ class Engine:
         table: Sequence[bytes],
         ends: frozenset[int],
         limits: Limits | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """`table` gives each token's bytes (`stream.token_bytes`), `ends` the ids that end text."""
         self.model = model
+        self.adapters = adapters or Adapters()
         self.table = [*table, *[b""] * (model.vocabulary - len(table))]
         self.ends = ends
         self.limits = limits or Limits()
@@ -76,6 +81,8 @@ class Engine:
         self._counts: torch.Tensor | None = None  # as `_seen`, made when a request needs it
         self.measures = Measures()
         self._inbox: deque[Job] = deque()
+        self._arrivals: deque[tuple[LoadedAdapter, Future[None]]] = deque()
+        self._shared: list[tuple[int, ...]] = []  # prefixes of the templates
         self._wake = threading.Condition()
         self._stopping = False
         self._step_began: float | None = None
@@ -84,21 +91,40 @@ class Engine:
 
     def start(self, shared_prefixes: Sequence[Sequence[int]] = ()) -> None:
         """Compute the prefixes that many prompts share, once, and start serving."""
-        for prefix in shared_prefixes:
-            self._scheduler.remember(self.model, tuple(prefix))
+        self._shared = [tuple(prefix) for prefix in shared_prefixes]
+        for adapter in (None, *self.adapters.loaded):
+            self._remember(adapter)
         self._thread.start()
+
+    def add(self, adapter: LoadedAdapter) -> None:
+        """Let new requests name an adapter; one of the same name goes on for those that run.
+
+        Waits for the engine's thread, which first computes the shared prefixes with it, between two
+        steps.
+
+        Raises:
+            EngineStoppedError: the engine has stopped.
+        """
+        done: Future[None] = Future()
+        with self._wake:
+            if self._stopping or not self._thread.is_alive():
+                raise EngineStoppedError("The engine is not running.")
+            self._arrivals.append((adapter, done))
+            self._wake.notify()
+        done.result()
 
     def submit(self, request: Request, notify: Callable[[], None] | None = None) -> Job:
         """Queue a request. The engine's thread calls `notify` when a completion has changed.
 
         Raises:
             UserError: the prompt is empty, is too long, or contains tokens that do not exist; n is
-                larger than the number of slots; or stop strings are too many or too long.
+                larger than the number of slots; stop strings are too many or too long; or no
+                adapter has the name asked for.
             BusyError: the queue is full.
             EngineStoppedError: the engine has stopped.
         """
         self._check(request)
-        job = Job(request, notify, self.measures.end)
+        job = Job(request, notify, self.measures.end, self.adapters.find(request.adapter))
         with self._wake:
             if self._stopping or not self._thread.is_alive():
                 raise EngineStoppedError("The engine is not running.")
@@ -177,6 +203,7 @@ class Engine:
             while self._collect():
                 self._step_began = time.monotonic()
                 try:
+                    self._adopt()
                     self._step()
                 except Exception as error:  # any error ends requests, not the server
                     self._failures += 1
@@ -187,18 +214,39 @@ class Engine:
                 self._stopping = True
             for job in [*self._inbox, *self._scheduler.clear()]:
                 job.finish(EngineStoppedError("The engine was stopped."))
+            for _, done in self._arrivals:
+                done.set_exception(EngineStoppedError("The engine was stopped."))
 
     def _collect(self) -> bool:
-        """Queue new requests; wait for one if there is nothing to do. False when stopping."""
+        """Queue new requests; wait if there is nothing to do. False when stopping."""
         with self._wake:
-            while not (self._inbox or self._scheduler.busy or self._stopping):
+            work = self._inbox, self._arrivals
+            while not (any(work) or self._scheduler.busy or self._stopping):
                 self._wake.wait()
             while self._inbox:
                 job = self._inbox.popleft()
                 self.measures.requests += 1
                 self.measures.prompt_tokens += len(job.request.prompt)
+                if job.adapter is not None:
+                    job.adapter.requests += 1
                 self._scheduler.add(job)
             return not self._stopping
+
+    def _adopt(self) -> None:
+        """Take in the adapters that have been loaded since the last step."""
+        while self._arrivals:
+            adapter, done = self._arrivals.popleft()
+            try:
+                self._remember(adapter)
+                self.adapters.put(adapter)
+            except Exception as error:  # of this adapter, which is not served then
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+    def _remember(self, adapter: LoadedAdapter | None) -> None:
+        for prefix in self._shared:
+            self._scheduler.remember(self.model, prefix, adapter)
 
     def _step(self) -> None:
         """Drop cancelled jobs, admit new ones, run one pass, sample, deliver the text."""

@@ -4,9 +4,9 @@ The model's own modules run. Three things differ from `generate`: the attention 
 of linear weights on a CPU, and that logits are computed only where a token will be sampled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import init_empty_weights
@@ -16,6 +16,7 @@ from alpaca.errors import UserError
 from alpaca.serving import attention, packed
 from alpaca.serving.attention import PrefillChunk, Probe, Step
 from alpaca.serving.cache import Capacity, LayerShape, SlotCache
+from alpaca.serving.lora import LoadedAdapter, applied
 from alpaca.serving.transfer import send
 from alpaca.stored import ADVICE, check_rope
 
@@ -25,11 +26,13 @@ class Batch:
     """Input of one pass: tokens by slot, in the order of `Step`, and where logits are needed.
 
     `wanted` are indices into the pass's tokens: the decoding tokens first, then the chunks.
+    `adapted` gives such indices for each adapter that changes tokens, ascending.
     """
 
     decoding: list[tuple[int, int, int]]  # (slot, position, token), ascending slots
     chunks: Sequence[tuple[PrefillChunk, Sequence[int]]]
     wanted: list[int]
+    adapted: Mapping[LoadedAdapter, Sequence[int]] = field(default_factory=dict)
 
 
 class SlotModel:
@@ -57,6 +60,7 @@ class SlotModel:
         # Not `logits_to_keep`: its indices must be on the device of the last layer. In a model that
         # is spread over several devices, only the hook knows which one that is.
         head.register_forward_pre_hook(self._select)
+        self._head = head
 
     @torch.inference_mode()
     def probe(self) -> list[LayerShape]:
@@ -106,7 +110,10 @@ class SlotModel:
             lengths=lengths,
             chunks=[chunk for chunk, _ in batch.chunks],
         )
-        return self._pass(token[None], position[None], step, where)
+        if not batch.adapted:
+            return self._pass(token[None], position[None], step, where)
+        with applied(batch.adapted, self._head, batch.wanted):
+            return self._pass(token[None], position[None], step, where)
 
     def _pass(
         self,

@@ -3,7 +3,7 @@
 Launching the thousand kernels of a small decode step one by one takes longer than reading the
 weights, which would otherwise set its speed. Sizes are rounded up (rows to a power of two, tokens
 to one of a few lengths), so there are few recordings. Rows without a sequence write to the cache's
-spare slot. Prompts are computed without graphs.
+spare slot. Prompts are computed without graphs, and so is a pass with rows of adapters.
 """
 
 from collections.abc import Callable
@@ -41,6 +41,8 @@ class GraphModel(SlotModel):
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """One pass: decoding tokens by replay, prompt chunks directly."""
+        if batch.adapted:  # a recording has the kernels of the base alone
+            return super().run(batch)
         parts = []
         decoding = len(batch.decoding)
         if decoding:

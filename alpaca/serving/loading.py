@@ -18,6 +18,7 @@ from alpaca import model as model_folder
 from alpaca import passport, stored
 from alpaca.errors import UserError
 from alpaca.folder import check_folder, load_tokenizer
+from alpaca.serving.adapters import Adapters, opened
 from alpaca.serving.cache import fitting_tokens, plan_capacity, unused_bytes
 from alpaca.serving.engine import Engine, Limits
 from alpaca.serving.forward import SlotModel
@@ -60,7 +61,7 @@ def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[Engine, Cod
     loaded = model_folder.load_model(folder, read_as, _device_map(folder, device))
     check_tokenizer(loaded, codec, folder)
     parameters = loaded.num_parameters()  # packed layers have none
-    engine = make_engine(loaded, codec, environment, dtype)
+    engine = make_engine(loaded, codec, environment, dtype, weights)
     what = f"{type(loaded).__name__}, {parameters / 1e6:,.1f}M parameters"
     wanted = _slots(environment, engine.model.device.type)
     print(_summary(weights, what, engine, time.monotonic() - began, wanted), flush=True)
@@ -72,15 +73,22 @@ def make_engine(
     codec: Codec,
     environment: Mapping[str, str] = os.environ,
     dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
 ) -> Engine:
     """Allocate the cache and start serving a loaded model, which is changed in place.
 
-    The engine computes in `dtype`, by default in the model's own type.
+    The engine computes in `dtype`, by default in the model's own type. `weights` says which folder
+    the model is from, and which adapters are served beside it.
     """
     ends = _end_ids(loaded, codec)
     devices = {parameter.device for parameter in loaded.parameters()}
     one_gpu = len(devices) == 1 and devices.pop().type == "cuda"
     model = (GraphModel if one_gpu else SlotModel)(loaded, dtype)
+    adapters = Adapters()
+    if weights is not None:
+        adapters = Adapters(weights.folder.name, weights.folder, weights.default)
+        for name, folder in weights.adapters.items():
+            adapters.put(opened(name, folder, adapters, model, codec))
     kind = model.device.type
     shapes = model.probe()
     slots = _slots(environment, kind)
@@ -89,9 +97,25 @@ def make_engine(
     model.allocate(shapes, plan_capacity(tokens, context, slots, min(slots, MIN_SLOTS)))
     seconds = _number(environment, "ALPACA_MAX_SECONDS", SECONDS)
     limits = Limits(prefill_tokens=PIECE_TOKENS[kind], seconds=seconds)
-    engine = Engine(model, token_bytes(codec.tokenizer), ends, limits)
+    engine = Engine(model, token_bytes(codec.tokenizer), ends, limits, adapters)
     engine.start(shared_prefixes(codec))
     return engine
+
+
+def load_adapter(engine: Engine, codec: Codec, name: str, folder: Path) -> None:
+    """Load one more adapter into a running engine; `codec` is the base's.
+
+    New requests can name it when this returns. It replaces one of the same name: requests that run
+    keep theirs. The folder is read in a thread that ends, for the reason that `load` gives.
+
+    Raises:
+        UserError: as `adapters.opened`.
+        EngineStoppedError: the engine has stopped.
+    """
+    shared = sum(map(len, shared_prefixes(codec)))
+    with ThreadPoolExecutor(max_workers=1) as own_thread:
+        asked = name, folder, engine.adapters, engine.model, codec, shared
+        engine.add(own_thread.submit(opened, *asked).result())
 
 
 def shared_prefixes(codec: Codec) -> list[list[int]]:
@@ -159,8 +183,10 @@ def _summary(weights: Weights, what: str, engine: Engine, seconds: float, wanted
     kind = str(model.model.dtype).removeprefix("torch.")
     packing_note = " (weights held in 16 bits)" if model.fp16_layers else ""
     left = (unused_bytes(model.device) - model.cache.cpu_bytes) / 2**30
+    default = f" with adapter {weights.default} by default" if weights.default else ""
     return (
-        f"serving {weights.folder}, taken from {weights.origin}: {what}, {kind}{packing_note} on "
+        f"serving {weights.folder}{default}, taken from {weights.origin}: {what}, "
+        f"{kind}{packing_note} on "
         f"{model.device}, ready in {seconds:.1f} s; {capacity.slots} slots of "
         f"{capacity.length:,} tokens ({capacity.tokens:,} in all{more}), {left:.1f} GiB of memory "
         "to spare"

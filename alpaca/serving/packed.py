@@ -46,6 +46,11 @@ class HalfLinear(nn.Module):
             product = self.product(inputs, self.packed)
         return product if self.scale == 1 else product.mul_(self.scale)
 
+    def unpacked(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight (out, in) and bias, fp32."""
+        weight, bias = torch.ops.quantized.linear_unpack_fp16(self.packed)
+        return weight * self.scale, None if bias is None else bias * self.scale
+
 
 def padding(rows: int) -> int:
     """Rows to add so that a row's result does not depend on the number of rows.
@@ -73,6 +78,11 @@ class BlockedLinear(nn.Module):
         """(..., in_features) -> (..., out_features)."""
         product: torch.Tensor = self.product(inputs, self.packed, self.bias, "none", [], "")
         return product
+
+    def unpacked(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight (out, in) and bias, in the type that is computed in."""
+        weight: torch.Tensor = self.packed.to_dense()
+        return weight, self.bias
 
 
 def half_shift(weight: torch.Tensor) -> int | None:

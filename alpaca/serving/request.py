@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from alpaca.serving.lora import LoadedAdapter
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Request:
     ends before the first `stop` string in it; empty stop strings are ignored. With `ignore_ends`,
     end tokens do not end it. `logprobs` asks for the log probability of each token of the answer,
     and of that many of the likeliest ones; `prompt_logprobs` for the same of the prompt's tokens.
+    `adapter` is a name that `Adapters.find` knows.
     """
 
     prompt: tuple[int, ...]
@@ -51,6 +56,7 @@ class Request:
     ignore_ends: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,9 +161,14 @@ class Job:
         request: Request,
         notify: Callable[[], None] | None = None,
         ended: Callable[[str], None] | None = None,
+        adapter: "LoadedAdapter | None" = None,
     ) -> None:
-        """Create the n completions and record the time of submission."""
+        """Create the n completions and record the time of submission.
+
+        `adapter` is what the request's name meant when it came; None is the base.
+        """
         self.request = request
+        self.adapter = adapter
         self.completions = [Completion(notify, ended) for _ in range(request.n)]
         self.prompt_scored: list[Scored] = []  # of all tokens but the first, if asked for
         self.submitted = time.monotonic()

@@ -4,15 +4,14 @@ A job gets its n slots together, in order of arrival. Its prompt is computed chu
 first slot. The content of that slot is then copied to the others, and all of them decode.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
-
-import torch
 
 from alpaca.serving.attention import PrefillChunk
 from alpaca.serving.cache import SlotCache
 from alpaca.serving.forward import Batch, SlotModel
 from alpaca.serving.generation import Generation
+from alpaca.serving.lora import LoadedAdapter, Prefix
 from alpaca.serving.request import Job
 
 MIN_CHUNK = 16  # tokens: a smaller prompt chunk is not worth an attention call
@@ -66,7 +65,7 @@ class Scheduler:
         self._decoding: list[Generation] = []
         self._in_pass: list[Prompt] = []  # prompts with a chunk in the current pass
         self._suspects: list[Prompt] = []  # prompts one of which made a pass fail
-        self._prefixes: list[tuple[tuple[int, ...], list[torch.Tensor]]] = []
+        self._prefixes: list[Prefix] = []  # the base's; an adapter has its own
 
     @property
     def waiting(self) -> int:
@@ -83,14 +82,21 @@ class Scheduler:
         """Whether there is work for a step."""
         return bool(self._queue or self._prompts or self._decoding)
 
-    def remember(self, model: SlotModel, prefix: tuple[int, ...]) -> None:
-        """Compute the keys of a shared prefix once; prompts that begin with it copy them."""
+    def remember(
+        self, model: SlotModel, prefix: tuple[int, ...], adapter: LoadedAdapter | None = None
+    ) -> None:
+        """Compute the keys of a shared prefix once; prompts that begin with it copy them.
+
+        An adapter changes keys, so its requests copy only those computed with it.
+        """
         if not MIN_PREFIX <= len(prefix) < self._cache.capacity.length:
             return
         chunk = PrefillChunk(self._cache.spare, 0, len(prefix))
-        model.run(Batch([], [(chunk, prefix)], [0]))
-        self._prefixes.append((prefix, self._cache.read(self._cache.spare, len(prefix))))
-        self._prefixes.sort(key=lambda entry: len(entry[0]), reverse=True)
+        adapted = {} if adapter is None else {adapter: range(len(prefix))}
+        model.run(Batch([], [(chunk, prefix)], [0], adapted))
+        prefixes = self._prefixes if adapter is None else adapter.prefixes
+        prefixes.append((prefix, self._cache.read(self._cache.spare, len(prefix))))
+        prefixes.sort(key=lambda entry: len(entry[0]), reverse=True)
 
     def add(self, job: Job) -> None:
         """Queue a job for slots."""
@@ -126,7 +132,8 @@ class Scheduler:
         """Copy the longest remembered prefix of a prompt into its slot; returns its length."""
         if sequence.job.request.prompt_logprobs:  # needs the logits of all tokens
             return 0
-        for prefix, saved in self._prefixes:
+        adapter = sequence.job.adapter
+        for prefix, saved in self._prefixes if adapter is None else adapter.prefixes:
             # At least one token must remain: its logits give the answer's first token.
             if len(prefix) < len(sequence.prompt) and sequence.prompt[: len(prefix)] == prefix:
                 self._cache.restore(sequence.slot, saved)
@@ -139,6 +146,10 @@ class Scheduler:
         The rows of `scored` prompts that nothing samples from are in `Prompt.rows`.
         """
         decoding = [(s.slot, s.length, s.token) for s in self._decoding]
+        adapted: defaultdict[LoadedAdapter, list[int]] = defaultdict(list)
+        for row, sequence in enumerate(self._decoding):
+            if sequence.job.adapter is not None:
+                adapted[sequence.job.adapter].append(row)
         for slot, position, _ in decoding:
             self._written[slot] = position + 1
         chunks, offset = [], len(decoding)
@@ -150,6 +161,8 @@ class Scheduler:
             chunk = PrefillChunk(prompt.sequences[0].slot, prompt.done, prompt.done + count)
             prompt.chunk_end = self._written[chunk.slot] = chunk.last
             chunks.append((chunk, prompt.ids[chunk.first : chunk.last]))
+            if prompt.job.adapter is not None:
+                adapted[prompt.job.adapter] += range(offset, offset + count)
             ends_prompt = count == prompt.left
             if prompt.scored:
                 prompt.rows = range(len(wanted), len(wanted) + count - ends_prompt)
@@ -160,7 +173,7 @@ class Scheduler:
                 wanted.append(offset - 1)
         if not decoding and not chunks:
             return None, []
-        return Batch(decoding, chunks, wanted or [0]), sampled
+        return Batch(decoding, chunks, wanted or [0], adapted), sampled
 
     def scored(self) -> list[Prompt]:
         """The prompts of the current pass whose own tokens are scored."""

@@ -1,45 +1,73 @@
-"""Finds the model folder to serve.
+"""Finds the model folder to serve, and its adapters.
 
 Sources, in this order: the argument that Cog passes to `setup(weights)` (fine-tuned weights: a
 folder or a tar file), the environment variable ALPACA_WEIGHTS, and `alpaca_out/`, the output folder
-of training. A tar file is unpacked once into `.cache/weights/`.
+of training. A tar file is unpacked once into `.cache/weights/`. If the folder holds an adapter,
+ALPACA_BASE or the adapter's settings name the model. ALPACA_ADAPTERS names more adapters.
 """
 
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from alpaca import atomic
+from alpaca import atomic, stored
 from alpaca.errors import UserError
 from alpaca.folder import explained_disk_errors
 from alpaca.serving import archives
 
 VARIABLE = "ALPACA_WEIGHTS"
+BASE = "ALPACA_BASE"
+ADAPTERS = "ALPACA_ADAPTERS"
 TRAINED = "alpaca_out"
 CACHE = Path(".cache/weights")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model folder, and a description of where it was named."""
+    """A model folder, and a description of where it was named.
+
+    adapters: folders by name. default: the name of the one that answers requests without a name.
+    """
 
     folder: Path
     origin: str
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    default: str = ""
 
 
 def locate(given: Path | None, environment: Mapping[str, str], root: Path) -> Weights:
-    """Find the model folder; relative paths start at `root`.
+    """Find the model folder and the adapters; relative paths start at `root`.
 
     Raises:
         UserError: there are no weights, or a source names a path that does not exist.
     """
+    found = _with_base(_named(given, environment, root), environment, root)
+    adapters = dict(found.adapters)
+    for name, path in _listed(environment.get(ADAPTERS, "")):
+        if name in adapters:
+            raise UserError(f"Two adapters are named {name}.", f"Give one of {ADAPTERS} another.")
+        adapters[name] = _folder(path, root)
+        if not stored.is_adapter(adapters[name]):
+            raise UserError(
+                f"{ADAPTERS}: {adapters[name]} is not an adapter's folder.",
+                f"Name one with {stored.ADAPTER} and {stored.ADAPTER_WEIGHTS}.",
+            )
+    return replace(found, adapters=adapters)
+
+
+def of(folder: Path, origin: str, environment: Mapping[str, str], root: Path) -> Weights:
+    """A folder that the user names, of a model or of an adapter."""
+    return _with_base(Weights(folder, origin), environment, root)
+
+
+def _named(given: Path | None, environment: Mapping[str, str], root: Path) -> Weights:
     if given is not None:
         return Weights(_folder(given, root), f"the weights given to setup ({given})")
     if named := environment.get(VARIABLE):
         return Weights(_folder(Path(named), root), f"{VARIABLE}={named}")
-    if (root / TRAINED / "config.json").is_file():
+    if _holds_weights(root / TRAINED):
         return Weights(root / TRAINED, f"{TRAINED}/")
     raise UserError(
         "There are no weights to serve.",
@@ -49,6 +77,53 @@ def locate(given: Path | None, environment: Mapping[str, str], root: Path) -> We
     )
 
 
+def _with_base(found: Weights, environment: Mapping[str, str], root: Path) -> Weights:
+    """If the folder holds an adapter: its base, with it as the default adapter."""
+    if not stored.is_adapter(found.folder):
+        if unused := environment.get(BASE):
+            print(f"note: {BASE}={unused} is not used: {found.folder} is no adapter", flush=True)
+        return found
+    name = found.folder.name
+    base = _base_of(found.folder, environment.get(BASE), root)
+    return Weights(base, f"the base of the adapter {found.origin}", {name: found.folder}, name)
+
+
+def _base_of(adapter: Path, given: str | None, root: Path) -> Path:
+    """The base's folder: the given one, or where the adapter's settings may mean.
+
+    Raises:
+        UserError: there is none.
+    """
+    if given:
+        return _folder(Path(given), root)
+    named = str(stored.read_json(adapter / stored.ADAPTER).get("base_model_name_or_path") or "")
+    places = [Path(named), adapter.resolve().parent / named, root / named]
+    places.append(root / "weights" / Path(named).name)
+    for place in places if named else []:
+        if (place / "config.json").is_file():
+            return place.resolve()
+    told = f"it names {named}, which is not there" if named else "it does not name one"
+    raise UserError(
+        f"{adapter} holds an adapter, and its base model was not found: {told}.",
+        f"Set {BASE} to the folder of the model that it was trained on (serve: --base FOLDER).",
+    )
+
+
+def _listed(text: str) -> list[tuple[str, Path]]:
+    """The names and paths in `name=FOLDER,name2=FOLDER2`."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, path = part.partition("=")
+        if not (equals and name.strip() and path.strip()):
+            raise UserError(f"{ADAPTERS} holds {part!r}.", "Write it as NAME=FOLDER,NAME2=FOLDER2.")
+        found.append((name.strip(), Path(path.strip())))
+    return found
+
+
+def _holds_weights(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or stored.is_adapter(folder)
+
+
 def _folder(path: Path, root: Path) -> Path:
     path = root / path
     if path.is_dir():
@@ -56,7 +131,8 @@ def _folder(path: Path, root: Path) -> Path:
     if not path.is_file():
         raise UserError(
             f"The weights {path} do not exist.",
-            "Name a model folder (config.json and *.safetensors), or a tar file of one.",
+            "Name the folder of a model (config.json and *.safetensors) or an adapter, or a tar "
+            "file of one.",
         )
     return _inner(_unpack(path, root))
 
@@ -92,8 +168,6 @@ class _UnpackingError(Exception):
 
 
 def _inner(folder: Path) -> Path:
-    """The folder itself or, for `tar -cf x.tar folder/`, the only model folder in it."""
-    inner = [path for path in folder.iterdir() if (path / "config.json").is_file()]
-    if not (folder / "config.json").is_file() and len(inner) == 1:
-        return inner[0]
-    return folder
+    """The folder itself or, for `tar -cf x.tar folder/`, the only model or adapter in it."""
+    inner = [path for path in folder.iterdir() if _holds_weights(path)]
+    return inner[0] if not _holds_weights(folder) and len(inner) == 1 else folder

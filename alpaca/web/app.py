@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from alpaca import prompt
 from alpaca.address import is_loopback
-from alpaca.web import bodies, completions, metrics, openapi
+from alpaca.web import adapters, bodies, completions, metrics, openapi
 from alpaca.web.errors import ApiError
 from alpaca.web.remote import Remote
 from alpaca.web.runs import Run
@@ -41,6 +41,7 @@ class Site:
 
     key: without it, anyone who reaches the port may ask. origins: pages of other sites whose
     scripts may ask. inputs: name to JSON schema, from the runner. examples: pairs for the page.
+    adapters: the folder whose adapters may be loaded over HTTP.
     """
 
     key: str | None = None
@@ -50,6 +51,12 @@ class Site:
     run: Run | None = None
     models: list[Served] = field(default_factory=list)
     compared: Remote | None = None  # for the page only: /v1 never spends another server's key
+    adapters: Path | None = None
+
+    @property
+    def listed(self) -> list[Served]:
+        """The models and their adapters, in the order of /v1/models."""
+        return [one for model in self.models for one in model.listed()]
 
     def model(self, name: str | None) -> Served:
         """The model of that id, or the first one.
@@ -59,13 +66,14 @@ class Site:
         """
         if not self.models:
             raise ApiError(503, "The model is loading; try again in a few seconds.")
-        known = {one.name: one for one in self.models}
-        found = self.models[0] if name is None else known.get(name)
+        listed = self.listed
+        known = {one.name: one for one in reversed(listed)}  # of equal names, the first
+        found = listed[0] if name is None else known.get(name)
         if found is None:
-            told = ", ".join(known)
+            told = ", ".join(one.name for one in listed)
             raise ApiError(
                 404,
-                f"There is no model {name!r} here; {told} is served.",
+                f"There is no model {name!r} here; served: {told}.",
                 param="model",
                 code="model_not_found",
             )
@@ -187,6 +195,7 @@ class Doors:
         """Doors of a site."""
         self._site = site
         self._reading = asyncio.Lock()
+        self._loading = asyncio.Lock()
 
     def routes(self) -> list[Route]:
         """Every address, with its method."""
@@ -201,6 +210,8 @@ class Doors:
             Route("/v1/models/{name:path}", self.one_model),
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"]),
             Route("/openapi.json", self.description),
             Route("/metrics", self.metrics),
             Route("/health", self.health),
@@ -219,12 +230,30 @@ class Doors:
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
         self._site.model(None)
-        listed = [described(one) for one in self._site.models]
+        listed = [described(one) for one in self._site.listed]
         return JSONResponse({"object": "list", "data": listed})
 
     async def one_model(self, request: Request) -> Response:
         """GET /v1/models/ID."""
         return JSONResponse(described(self._site.model(request.path_params["name"])))
+
+    async def load_adapter(self, request: Request) -> Response:
+        """POST /v1/load_lora_adapter: of the first model."""
+        body = bodies.read(bodies.LoadAdapterBody, await body_of(request))
+        self._site.model(None)
+        others = [one.name for model in self._site.models[1:] for one in model.listed()]
+        if body.lora_name in [self._site.models[0].name, *others]:
+            raise ApiError(
+                400, f"{body.lora_name} is a model's name; take another.", param="lora_name"
+            )
+        async with self._loading:  # the memory left is looked at before each
+            return await adapters.load(self._site.models[0], self._site.adapters, body)
+
+    async def unload_adapter(self, request: Request) -> Response:
+        """POST /v1/unload_lora_adapter."""
+        body = bodies.read(bodies.UnloadAdapterBody, await body_of(request))
+        self._site.model(None)
+        return adapters.unload(self._site.models[0], self._site.adapters, body)
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics."""
@@ -254,7 +283,7 @@ class Doors:
 
     async def settings(self, _: Request) -> Response:
         """GET /page/settings: what the page shows and allows."""
-        models, other = self._site.models, self._site.compared
+        models, other = self._site.listed, self._site.compared
         listed = [{"id": one.name, "title": one.name, "url": None} for one in models]
         if other is not None and models:
             listed.append({"id": other.name, "title": other.name, "url": other.url})
@@ -305,11 +334,14 @@ def refreshed(run: Run) -> dict[str, Any]:
 
 
 def described(served: Served) -> dict[str, Any]:
-    """A model as OpenAI lists it, and vLLM's name for its context."""
+    """A model as OpenAI lists it, with vLLM's names for its context and an adapter's base."""
+    base = served.engine.adapters.base
+    parent = {"parent": base} if served.adapter != base else {}
     return {
         "id": served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "alpaca-cog",
         "max_model_len": served.context,
+        **parent,
     }

@@ -136,6 +136,20 @@ class ChatBody(Common):
     parallel_tool_calls: bool | None = Field(None, description=IGNORED)
 
 
+class UnloadAdapterBody(BaseModel):
+    """Of POST /v1/unload_lora_adapter, as vLLM's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lora_name: str = Field(description="The adapter's id in /v1/models.")
+
+
+class LoadAdapterBody(UnloadAdapterBody):
+    """Of POST /v1/load_lora_adapter, as vLLM's."""
+
+    lora_path: str = Field(description="Its folder, in the folder that the operator allows.")
+
+
 class PromptBody(BaseModel):
     """Of POST /page/prompt."""
 

@@ -41,12 +41,25 @@ class _Engines(Collector):
             for reason, count in sorted(one.engine.measures.ended.items()):
                 ended.add_metric([one.name, reason], count)
         yield ended
+        yield self._by_adapter()
         for name, told, pick in HISTOGRAMS:
             family = HistogramMetricFamily(name, told, labels=["model"])
             for one in self._models:
                 histogram: Histogram = pick(one)
                 family.add_metric([one.name], _cumulative(histogram), histogram.sum)
             yield family
+
+    def _by_adapter(self) -> Metric:
+        """Only of those that are loaded, so that names which come and go are not kept."""
+        asked = CounterMetricFamily(
+            "alpaca_adapter_requests",
+            "Requests of each adapter that is loaded.",
+            labels=["model", "adapter"],
+        )
+        for one in self._models:
+            for adapter in one.engine.adapters.loaded:
+                asked.add_metric([one.name, adapter.name], adapter.requests)
+        return asked
 
 
 def _cumulative(histogram: Histogram) -> list[tuple[str, float]]:
@@ -77,6 +90,12 @@ GAUGES = (
         "alpaca_busy_slots",
         "Answers that are being made.",
         lambda s: s.engine.capacity.slots - s.engine.idle_slots,
+    ),
+    ("alpaca_adapters", "Adapters that are loaded.", lambda s: len(s.engine.adapters.loaded)),
+    (
+        "alpaca_adapter_bytes",
+        "Memory of their matrices.",
+        lambda s: sum(one.bytes for one in s.engine.adapters.loaded),
     ),
     ("alpaca_healthy", "1 while the engine is healthy.", lambda s: float(s.engine.healthy)),
 )

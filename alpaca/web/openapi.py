@@ -6,7 +6,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from alpaca import __version__
-from alpaca.web.bodies import ChatBody, CompletionBody
+from alpaca.web.bodies import ChatBody, CompletionBody, LoadAdapterBody, UnloadAdapterBody
 
 ERROR = {
     "type": "object",
@@ -27,7 +27,8 @@ ERROR = {
 ERRORS = {
     "400": "A key is unknown, of another type or out of range, or the prompt does not fit.",
     "401": "The API key is missing or wrong.",
-    "404": "No model has this id.",
+    "403": "The operator has named no folder for adapters, or the path is not in it.",
+    "404": "No model, or no adapter, has this id.",
     "413": "The body is too large.",
     "415": "The body is not declared as application/json.",
     "429": "The queue is full; Retry-After says when to try again.",
@@ -38,7 +39,8 @@ ERRORS = {
 @cache
 def document() -> dict[str, Any]:
     """The description."""
-    kinds = [(CompletionBody, "validation"), (ChatBody, "validation")]
+    bodies = CompletionBody, ChatBody, LoadAdapterBody, UnloadAdapterBody
+    kinds = [(body, "validation") for body in bodies]
     _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     return {
         "openapi": "3.1.0",
@@ -47,6 +49,8 @@ def document() -> dict[str, Any]:
             "/v1/models": {"get": _operation("List the models that are served.")},
             "/v1/completions": {"post": _operation("Continue a text.", "CompletionBody")},
             "/v1/chat/completions": {"post": _operation("Answer a conversation.", "ChatBody")},
+            "/v1/load_lora_adapter": {"post": _change("Load an adapter.", "LoadAdapterBody")},
+            "/v1/unload_lora_adapter": {"post": _change("Unload one.", "UnloadAdapterBody")},
         },
         "components": {
             "schemas": {**schemas["$defs"], "Error": ERROR},
@@ -57,17 +61,28 @@ def document() -> dict[str, Any]:
 
 
 def _operation(summary: str, body: str | None = None) -> dict[str, Any]:
-    errors = ERRORS if body else {code: ERRORS[code] for code in ("401", "503")}
+    codes = set(ERRORS) - {"403"} if body else {"401", "503"}
+    kinds = ["application/json", *(["text/event-stream"] if body else [])]
+    content: dict[str, Any] = {kind: {} for kind in kinds}
+    return _described(
+        summary, body, codes, "As OpenAI's; with `stream`, server-sent events.", content
+    )
+
+
+def _change(summary: str, body: str) -> dict[str, Any]:
+    return _described(summary, body, set(ERRORS) - {"429"}, "Done.", {"text/plain": {}})
+
+
+def _described(
+    summary: str, body: str | None, codes: set[str], done: str, content: dict[str, Any]
+) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    responses: dict[str, Any] = {
-        "200": {
-            "description": "As OpenAI's; with `stream`, server-sent events.",
-            "content": {"application/json": {}, "text/event-stream": {}}
-            if body
-            else {"application/json": {}},
-        }
+    responses: dict[str, Any] = {"200": {"description": done, "content": content}}
+    responses |= {
+        code: {"description": told, "content": error}
+        for code, told in ERRORS.items()
+        if code in codes
     }
-    responses |= {code: {"description": told, "content": error} for code, told in errors.items()}
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if body:
         schema = {"schema": {"$ref": f"#/components/schemas/{body}"}}

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from alpaca.errors import UserError
@@ -23,12 +23,31 @@ COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
 @dataclass
 class Served:
-    """A loaded model under the id that requests name."""
+    """A loaded model, or an adapter of one, under the id that requests name.
+
+    adapter: its name in the engine; empty for a model without adapters.
+    """
 
     name: str
     engine: Engine
     codec: Codec
     created: int = field(default_factory=lambda: int(time.time()))
+    adapter: str = ""
+
+    def listed(self) -> "list[Served]":
+        """The base under its own id, and its adapters; the one that answers by default first."""
+        adapters = self.engine.adapters
+        found = [replace(self, adapter=adapters.base)] + [
+            replace(
+                self,
+                name=one.name,
+                adapter=one.name,
+                codec=one.codec or self.codec,
+                created=one.created,
+            )
+            for one in adapters.loaded
+        ]
+        return sorted(found, key=lambda one: one.adapter != adapters.default)
 
     @property
     def context(self) -> int:
@@ -166,6 +185,7 @@ def request(
         ignore_ends=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        adapter=served.adapter,
     )
 
 

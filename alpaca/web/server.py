@@ -5,6 +5,7 @@ ALPACA_API_KEY must be given by whoever asks; another address than loopback need
 ALPACA_WEB_OPEN=1. ALPACA_WEB_ORIGINS: sites whose scripts may ask, separated by commas.
 ALPACA_WATCH: the output folder of a training run to show. ALPACA_COMPARE: a second model, a folder
 or the URL of a server, with ALPACA_COMPARE_KEY and ALPACA_COMPARE_MODEL where it needs them.
+ALPACA_ADAPTER_FOLDER: a folder whose adapters may be loaded and unloaded over HTTP.
 """
 
 import asyncio
@@ -20,11 +21,10 @@ import uvicorn
 
 from alpaca.address import is_loopback, is_url
 from alpaca.errors import UserError
-from alpaca.serving import loading
+from alpaca.serving import loading, weights
 from alpaca.serving.engine import Engine
-from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
-from alpaca.web import remote
+from alpaca.web import adapters, remote
 from alpaca.web.app import Site, application
 from alpaca.web.runs import Run
 from alpaca.web.served import Served
@@ -59,7 +59,7 @@ class Web:
 
     def serve(self, name: str, engine: Engine, codec: Codec) -> None:
         """Offer one more model, under a name that no other has."""
-        taken = {one.name for one in self.site.models}
+        taken = {one.name for one in self.site.listed}
         while name in taken:
             name += "-2"
         self.site.models.append(Served(name, engine, codec))
@@ -75,7 +75,7 @@ class Web:
                 if is_url(other):
                     self.site.compared = remote.find(other, environment)
                     return
-                found = Weights(Path(other).resolve(), "ALPACA_COMPARE")
+                found = weights.of(Path(other).resolve(), "ALPACA_COMPARE", {}, Path.cwd())
                 self.serve(found.folder.name, *loading.load(found))
             except Exception as error:  # the first model is served without it
                 print(f"web: ALPACA_COMPARE: {error}", file=sys.stderr, flush=True)
@@ -116,6 +116,7 @@ def start(environment: Mapping[str, str], inputs: dict[str, Any], root: Path) ->
             inputs=inputs,
             examples=examples(root / "data" / "seed_tasks.jsonl"),
             run=Run(Path(watched)) if (watched := environment.get("ALPACA_WATCH")) else None,
+            adapters=folder_of_adapters(environment),
         )
         web = Web(site, host, port)
     except (UserError, OSError) as error:
@@ -123,6 +124,16 @@ def start(environment: Mapping[str, str], inputs: dict[str, Any], root: Path) ->
         return None
     print(f"web: {web.url} (the page) and {web.url}v1 (OpenAI's API)", flush=True)
     return web
+
+
+def folder_of_adapters(environment: Mapping[str, str]) -> Path | None:
+    """The folder that the operator allows; UserError if it is none."""
+    named = environment.get(adapters.VARIABLE)
+    if not named:
+        return None
+    if not Path(named).is_dir():
+        raise UserError(f"{adapters.VARIABLE}: {named} is no folder.", "Name one that is there.")
+    return Path(named).resolve()
 
 
 def address(environment: Mapping[str, str]) -> tuple[str, int]:

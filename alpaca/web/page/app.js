@@ -42,9 +42,11 @@ function buildExamples(examples) {
 function buildModels(models) {
   const choices = models.map(({ title }, index) => element("option", { value: index }, title));
   byId("model-field").hidden = models.length < 2;
-  byId("model").replaceChildren(
-    ...(models.length > 1 ? [element("option", { value: BOTH }, "Compare both, side by side")] : []), ...choices);
-  const title = models.map((model) => model.title).join(" and ");
+  const many = models.length > 2; // then one answers, unless all are asked for
+  const all = element("option", { value: BOTH }, `Compare ${many ? `all ${models.length}` : "both"}, side by side`);
+  if (models.length > 1) choices.splice(many ? models.length : 0, 0, all);
+  byId("model").replaceChildren(...choices);
+  const title = many ? `${models[0].title} and ${models.length - 1} more` : models.map((model) => model.title).join(" and ");
   byId("title").textContent = document.title = title;
 }
 
@@ -59,11 +61,11 @@ function useSettings(answered) {
   if (first && settings.watch && start === "watch") view("watch");
   if (first) buildExamples(settings.examples);
   if (!settings.ready || JSON.stringify(settings.models) === JSON.stringify(known)) return;
+  const chosen = known[Number(byId("model").value)]?.id; // none where all were compared
   buildModels(settings.models);
-  if (known.length === 1 && settings.models.length === 2) {
-    byId("model").value = "0"; // the choice stays as it was
-    say("A second model is loaded: you can compare the two.");
-  }
+  const kept = settings.models.findIndex(({ id }) => id === chosen); // the choice stays as it was
+  if (kept >= 0) byId("model").value = String(kept);
+  if (known.length === 1 && settings.models.length === 2) say("A second model is loaded: you can compare the two.");
   if (byId("settings").hidden) buildSettings(settings); // before ready no limits are known
   byId("settings").hidden = false;
 }
