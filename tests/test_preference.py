@@ -518,10 +518,30 @@ def test_data_of_the_other_loss_is_refused_with_the_flag_to_change(
     assert "leave --loss dpo out" in refused.stderr
     refused = train(*words(tiny_model, data, tmp_path / "out", loss="sft"))
     assert refused.returncode == 2
-    plain = [word for word in words(tiny_model, data, tmp_path / "out") if "dpo" not in word]
-    refused = train(*plain)
-    assert refused.returncode == 2
-    assert "--loss dpo" in refused.stderr
+    assert "train.py --loss dpo" in refused.stderr
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_plan_counts_what_the_run_computes(
+    packed: bool, tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = words(tiny_model, data, tmp_path / "out", packing=packed)
+    printed = finish(["python", "-m", "alpaca", "plan", *flags, "--json"])
+    work = json.loads(printed)["work"]
+    corpus = corpus_of(tiny_model, data, tmp_path)
+    pack = packing.build(corpus, range(PAIRS), padded=not packed)  # a step is one pack
+    assert work["tokens"] == STEPS * pack.tokens
+    assert work["targets"] == STEPS * pack.targets
+    assert work["attended"] == STEPS * pack.attended()
+    assert work["largest"]["keys"] == len(attention.index(pack.segments, CPU).gather)
+    ids = ids_of(tiny_model, data)
+    alone = [
+        min(LONGEST, len(one["prompt_ids"]) + len(one[name]))
+        for one in ids
+        for name in ("chosen_ids", "rejected_ids")
+    ]
+    assert work["real"] == STEPS * sum(alone)
+    assert work["padded"] == STEPS * max(alone) * 2 * PAIRS
 
 
 def test_identical_prompts_share_all_of_their_prompt(tiny_model: Path, tmp_path: Path) -> None:
