@@ -78,7 +78,7 @@ def text(folder: Path, recorded: dict[str, Any], of_base: str | None) -> str:
             "",
             f"# {folder.resolve().name}",
             "",
-            f"{made} to follow instructions on {run['examples']:,} examples in the Alpaca format.",
+            f"{made} {_learned(run)} in the Alpaca format.",
             "",
             "## Licence",
             "",
@@ -115,6 +115,13 @@ def text(folder: Path, recorded: dict[str, Any], of_base: str | None) -> str:
     )
 
 
+def _learned(run: dict[str, Any]) -> str:
+    """What it was trained for, and on how many examples."""
+    if "dpo" in run:
+        return f"with DPO on {run['examples']:,} pairs of a preferred and a rejected answer"
+    return f"to follow instructions on {run['examples']:,} examples"
+
+
 def _licence(base: str, of_base: str | None, legal: list[str]) -> str:
     told = [
         f"That of the base model, `{base}`: {of_base}."
@@ -148,6 +155,11 @@ def _training(recorded: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("merged from", _merged(recorded["adapter"]["settings"])))
     elif lora := run.get("lora"):
         rows.append(("adapter", _adapter(lora)))
+    if dpo := run.get("dpo"):
+        smoothing = (
+            f", label smoothing {dpo['label_smoothing']:g}" if dpo["label_smoothing"] else ""
+        )
+        rows.append(("loss", f"DPO against the base, beta {dpo['beta']:g}{smoothing}"))
     changes = recorded.get("changes", [])
     if changes:
         told = "; ".join(f"after step {c['step']} {c['name']} {c['new']}" for c in changes)

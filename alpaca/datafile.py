@@ -443,6 +443,7 @@ ONE_LIST = (
     'python -c "import json, sys; json.dump(json.load(open(sys.argv[1], encoding='
     "'utf-8-sig'))[sys.argv[3]], open(sys.argv[2], 'w'))\" {old} {new}"
 )
+TURN = {"role", "from", "content"}  # keys of a conversation's turn
 COLUMNS = {*FIELDS, "prompt", "question", "answer", "response", "completion", "text", "context"}
 
 
@@ -477,7 +478,7 @@ def _inside(path: Path, whole: dict[str, Any]) -> tuple[list[Any], str] | None:
         return [
             {name: value[row] for name, value in whole.items() if row in value} for row in rows
         ], "an object of columns, not of records"
-    if columns and all(isinstance(value, list) for value in values):
+    if columns and all(isinstance(value, list) and not _are_turns(value) for value in values):
         if len({len(value) for value in values}) == 1:
             records = [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
             return records, "an object of columns, not of records"
@@ -490,7 +491,7 @@ def _inside(path: Path, whole: dict[str, Any]) -> tuple[list[Any], str] | None:
         if isinstance(value, list)
         and value
         and all(isinstance(item, dict) for item in value)
-        and not {*value[0]} & {"role", "from", "content"}  # the turns of one conversation
+        and not _are_turns(value)
     }
     if len(lists) == 1:
         [(name, inside)] = lists.items()
@@ -504,6 +505,11 @@ def _inside(path: Path, whole: dict[str, Any]) -> tuple[list[Any], str] | None:
     if len(values) > 1 and all(isinstance(value, dict) and {*value} & COLUMNS for value in values):
         return values, "an object with a record under each key"
     return None
+
+
+def _are_turns(value: list[Any]) -> bool:
+    """Whether a list holds the turns of one conversation."""
+    return bool(value) and isinstance(value[0], dict) and bool({*value[0]} & TURN)
 
 
 def _too_deep(items: list[Any]) -> bool:

@@ -345,7 +345,10 @@ def _form(path: Path, common: set[str]) -> tuple[str, str]:
             if "rejected" in by_letters
             else f"{'/'.join(renamed.values())} records"
         )
-        return form, f"Read {', '.join(pairs)}:\n    {audit_command(path, *flags)}"
+        remedy = f"Read {', '.join(pairs)}:\n    {audit_command(path, *flags)}"
+        if "rejected" in by_letters:
+            remedy = f"train.py --loss dpo learns which answer is preferred. Or: {remedy}"
+        return form, remedy
     if "text" in by_letters:
         return "whole texts (under 'text')", (
             "Split each into what is asked (instruction) and the answer (output): training must "

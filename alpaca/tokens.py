@@ -18,17 +18,22 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
+from alpaca.pairs import ANSWERS, Pair
 from alpaca.prompt import chat_template, render
 from alpaca.records import Record
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized record: `ids[:prompt_length]` is the prompt; the rest are training targets."""
+    """One tokenized record: `ids[:prompt_length]` is the prompt; the rest are training targets.
+
+    Those of a pair are its chosen answer and, in the last `rejected_length` places, the other.
+    """
 
     ids: list[int]
     prompt_length: int
     truncated: bool
+    rejected_length: int = 0
 
     @property
     def targets(self) -> int:
@@ -154,6 +159,28 @@ class Codec:
                 truncated=len(whole) + 1 > max_length,
             )
             for whole, prompt in zip(wholes, prompts, strict=True)
+        ]
+
+    def pairs(self, pairs: Sequence[Pair], max_length: int) -> list[Example]:
+        """Tokenize pairs: each answer as `examples` does after its prompt, cut at `max_length`."""
+        chosen, rejected = (
+            self.examples(
+                [
+                    Record(instruction=p.instruction, input=p.input, output=getattr(p, answer))
+                    for p in pairs
+                ],
+                max_length,
+            )
+            for answer in ANSWERS
+        )
+        return [
+            Example(
+                ids=[*good.ids, *bad.ids[bad.prompt_length :]],
+                prompt_length=good.prompt_length,
+                truncated=good.truncated or bad.truncated,
+                rejected_length=bad.targets,
+            )
+            for good, bad in zip(chosen, rejected, strict=True)
         ]
 
 

@@ -32,9 +32,9 @@ NEIGHBOURS = {
 GROUND = ("errors", "prompt", "atomic", "ram", "layout")
 # each may import those before it
 SHARED = (
-    "address", "rounding", "quantization", "stored", "folder", "datafile", "records", "passport",
-    "adapter", "card", "tokens", "recipe", "description", "shards", "model", "merging", "golden",
-    "proof", "verify",
+    "address", "rounding", "quantization", "stored", "folder", "datafile", "records", "pairs",
+    "passport", "adapter", "card", "tokens", "recipe", "description", "shards", "model", "merging",
+    "golden", "proof", "verify",
 )  # fmt: skip
 DOORS = (
     "predict.py",

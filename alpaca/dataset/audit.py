@@ -13,12 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alpaca import atomic
+from alpaca import atomic, pairs
 from alpaca.datafile import read_any
 from alpaca.dataset import report
 from alpaca.dataset.findings import MEANINGS, NEAR, Audit
 from alpaca.errors import UserError
 from alpaca.records import text_of
+
+PAIRS = (
+    "these are preference pairs, for train.py --loss dpo: of each, the chosen answer is examined, "
+    "as its output"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,22 +81,29 @@ def run(arguments: argparse.Namespace) -> None:
         from alpaca.dataset.examine import examine
     except ImportError as error:
         raise UserError(f"{error.name} is missing.", "pip install -e '.[data]'") from None
-    audit = examine(items, arguments.tokenizer, arguments.max_length, arguments.near)
-    if shape:
-        audit.notices.insert(
-            0, f"the file is JSON in the wrong shape: {shape}; training refuses it"
-        )
+    read, faults = _as_records(items)
+    audit = examine(read, arguments.tokenizer, arguments.max_length, arguments.near, faults)
+    wrong = f"the file is JSON in the wrong shape: {shape}; training refuses it"
+    audit.notices[:0] = [wrong] * bool(shape) + [PAIRS] * (faults is not None)
     if arguments.json:
         print(json.dumps(report.as_json(audit, name)))
     else:
-        print(report.as_text(audit, items, name))
+        print(report.as_text(audit, read, name))
     if arguments.html:
-        atomic.write_text(arguments.html, report.as_html(audit, items, name))
+        atomic.write_text(arguments.html, report.as_html(audit, read, name))
     if clean:
         left_out = _left_out(audit, arguments.leave_out)
         _write_clean(clean, items, left_out, as_lines=arguments.data.suffix == ".jsonl")
         if not arguments.json:
             print(f"\n{clean}: {len(items) - len(left_out):,} records; {len(left_out):,} left out")
+
+
+def _as_records(items: list[Any]) -> tuple[list[Any], list[str | None] | None]:
+    """The items to examine; of preference pairs, also why each is none."""
+    if not pairs.are_pairs(items):
+        return items, None
+    both = [pairs.examined(item) for item in items]
+    return [item for item, _ in both], [fault for _, fault in both]
 
 
 def _changed(items: list[Any], rename: dict[str, str], drop: Sequence[str]) -> list[Any]:

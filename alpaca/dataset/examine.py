@@ -19,10 +19,17 @@ CHUNK = 2000  # records tokenized at a time, which bounds the memory for their i
 
 
 def examine(
-    items: Sequence[Any], tokenizer: Path | None, max_length: int, threshold: float
+    items: Sequence[Any],
+    tokenizer: Path | None,
+    max_length: int,
+    threshold: float,
+    faults: Sequence[str | None] | None = None,
 ) -> Audit:
-    """Check every record; count tokens only if the tokenizer's folder is given."""
-    faults = [invalid(item) for item in items]
+    """Check every record; count tokens only if the tokenizer's folder is given.
+
+    `faults`: why each item cannot be read, where its reader has already said so.
+    """
+    faults = [invalid(item) for item in items] if faults is None else faults
     records = [_text(item, fault) for item, fault in zip(items, faults, strict=True)]
     findings = [Finding("invalid", index, fault) for index, fault in enumerate(faults) if fault]
     findings += [

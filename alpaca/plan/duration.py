@@ -88,6 +88,15 @@ def flops(shape: Shape, work: Workload, checkpointing: bool) -> float:
     return float(layers + pairs + 6 * shape.table_parameters * work.targets)
 
 
+def reference_flops(shape: Shape, work: Workload) -> float:
+    """What DPO computes besides: a forward pass of each pack, 2 for each weight and token."""
+    if not work.reference:
+        return 0.0
+    layers = 2 * shape.layers * shape.layer_parameters * work.tokens
+    pairs = 4 * shape.layers * shape.heads * shape.head * work.attended
+    return float(layers + pairs + 2 * shape.table_parameters * work.targets)
+
+
 def traffic(
     shape: Shape, work: Workload, setting: Setting, link: float, ranks: int, nodes: int
 ) -> float:
@@ -125,7 +134,8 @@ def expected(
     if rate is None:
         return None
     reached = rate * (EFFICIENCY if device.cuda else CPU_EFFICIENCY)
-    computing = flops(shape, work, setting.checkpointing) / (reached * ranks)
+    needed = flops(shape, work, setting.checkpointing) + reference_flops(shape, work)
+    computing = needed / (reached * ranks)
     moving = 0.0
     if device.link is not None and ranks > 1:
         moving = traffic(shape, work, setting, device.link, ranks, nodes)

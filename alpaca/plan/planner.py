@@ -14,6 +14,7 @@ from pathlib import Path
 
 from alpaca import atomic, ram
 from alpaca.errors import UserError
+from alpaca.pairs import read_pairs
 from alpaca.passport import sha256
 from alpaca.plan import plan, remedies, shapes, workload
 from alpaca.plan.devices import Device, cpu
@@ -76,7 +77,8 @@ def case(arguments: Arguments, machine: Machine, examples: int = 0) -> Case:
     if exact:
         corpus = _tokens(arguments, tokenizer, CACHE)
     else:
-        corpus = workload.estimated(read_records(arguments.data_path), arguments, examples)
+        read = read_pairs if arguments.loss == "dpo" else read_records
+        corpus = workload.estimated(read(arguments.data_path), arguments, examples)
     train, _ = split(corpus, arguments.eval_fraction, arguments.seed)
     if not train:
         raise no_targets_left(arguments.data_path, arguments.model_max_length)
@@ -87,6 +89,7 @@ def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
     """The tokenized data set; a note file names its folder, to spare later plans the tokenizer."""
     if not arguments.data_path.is_file():
         read_records(arguments.data_path)  # explains what is wrong
+    pairs = arguments.loss == "dpo"
     described = [tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json")]
     parts = [
         FORMAT,
@@ -95,6 +98,7 @@ def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
         template_hash(),
         arguments.model_max_length,
         arguments.joint_tokenization,
+        *(["pairs"] if pairs else []),
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
     note = cache / f"plan-{key}.txt"
@@ -107,8 +111,9 @@ def _tokens(arguments: Arguments, tokenizer: Path, cache: Path) -> Corpus:
 
     codec = Codec(load_tokenizer(tokenizer))
     limit, joint = arguments.model_max_length, arguments.joint_tokenization
-    corpus = open_corpus(arguments.data_path, codec, cache, limit, joint=joint)
-    folder = tokens_folder(arguments.data_path, codec, cache, limit, joint=joint)
+    data = arguments.data_path
+    corpus = open_corpus(data, codec, cache, limit, joint=joint, pairs=pairs)
+    folder = tokens_folder(data, codec, cache, limit, joint=joint, pairs=pairs)
     atomic.write_text(note, folder.name)
     return corpus
 
@@ -171,7 +176,7 @@ def more_devices(given: Case) -> str:
     one = given.machine
     return (
         f"{nodes} nodes of {one.ranks} such devices are enough with --gradient_checkpointing True "
-        f"--max_tokens_per_pack {given.arguments.model_max_length}."
+        f"--max_tokens_per_pack {given.arguments.longest_example}."
     )
 
 

@@ -57,7 +57,7 @@ def remedies(
 def _changes(arguments: Arguments, machine: Machine) -> list[dict[str, Any]]:
     """Every combination of the changes that save memory, each with only the changed flags."""
     combined: list[dict[str, Any]] = [{}] if arguments.packing else [{"packing": True}]
-    smallest, size = arguments.model_max_length, arguments.pack_tokens
+    smallest, size = arguments.longest_example, arguments.pack_tokens
     packs: list[dict[str, Any]] = [{}]
     while (size := size // 2) >= smallest:
         packs.append({"max_tokens_per_pack": size})
@@ -110,7 +110,7 @@ def enough_nodes(
     small = replace(
         arguments,
         packing=True,
-        max_tokens_per_pack=arguments.model_max_length,
+        max_tokens_per_pack=arguments.longest_example,
         gradient_checkpointing=True,
         fsdp="full_shard auto_wrap",
     )

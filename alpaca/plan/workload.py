@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from alpaca.pairs import Pair
 from alpaca.prompt import PREFIXES, render
 from alpaca.recipe import packing
 from alpaca.recipe.arguments import PackingFlags
@@ -46,9 +47,10 @@ class LargestPack:
 class Workload:
     """What all steps together compute, on all ranks.
 
-    `real`: tokens of the examples themselves; `tokens`: computed, with a shared prefix once per
+    `real`: tokens of the sequences themselves; `tokens`: computed, with a shared prefix once per
     pack; `padded`: computed by the recipe of 2023. `attended`: pairs of a query and a key; `packs`:
-    of one rank. `exact`: nothing is estimated.
+    of one rank. `exact`: nothing is estimated. `reference`: each pack is also computed forward
+    without the adapter, as DPO does.
     """
 
     examples: int
@@ -62,6 +64,7 @@ class Workload:
     packs: int
     largest: LargestPack
     exact: bool
+    reference: bool = False
 
 
 def count(
@@ -92,6 +95,8 @@ def count(
         )
         padded = packing.padded_tokens(corpus, chunk, flags.per_device_train_batch_size)
         real = lengths[chunk].sum()
+        if corpus.rejected_lengths is not None:  # each answer with a prompt of its own
+            real += corpus.prompt_lengths[chunk].sum()
         pack_count = len(packs) // world_size
         total += (tokens.sum(), real, padded, pack_targets.sum(), attended, pack_count)
         top = int(tokens.argmax())
@@ -115,6 +120,7 @@ def count(
         packs=scaled[5],
         largest=largest,
         exact=exact and stride == 1,
+        reference=corpus.rejected_lengths is not None,
     )
 
 
@@ -145,9 +151,10 @@ def _measure(
             found[:, at] = (1, 1, 0)  # an idle rank computes one token
             continue
         if not packed:
-            longest = int(lengths[pack].max())
-            found[:, at] = (longest * len(pack), longest * len(pack), targets[pack].sum())
-            attended += len(pack) * longest * (longest + 1) // 2
+            alone = [length for i in pack for length in corpus.alone(i)]
+            longest, padded = max(alone), max(alone) * len(alone)
+            found[:, at] = (padded, padded, targets[pack].sum())
+            attended += padded * (longest + 1) // 2
             continue
         prefix = shared[corpus.kinds[pack]]
         own = lengths[pack] - prefix
@@ -160,26 +167,37 @@ def _measure(
         )
         attended += int((own * (own + 1) // 2 + own * prefix).sum())
         attended += int((present * (present + 1) // 2).sum())
+        if corpus.rejected_lengths is not None:
+            # Both answers attend to the prompt, and neither to the other.
+            rejected = corpus.rejected_lengths[pack].astype(np.int64)
+            found[1, at] += 2 * int(corpus.prompt_lengths[pack][rejected > 0].sum())
+            attended -= int((rejected * (targets[pack] - rejected)).sum())
     return found[0], found[1], found[2], attended
 
 
-def estimated(records: Sequence[Record], flags: PackingFlags, examples: int = 0) -> Corpus:
+def estimated(
+    records: Sequence[Record] | Sequence[Pair], flags: PackingFlags, examples: int = 0
+) -> Corpus:
     """A corpus without tokens: lengths from the texts' bytes, repeated to `examples` examples."""
     number = examples or len(records)
     limit = flags.model_max_length
     texts = [render(record.instruction, record.input) for record in records]
     prompts = np.asarray([min(limit, _tokens(text)) for text in texts])
-    answers = np.asarray([_tokens(record.output) + 1 for record in records])
+    first = [r.output if isinstance(r, Record) else r.chosen for r in records]
+    answers = np.asarray([_tokens(text) + 1 for text in first])
+    others = [_tokens(r.rejected) + 1 if isinstance(r, Pair) else 0 for r in records]
+    rejected = np.minimum(limit - prompts, others)
     kinds = np.asarray([bool(record.input) for record in records], dtype=np.uint8)
     at = np.arange(number) % len(records)
-    totals = np.minimum(limit, prompts + answers)[at]
+    totals = (np.minimum(limit, prompts + answers) + rejected)[at]
     return Corpus(
         ids=np.zeros(0, dtype=np.int32),
         offsets=np.concatenate([[0], np.cumsum(totals)]).astype(np.int64),
         prompt_lengths=prompts[at].astype(np.int32),
         kinds=kinds[at],
         prefix_lengths=(_tokens(PREFIXES[0]), _tokens(PREFIXES[1])),
-        truncated=int((prompts + answers > limit)[at].sum()),
+        truncated=int((prompts + np.maximum(answers, others) > limit)[at].sum()),
+        rejected_lengths=rejected[at].astype(np.int32) if flags.loss == "dpo" else None,
     )
 
 

@@ -25,6 +25,7 @@ QUANTIZED = ("nf4", "int8")
 ALL_LINEAR = ("all-linear", "all")
 ADAPTER_RATE = 2e-4  # --learning_rate of adapters: ten times that of all weights
 ADAPTER_RANK = 16  # where a flag of another trainer asks for LoRA and names no rank
+PREFERENCE_RATE = 5e-6  # with --loss dpo: LLaMA-Factory's in its examples of DPO with LoRA
 SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
 
 
@@ -53,13 +54,16 @@ class DataFlags(Seed):
 
     model_name_or_path: Path = flag(Path("weights/smollm2-135m"), "folder with the base model")
     data_path: Path = flag(Path("data/seed_tasks.jsonl"), "Alpaca-format JSON or JSONL")
+    loss: str = flag("sft", "learn answers (sft), or which of two is preferred (dpo)", "sft", "dpo")
     tokenizer_name_or_path: Path | None = flag(None, "tokenizer folder, if not the model's")
     model_max_length: int = flag(512, "longest example in tokens; more is cut off and counted")
     joint_tokenization: bool = flag(False, "tokenize prompt and answer as one text, as in 2023")
     eval_data_path: Path | None = flag(None, "held-out examples")
     eval_fraction: float = flag(0.0, "share of data_path to hold out instead")
-    eval_generations: int = flag(0, "at each evaluation, log greedy answers to this many tasks")
-    eval_generation_tokens: int = flag(128, "the most tokens of such an answer")
+    eval_generations: int = flag(
+        0, "at evaluations, log answers of --eval_generation_tokens to so many tasks"
+    )
+    eval_generation_tokens: int = flag(128, "")
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,14 @@ class PackingFlags(DataFlags, Compilation):
     max_tokens_per_pack: int = flag(0, "0: per_device_train_batch_size x model_max_length")
 
     @property
+    def longest_example(self) -> int:
+        """The most tokens that one example takes in a pack: a pair has two answers."""
+        return self.model_max_length * (2 if self.loss == "dpo" else 1)
+
+    @property
     def pack_tokens(self) -> int:
         """The most tokens in one forward pass; this bounds the memory."""
-        batch = self.per_device_train_batch_size * self.model_max_length
-        return self.max_tokens_per_pack or batch
+        return self.max_tokens_per_pack or self.per_device_train_batch_size * self.longest_example
 
 
 @dataclass(frozen=True)
@@ -122,9 +130,7 @@ class ShardingFlags(Compilation):
     """How weights, gradients and moments are spread over ranks, and what is kept in memory."""
 
     fsdp: str = flag("full_shard auto_wrap", "how to shard; see below")
-    fsdp_transformer_layer_cls_to_wrap: str = flag(
-        "", "checked against the model's own layer class"
-    )
+    fsdp_transformer_layer_cls_to_wrap: str = flag("", "")
     fsdp_config: str = flag("", "JSON file or text with FSDP settings, as transformers reads it")
     gradient_checkpointing: bool = flag(False, "compute activations again to save memory")
     ddp_timeout: int = flag(600, "seconds after which a rank that does not answer is given up")
@@ -184,6 +190,14 @@ class AdapterFlags(Seed):
 
 
 @dataclass(frozen=True)
+class PreferenceFlags:
+    """DPO: how strongly the model may leave its base, and how sure the preferences are."""
+
+    dpo_beta: float = flag(0.1, "higher keeps DPO nearer to the base; also --dpo_label_smoothing")
+    dpo_label_smoothing: float = flag(0.0, "")
+
+
+@dataclass(frozen=True)
 class SavingFlags:
     """When checkpoints are written, and how many are kept."""
 
@@ -211,7 +225,7 @@ class ReportingFlags:
 
 
 @dataclass(frozen=True)
-class LoopFlags(PackingFlags, OptimizerFlags, SavingFlags, ReportingFlags):
+class LoopFlags(PackingFlags, OptimizerFlags, PreferenceFlags, SavingFlags, ReportingFlags):
     """What the training loop reads."""
 
     output_dir: Path = flag(Path("alpaca_out"), "folder for the trained model")
@@ -239,6 +253,7 @@ PARTS = (
     Seed,
     ReportingFlags,
     AdapterFlags,
+    PreferenceFlags,
     PrecisionFlags,
     ShardingFlags,
     Compilation,
@@ -262,6 +277,8 @@ RENAMED = {
     "use_rslora": "lora_use_rslora",
     "peft_use_rslora": "lora_use_rslora",
     "peft_use_dora": "use_dora",
+    "beta": "dpo_beta",
+    "pref_beta": "dpo_beta",
 }
 
 # Their flags that stand for others: what each value means here. Flags given beside them win.
@@ -274,6 +291,10 @@ TRANSLATED: dict[str, dict[str, dict[str, Any]]] = {
     "load_in_8bit": {"true": {"quantize_base": "int8"}, "false": {}},
     "quantization_bit": {"4": {"quantize_base": "nf4"}, "8": {"quantize_base": "int8"}},
     "lora_target_linear": {"true": {"lora_target_modules": "all-linear"}, "false": {}},
+    "stage": {"sft": {}, "dpo": {"loss": "dpo"}},
+    "rl": {"dpo": {"loss": "dpo"}},
+    "pref_loss": {"sigmoid": {}},
+    "loss_type": {"sigmoid": {}},
 }
 
 # Flags of the published commands that change nothing here, each with the reason.
@@ -288,7 +309,7 @@ WITHOUT_EFFECT = {
     "greater_is_better": "of held-out losses the lowest is the best",
     "metric_for_best_model": "the held-out loss decides (eval_loss)",
     "per_device_eval_batch_size": "evaluation packs examples as training does",
-    "remove_unused_columns": "only instruction, input and output are read",
+    "remove_unused_columns": "other keys are not read",
     "resume_from_checkpoint": "a run always resumes from its newest checkpoint",
 }
 
@@ -299,7 +320,8 @@ def parser() -> argparse.ArgumentParser:
         prog="train.py",
         usage="train.py [--FLAG VALUE ...]",
         description="Fine-tune a LLaMA-family model: python train.py --data_path alpaca_data.json",
-        epilog=f"--fsdp: one of {', '.join(SHARDINGS)}; with offload, weights stay in CPU memory\n"
+        epilog=f"--fsdp: one of {', '.join(SHARDINGS)}; with offload, weights stay in CPU memory; "
+        "--fsdp_transformer_layer_cls_to_wrap is checked against the model's own layer class\n"
         f"--lr_scheduler_type: one of {', '.join(SHAPES)}\n"
         "Also accepted: "
         + ", ".join(f"--{name}" for name in [*RENAMED, *TRANSLATED, *WITHOUT_EFFECT]),
@@ -379,8 +401,12 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
     if arguments.lora_rank and not any(
         word.partition("=")[0] == "--learning_rate" for word in kept
     ):
-        arguments = dataclasses.replace(arguments, learning_rate=ADAPTER_RATE)
-        notices.append(f"--learning_rate {ADAPTER_RATE}, the default with --lora_rank")
+        preference = arguments.loss == "dpo"
+        rate, flags = (
+            (PREFERENCE_RATE, "--loss dpo") if preference else (ADAPTER_RATE, "--lora_rank")
+        )
+        arguments = dataclasses.replace(arguments, learning_rate=rate)
+        notices.append(f"--learning_rate {rate}, the default with {flags}")
     check(arguments)
     if arguments.lr_scheduler_type in schedules.WITHOUT_WARMUP:
         notices += [
@@ -448,13 +474,15 @@ def check(arguments: Arguments) -> None:
             "--eval_fraction and --eval_data_path cannot be combined.", "Give only one."
         )
     _check_evaluation(arguments)
-    if arguments.pack_tokens < arguments.model_max_length:
+    if arguments.pack_tokens < arguments.longest_example:
+        what = "two answers" if arguments.loss == "dpo" else "one example"
         raise UserError(
-            f"--max_tokens_per_pack {arguments.max_tokens_per_pack} cannot hold one example of "
+            f"--max_tokens_per_pack {arguments.max_tokens_per_pack} cannot hold {what} of "
             f"--model_max_length {arguments.model_max_length}.",
             "Raise the first or lower the second.",
         )
     _check_adapter(arguments)
+    _check_preference(arguments)
     if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
         raise UserError("Nothing to train: --num_train_epochs and --max_steps give no steps.")
 
@@ -496,6 +524,37 @@ def _check_adapter(arguments: Arguments) -> None:
             f"--use_dora with --quantize_base {arguments.quantize_base}: the row lengths of "
             "quantized weights would be trained, and served with other weights.",
             "Leave one of them out.",
+        )
+
+
+def _check_preference(arguments: Arguments) -> None:
+    """Refuse DPO without what it needs, and its settings without it."""
+    default = PreferenceFlags()
+    if arguments.loss != "dpo":
+        for name in PreferenceFlags.__annotations__:
+            if getattr(arguments, name) != getattr(default, name):
+                raise UserError(
+                    f"--{name} {getattr(arguments, name)}: it is a setting of DPO.",
+                    "Give --loss dpo too, or leave it out.",
+                )
+        return
+    if not arguments.lora_rank:
+        raise UserError(
+            "--loss dpo without an adapter: the reference it compares with is the base model, "
+            "with the adapter switched off.",
+            f"Give --lora_rank too, such as --lora_rank {ADAPTER_RANK}.",
+        )
+    if arguments.joint_tokenization:
+        raise UserError(
+            "--joint_tokenization with --loss dpo: a token over the end of the prompt would differ "
+            "between the two answers, which share their prompt.",
+            "Leave one of them out.",
+        )
+    if not arguments.dpo_beta > 0:
+        raise UserError(f"--dpo_beta must be above 0, not {arguments.dpo_beta}.")
+    if not 0 <= arguments.dpo_label_smoothing < 0.5:
+        raise UserError(
+            f"--dpo_label_smoothing must be in [0, 0.5), not {arguments.dpo_label_smoothing}."
         )
 
 

@@ -7,7 +7,7 @@ never stale. It is made before any process group exists, so no collective times 
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,7 @@ from alpaca.passport import sha256
 from alpaca.prompt import template_hash
 
 if TYPE_CHECKING:  # a plan reads these arrays without importing transformers
-    from alpaca.records import Record
-    from alpaca.tokens import Codec
+    from alpaca.tokens import Codec, Example
 
 CHUNK = 2000
 FORMAT = 2  # version of the arrays, and of the rules by which records are read
@@ -38,6 +37,9 @@ class Corpus:
     kinds: uint8 (examples,), 0 without and 1 with input; prefix_lengths: for each kind, how many
     leading tokens all its examples share; empty_outputs: examples whose answer is the EOS alone;
     notices: messages of `read_records` about the file.
+
+    rejected_lengths: int32 (examples,) for preference pairs, else None. A pair is prompt, chosen
+    and rejected answer: its last `rejected_lengths[i]` tokens follow the prompt, as the others do.
     """
 
     ids: npt.NDArray[np.int32]
@@ -48,6 +50,7 @@ class Corpus:
     truncated: int
     empty_outputs: int = 0
     notices: tuple[str, ...] = ()
+    rejected_lengths: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -64,6 +67,21 @@ class Corpus:
     def targets(self, index: int) -> int:
         """Tokens of one example that are trained on."""
         return self.length(index) - int(self.prompt_lengths[index])
+
+    def answers(self, index: int) -> list[npt.NDArray[np.int32]]:
+        """Token ids of an example's answer, or of a pair's chosen and rejected one."""
+        after = self.example(index)[int(self.prompt_lengths[index]) :]
+        if self.rejected_lengths is None:
+            return [after]
+        chosen = len(after) - int(self.rejected_lengths[index])
+        return [after[:chosen], after[chosen:]]
+
+    def alone(self, index: int) -> list[int]:
+        """Tokens of each sequence of an example, by itself: a pair has two, with a prompt each."""
+        if self.rejected_lengths is None:
+            return [self.length(index)]
+        rejected = int(self.rejected_lengths[index])
+        return [self.length(index) - rejected, int(self.prompt_lengths[index]) + rejected]
 
     @property
     def without_targets(self) -> int:
@@ -98,27 +116,40 @@ def no_targets_left(data: Path, max_length: int) -> UserError:
 
 
 def open_corpus(
-    data: Path, codec: "Codec", cache: Path, max_length: int, *, joint: bool = False
+    data: Path,
+    codec: "Codec",
+    cache: Path,
+    max_length: int,
+    *,
+    joint: bool = False,
+    pairs: bool = False,
 ) -> Corpus:
     """Read, check and tokenize a data set, or open the arrays of an earlier run from `cache`.
 
-    Raises:
-        UserError: as `read_records`.
-    """
-    from alpaca.records import read_records  # imported here: packing reads no records
+    `pairs`: it holds preference pairs.
 
-    folder = tokens_folder(data, codec, cache, max_length, joint=joint)
+    Raises:
+        UserError: as `read_records`, or as `read_pairs`.
+    """
+    folder = tokens_folder(data, codec, cache, max_length, joint=joint, pairs=pairs)
     if not folder.exists():
         with _lock(folder.with_suffix(".lock")):
             if not folder.exists():  # another rank may have made it while this one waited
-                notices: list[str] = []
-                records = read_records(data, notices.append)
-                _build(folder, records, notices, codec, max_length, joint)
+                if pairs:
+                    _build_pairs(folder, data, codec, max_length)
+                else:
+                    _build(folder, data, codec, max_length, joint)
     return load(folder)
 
 
 def tokens_folder(
-    data: Path, codec: "Codec", cache: Path, max_length: int, *, joint: bool = False
+    data: Path,
+    codec: "Codec",
+    cache: Path,
+    max_length: int,
+    *,
+    joint: bool = False,
+    pairs: bool = False,
 ) -> Path:
     """Where in `cache` a data set's tokens are, or will be; raises UserError as `read_records`."""
     if not data.is_file():
@@ -135,39 +166,76 @@ def tokens_folder(
         template_hash(),
         max_length,
         joint,
+        *(["pairs"] if pairs else []),
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
     return cache / f"tokens-{key}"
 
 
-def _build(
+def _build(folder: Path, data: Path, codec: "Codec", max_length: int, joint: bool) -> None:
+    from alpaca.records import read_records  # imported here: packing reads no records
+
+    notices: list[str] = []
+    records = read_records(data, notices.append)
+    examples = (
+        example
+        for start in _chunks(records)
+        for example in codec.examples(records[start : start + CHUNK], max_length, joint=joint)
+    )
+    kinds = [bool(record.input) for record in records]
+    empty = sum(not record.output for record in records)
+    _write(folder, examples, kinds, {"empty_outputs": empty, "notices": notices}, pairs=False)
+
+
+def _build_pairs(folder: Path, data: Path, codec: "Codec", max_length: int) -> None:
+    from alpaca.pairs import read_pairs
+
+    notices: list[str] = []
+    pairs = read_pairs(data, notices.append)
+    examples = (
+        example
+        for start in _chunks(pairs)
+        for example in codec.pairs(pairs[start : start + CHUNK], max_length)
+    )
+    kinds = [bool(pair.input) for pair in pairs]
+    empty = sum(not pair.chosen for pair in pairs)
+    _write(folder, examples, kinds, {"empty_outputs": empty, "notices": notices}, pairs=True)
+
+
+def _chunks(items: Sequence[object]) -> "tqdm[int]":
+    """Where each chunk starts, with a progress bar."""
+    return tqdm(range(0, len(items), CHUNK), desc="tokenize", unit="chunk", disable=None)
+
+
+def _write(
     folder: Path,
-    records: "Sequence[Record]",
-    notices: list[str],
-    codec: "Codec",
-    max_length: int,
-    joint: bool,
+    examples: "Iterable[Example]",
+    kinds: list[bool],
+    facts: dict[str, Any],
+    *,
+    pairs: bool,
 ) -> None:
+    """Write the arrays of a corpus."""
     ids: list[npt.NDArray[np.int32]] = []
-    lengths, prompts, truncated = [0], [], 0
-    for start in tqdm(range(0, len(records), CHUNK), desc="tokenize", unit="chunk", disable=None):
-        for example in codec.examples(records[start : start + CHUNK], max_length, joint=joint):
-            ids.append(np.asarray(example.ids, dtype=np.int32))
-            lengths.append(len(example.ids))
-            prompts.append(example.prompt_length)
-            truncated += example.truncated
-    kinds = np.asarray([bool(record.input) for record in records], dtype=np.uint8)
+    lengths, prompts, rejected, truncated = [0], [], [], 0
+    for example in examples:
+        ids.append(np.asarray(example.ids, dtype=np.int32))
+        lengths.append(len(example.ids))
+        prompts.append(example.prompt_length)
+        rejected.append(example.rejected_length)
+        truncated += example.truncated
+    arrays: dict[str, Any] = {
+        "ids": np.concatenate(ids),
+        "offsets": np.cumsum(lengths, dtype=np.int64),
+        "prompt_lengths": np.asarray(prompts, dtype=np.int32),
+        "kinds": np.asarray(kinds, dtype=np.uint8),
+        **({"rejected_lengths": np.asarray(rejected, dtype=np.int32)} if pairs else {}),
+    }
+    shared = _shared(ids, prompts, arrays["kinds"])
+    facts = {"prefix_lengths": shared, "truncated": truncated, **facts}
     with atomic.folder(folder) as partial:
-        np.save(partial / "ids.npy", np.concatenate(ids))
-        np.save(partial / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
-        np.save(partial / "prompt_lengths.npy", np.asarray(prompts, dtype=np.int32))
-        np.save(partial / "kinds.npy", kinds)
-        facts = {
-            "prefix_lengths": _shared(ids, prompts, kinds),
-            "truncated": truncated,
-            "empty_outputs": sum(not record.output for record in records),
-            "notices": notices,
-        }
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
         (partial / "facts.json").write_text(json.dumps(facts))
 
 
@@ -178,6 +246,7 @@ def load(folder: Path) -> Corpus:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
 
     facts = json.loads((folder / "facts.json").read_text())
+    pairs = (folder / "rejected_lengths.npy").exists()
     return Corpus(
         ids=array("ids"),
         offsets=array("offsets"),
@@ -187,6 +256,7 @@ def load(folder: Path) -> Corpus:
         truncated=facts["truncated"],
         empty_outputs=facts["empty_outputs"],
         notices=tuple(facts["notices"]),
+        rejected_lengths=array("rejected_lengths") if pairs else None,
     )
 
 

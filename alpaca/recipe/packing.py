@@ -4,12 +4,14 @@ Pure functions over token ids. A pack is one long sequence. For each kind of exa
 the tokens that all examples of that kind start with (the shared prefix), then each example's own
 tokens. Positions are those that the example would have alone. An example's queries attend only to
 its prefix and its own tokens, so losses and gradients are those of the padded recipe, step by step.
+
+A preference pair is its prompt, once, and two answers that each attend to the prompt.
 """
 
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -18,6 +20,8 @@ import numpy.typing as npt
 from alpaca.recipe.corpus import Corpus
 
 Ints = npt.NDArray[np.int64]
+Range = tuple[int, int]  # where in a pack tokens begin and end
+NOTHING = (0, 0)
 ONE_BY_ONE = 32  # pack counts tried one after another; more than a training step ever needs
 
 
@@ -25,7 +29,8 @@ ONE_BY_ONE = 32  # pack counts tried one after another; more than a training ste
 class Segment:
     """Tokens `start:end` of a pack attend, causally, to `prefix_start:prefix_end` and themselves.
 
-    A prefix is a segment too: one without a prefix of its own.
+    A prefix is an earlier segment, and what that attends to is attended to as well: the template
+    by a pair's prompt, and both by its answers.
     """
 
     start: int
@@ -40,6 +45,8 @@ class Pack:
 
     ids, positions: (tokens,). segments cover the tokens without gap, in order.
     sources: (targets,) positions in the pack whose hidden state predicts labels: (targets,).
+    owners: (targets,) of preference pairs, else empty: of pair i, 2i at its chosen answer's targets
+    and 2i + 1 at its rejected one's.
     """
 
     ids: Ints
@@ -47,6 +54,7 @@ class Pack:
     segments: tuple[Segment, ...]
     sources: Ints
     labels: Ints
+    owners: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def tokens(self) -> int:
@@ -58,50 +66,100 @@ class Pack:
         """How many tokens it is trained on."""
         return len(self.labels)
 
+    @property
+    def answers(self) -> int:
+        """How many answers its preference pairs have: two each."""
+        return int(self.owners[-1]) + 1 if len(self.owners) else 0
+
+    def attended(self) -> int:
+        """Pairs of a token and one that it attends to: itself, and all before it in its sequence.
+
+        A segment's first position says how many tokens come before it.
+        """
+        firsts = [int(self.positions[s.start]) for s in self.segments]
+        sizes = [s.end - s.start for s in self.segments]
+        return sum(n * first + n * (n + 1) // 2 for n, first in zip(sizes, firsts, strict=True))
+
 
 def build(corpus: Corpus, example_ids: Sequence[int], *, padded: bool = False) -> Pack:
     """Build one pack of the examples `example_ids`.
 
-    `padded` is the recipe of 2023, for comparison: no shared prefix, and every example followed
+    `padded` is the recipe of 2023, for comparison: no shared prefix, and every sequence followed
     by padding (never attended to) up to the length of the longest.
     """
-    ids: list[npt.NDArray[np.int32]] = []
-    positions, sources, labels, segments = [], [], [], []
-    at = 0
-    longest = max(corpus.length(i) for i in example_ids) if padded else 0
+    made = _Layout()
+    longest = max(max(corpus.alone(i)) for i in example_ids) if padded else 0
     for kind in (0, 1):
         group = [i for i in example_ids if corpus.kinds[i] == kind]
         if not group:
             continue
         shared = 0 if padded else corpus.prefix_lengths[kind]
-        prefix_start, prefix_end = at, at + shared
-        if shared:
-            ids.append(corpus.example(group[0])[:shared])
-            positions.append(np.arange(shared))
-            segments.append(Segment(prefix_start, prefix_end, prefix_start, prefix_start))
-            at = prefix_end
+        prefix = made.add(corpus.example(group[0])[:shared], 0, NOTHING)
         for i in group:
-            own = corpus.example(i)[shared:]
-            if not len(own):  # cut off inside the prefix: nothing of its own is left
-                continue
-            prompt = int(corpus.prompt_lengths[i]) - shared
-            size = max(len(own), longest)
-            ids.append(np.pad(own, (0, size - len(own))))
-            positions.append(np.arange(shared, shared + size))
-            segments.append(Segment(at, at + size, prefix_start, prefix_end))
-            source = at - 1 + np.arange(prompt, len(own))
-            if prompt == 0 and len(source):  # the prefix's last token predicts the first target
-                source[0] = prefix_end - 1
-            sources.append(source)
-            labels.append(own[prompt:])
-            at += size
-    return Pack(
-        ids=_join(ids),
-        positions=_join(positions),
-        segments=tuple(segments),
-        sources=_join(sources),
-        labels=_join(labels),
-    )
+            prompt = int(corpus.prompt_lengths[i])
+            if corpus.rejected_lengths is None:
+                made.add(corpus.example(i)[shared:], shared, prefix, prompt, longest)
+            elif padded:
+                for answer in corpus.answers(i):
+                    sequence = np.concatenate([corpus.example(i)[:prompt], answer])
+                    made.add(sequence, 0, NOTHING, prompt, longest)
+            else:
+                before = made.add(corpus.example(i)[shared:prompt], shared, prefix)
+                for answer in corpus.answers(i):
+                    made.add(answer, prompt, before, prompt)
+    return made.pack(pairs=corpus.rejected_lengths is not None)
+
+
+class _Layout:
+    """A pack while it is built, segment by segment."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self.ids: list[npt.NDArray[np.integer]] = []
+        self.positions: list[Ints] = []
+        self.segments: list[Segment] = []
+        self.sources: list[Ints] = []
+        self.labels: list[npt.NDArray[np.integer]] = []
+
+    def add(
+        self,
+        own: npt.NDArray[np.integer],
+        first: int,
+        prefix: Range,
+        prompt: int | None = None,
+        size: int = 0,
+    ) -> Range:
+        """Add tokens that continue `prefix` at position `first`, padded to `size`.
+
+        From position `prompt` on they are targets; None: none is. Returns where they are, or
+        `prefix` if there are none (such as of an example that was cut off inside the prefix).
+        """
+        if not len(own):
+            return prefix
+        start, size = self.at, max(len(own), size)
+        self.ids.append(np.pad(own, (0, size - len(own))))
+        self.positions.append(np.arange(first, first + size))
+        self.segments.append(Segment(start, start + size, *prefix))
+        if prompt is not None:
+            sources = start - 1 + np.arange(prompt - first, len(own))
+            if prompt == first and len(sources):  # the prefix's last token predicts the first one
+                sources[0] = prefix[1] - 1
+            self.sources.append(sources)
+            self.labels.append(own[prompt - first :])
+        self.at += size
+        return start, start + size
+
+    def pack(self, *, pairs: bool) -> Pack:
+        """The pack; with `pairs`, its sequences are chosen and rejected answers in turn."""
+        owners = [np.full(len(part), i) for i, part in enumerate(self.labels)] if pairs else []
+        return Pack(
+            ids=_join(self.ids),
+            positions=_join(self.positions),
+            segments=tuple(self.segments),
+            sources=_join(self.sources),
+            labels=_join(self.labels),
+            owners=_join(owners),
+        )
 
 
 def _join(parts: Sequence[npt.NDArray[np.integer]]) -> Ints:
@@ -209,9 +267,9 @@ def _lower_bound(own: Ints, kinds: Ints, shared: Ints, capacity: int) -> int:
 
 def padded_tokens(corpus: Corpus, example_ids: Sequence[int], batch: int) -> int:
     """Tokens the recipe of 2023 computes: batches of `batch`, each padded to its longest."""
-    lengths = [corpus.length(i) for i in example_ids]
-    batches = [lengths[start : start + batch] for start in range(0, len(lengths), batch)]
-    return sum(max(lengths) * len(lengths) for lengths in batches)
+    batches = (example_ids[start : start + batch] for start in range(0, len(example_ids), batch))
+    lengths = [[length for i in batch for length in corpus.alone(i)] for batch in batches]
+    return sum(max(sequences) * len(sequences) for sequences in lengths)
 
 
 def lengths(capacity: int) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 class Progress:
     """Totals and latest figures of a run.
 
-    Losses are means over target tokens; held-out losses are None without held-out data.
+    Losses are means over target tokens, or over preference pairs; held-out losses are None without
+    held-out data.
     `eval_loss_best` is the lowest at an evaluation after the first step, `best_step` its step, and
     `evaluations_since_best` counts those after it. `exported_step`: the step whose weights were
     exported. `eval_loss_exported` is the loss of the exported folder, whose weights are rounded to

@@ -7,6 +7,7 @@ saved and loaded is the adapter alone.
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,25 @@ def trained(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if ADAPTER in name:
             yield stored_name(name), parameter
+
+
+@contextmanager
+def switched_off(model: PreTrainedModel) -> Iterator[None]:
+    """Compute without the adapter.
+
+    peft's own switch also freezes the adapter's parameters, which may be gathered or sharded now:
+    FSDP keeps two of each.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def stored_name(name: str) -> str:

@@ -1,7 +1,8 @@
 """Attention for packs, registered with transformers under the name `alpaca_packed`.
 
-Each segment of a pack attends causally, aligned at the end, to its shared prefix and to itself.
-Once the prefix's keys and values are gathered, this is ordinary variable-length attention:
+Each segment of a pack attends causally, aligned at the end, to its shared prefix, to what that
+attends to, and to itself. Once these keys and values are gathered, this is ordinary variable-length
+attention:
 `varlen_attn` where its kernel is supported, else one `scaled_dot_product_attention` per segment.
 The model's code is unchanged: it passes the pack's index along as a keyword argument.
 """
@@ -39,7 +40,11 @@ class PackIndex:
 
 def index(segments: Sequence[Segment], device: torch.device) -> PackIndex:
     """The index tensors of a pack, on `device`."""
-    keys = [[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in segments]
+    known: dict[int, list[int]] = {}  # the keys of each segment, by its start
+    for s in segments:
+        before = known[s.prefix_start] if s.prefix_start < s.prefix_end else []
+        known[s.start] = [*before, *range(s.start, s.end)]
+    keys = list(known.values())
     ends = torch.tensor([0] + [s.end for s in segments], dtype=torch.int32)
     counts = torch.tensor([0] + [len(k) for k in keys])
     return PackIndex(
@@ -123,15 +128,18 @@ def segmentwise(
     write a gradient as large as the whole pack for each segment.
     """
     sizes = [s.end - s.start for s in pack.segments]
-    starts = {s.start: at for at, s in enumerate(pack.segments)}
     pieces = [t.transpose(0, 1).split(sizes, dim=1) for t in (query, key, value)]
+    prefixes = {s.prefix_start for s in pack.segments if s.prefix_start < s.prefix_end}
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of each prefix, by its start
     results = []
     for s, q, k, v in zip(pack.segments, *pieces, strict=True):
-        shared = s.prefix_end - s.prefix_start
-        if shared:
-            prefix = starts[s.prefix_start]
-            k = torch.cat([pieces[1][prefix], k], dim=1)
-            v = torch.cat([pieces[2][prefix], v], dim=1)
+        shared = 0
+        if s.prefix_start < s.prefix_end:
+            before = known[s.prefix_start]
+            shared = before[0].shape[1]
+            k, v = (torch.cat(both, dim=1) for both in zip(before, (k, v), strict=True))
+        if s.start in prefixes:
+            known[s.start] = k, v
         mask = _causal_mask(shared, q.shape[1], query.dtype, query.device)
         results.append(
             F.scaled_dot_product_attention(
@@ -153,14 +161,14 @@ def _causal_mask(
     """Additive mask (own, shared + own), causal, aligned at the end; None: plain causal."""
     if not shared:
         return None
-    return _triangle(shared, 1 << (own - 1).bit_length(), dtype, device)[:own, : shared + own]
+    whole = shared + own
+    return _triangle(1 << (whole - 1).bit_length(), dtype, device)[shared:whole, :whole]
 
 
-@lru_cache(maxsize=64)
-def _triangle(shared: int, own: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    size = own, shared + own
-    blocked = torch.ones(size, dtype=torch.bool, device=device).triu(diagonal=shared + 1)
-    return torch.zeros(size, dtype=dtype, device=device).masked_fill(blocked, -torch.inf)
+@lru_cache(maxsize=16)
+def _triangle(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    blocked = torch.ones(size, size, dtype=torch.bool, device=device).triu(diagonal=1)
+    return torch.zeros(size, size, dtype=dtype, device=device).masked_fill(blocked, -torch.inf)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -51,14 +51,16 @@ class ModelFlops:
 
     def of_pack(self, pack: Pack) -> float:
         """FLOPs of a pack's forward and backward pass."""
-        attended = 0  # pairs of a query and a key that it attends to
-        for s in pack.segments:
-            own = s.end - s.start
-            attended += own * (s.prefix_end - s.prefix_start) + own * (own + 1) // 2
         layers = 6.0 * self.trained + 4.0 * self.frozen
         vocabulary = (4.0 if self.frozen else 6.0) * self.vocabulary_weights
         attention = 12.0 * self.attention_width * self.layers
-        return layers * pack.tokens + vocabulary * pack.targets + attention * attended
+        return layers * pack.tokens + vocabulary * pack.targets + attention * pack.attended()
+
+    def of_reference(self, pack: Pack) -> float:
+        """FLOPs of a forward pass with the adapter switched off."""
+        products = self.frozen * pack.tokens + self.vocabulary_weights * pack.targets
+        attention = 4.0 * self.attention_width * self.layers
+        return 2.0 * products + attention * pack.attended()
 
 
 def counts(model: PreTrainedModel) -> tuple[int, int]:

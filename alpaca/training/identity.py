@@ -47,6 +47,7 @@ FLAGS = {
     "settings": "--lr_scheduler_kwargs",
     "moments": "--optim",
     "lora": "adapter (--lora_rank and its kin)",
+    "dpo": "loss (--loss, --dpo_beta, --dpo_label_smoothing)",
     "adam": "AdamW's betas and epsilon",
 }
 # Beginnings of the names that a run deletes or replaces in its output folder.
@@ -130,6 +131,7 @@ def describe(
         else [arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon],
         "dither_masters": weights.Dither.of(arguments, compute) is not None or None,
         "lora": _adapter(arguments),
+        "dpo": _preference(arguments),
         "save_best": arguments.save_best or None,
         "early_stopping_patience": arguments.early_stopping_patience or None,
     }
@@ -160,6 +162,13 @@ def _adapter(arguments: Arguments) -> dict[str, Any] | None:
         "dora": arguments.use_dora,
         "base": arguments.quantize_base,
     }
+
+
+def _preference(arguments: Arguments) -> dict[str, float] | None:
+    """The settings of DPO; None: answers are learned."""
+    if arguments.loss != "dpo":
+        return None
+    return {"beta": arguments.dpo_beta, "label_smoothing": arguments.dpo_label_smoothing}
 
 
 def _default_adam(arguments: Arguments) -> bool:

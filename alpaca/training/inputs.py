@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from alpaca.folder import check_folder, load_tokenizer
+from alpaca.pairs import ANSWERS, Pair, read_pairs
 from alpaca.plan.planner import CACHE
 from alpaca.prompt import plain
 from alpaca.recipe.arguments import DataFlags
@@ -63,7 +67,7 @@ def read(flags: DataFlags) -> Inputs:
 
 def _open(flags: DataFlags, data: Path, codec: Codec) -> Corpus:
     limit, joint = flags.model_max_length, flags.joint_tokenization
-    return open_corpus(data, codec, CACHE, limit, joint=joint)
+    return open_corpus(data, codec, CACHE, limit, joint=joint, pairs=flags.loss == "dpo")
 
 
 def _split(flags: DataFlags, codec: Codec) -> Data:
@@ -87,11 +91,13 @@ def _tasks(flags: DataFlags, data: Data, codec: Codec) -> list[Task]:
     if not chosen:
         return []
     # The corpus holds no texts. Its notices about the file are shown elsewhere.
-    records = read_records(flags.eval_data_path or flags.data_path, lambda _: None)
+    path = flags.eval_data_path or flags.data_path
+    records: Sequence[Record | Pair]
+    records = (read_pairs if flags.loss == "dpo" else read_records)(path, lambda _: None)
     return [_task(records[i], codec) for i in chosen]
 
 
-def _task(record: Record, codec: Codec) -> Task:
+def _task(record: Record | Pair, codec: Codec) -> Task:
     asked = record.instruction, record.input
     return Task(plain(*asked), codec.prompt(*asked))
 
@@ -116,14 +122,19 @@ def _show(flags: DataFlags, data: Data, codec: Codec) -> None:
             f"train: --eval_generations {flags.eval_generations}: only {len(data.held_out)} "
             "example(s) are held out; all of them are answered"
         )
-    if corpus.empty_outputs:
+    what = "examples"
+    if corpus.rejected_lengths is not None:
+        what = "preference pairs"
+        if corpus.empty_outputs:
+            print(f"train: {corpus.empty_outputs} pair(s) have an empty chosen answer")
+    elif corpus.empty_outputs:
         print(
             f"train: {corpus.empty_outputs} example(s) have an empty output and teach to answer "
             "with nothing, as in 2023; a copy without them: python -m alpaca audit "
             f"{flags.data_path} --leave_out empty_output --write-clean clean.json"
         )
     print(
-        f"train: {len(data.train)} examples; {corpus.truncated} example(s) cut at "
+        f"train: {len(data.train)} {what}; {corpus.truncated} example(s) cut at "
         f"{flags.model_max_length} tokens, {corpus.without_targets} of them left without an "
         "answer token (not trained on)",
         flush=True,
@@ -133,19 +144,28 @@ def _show(flags: DataFlags, data: Data, codec: Codec) -> None:
 def show_example(corpus: Corpus, index: int, codec: Codec) -> str:
     """One example as the model sees it, each token by the tokenizer's name for it.
 
-    First the masked prompt, then, in brackets, what is trained on; EOS ends it unless it was cut.
+    First the masked prompt, then, in brackets, what is trained on: the answer, or both of a pair;
+    EOS ends it unless it was cut.
     """
-    ids = [int(i) for i in corpus.example(index)]
-    names = codec.tokenizer.convert_ids_to_tokens(ids)
     prompt = int(corpus.prompt_lengths[index])
-    trained = [f"[{name}]" for name in names[prompt:]]
-    if ids[-1] != codec.eos:
-        trained.append("(cut off here)")
     shared = corpus.prefix_lengths[int(corpus.kinds[index])]
-    return (
-        f"masked ({prompt} tokens, the first {shared} shared within a pack):\n"
-        f"{_wrapped(names[:prompt])}\ntrained ({len(ids) - prompt} tokens):\n{_wrapped(trained)}"
-    )
+    masked = _names(corpus.example(index)[:prompt], codec)
+    lines = [
+        f"masked ({prompt} tokens, the first {shared} shared within a pack):",
+        _wrapped(masked),
+    ]
+    answers = corpus.answers(index)
+    for kind, ids in zip(("trained",) if len(answers) == 1 else ANSWERS, answers, strict=True):
+        trained = [f"[{name}]" for name in _names(ids, codec)]
+        if ids[-1] != codec.eos:
+            trained.append("(cut off here)")
+        lines += [f"{kind} ({len(ids)} tokens):", _wrapped(trained)]
+    return "\n".join(lines)
+
+
+def _names(ids: npt.NDArray[np.int32], codec: Codec) -> list[str]:
+    names: list[str] = codec.tokenizer.convert_ids_to_tokens(ids.tolist())
+    return names
 
 
 def _wrapped(words: list[str]) -> str:

@@ -25,10 +25,11 @@ from alpaca.recipe.arguments import LoopFlags
 from alpaca.recipe.corpus import Corpus
 from alpaca.recipe.progress import Progress
 from alpaca.recipe.steps import Schedule
-from alpaca.training import answers, checkpoint, export, flops, loss, optimizer, sharding
+from alpaca.training import answers, checkpoint, export, flops, optimizer, sharding
 from alpaca.training.answers import Samples
 from alpaca.training.inputs import Data
 from alpaca.training.loss import TargetLoss
+from alpaca.training.objective import Objective
 from alpaca.training.rendezvous import on_first_rank
 from alpaca.training.run_log import RunLog
 from alpaca.training.signals import STOP, Requests, StoppedError
@@ -40,11 +41,19 @@ ModelWriter = Callable[[Path, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Computed:
-    """Result of a step's forward and backward passes: share of the loss, tokens, useful FLOPs."""
+    """Result of a step's forward and backward passes: tokens, useful FLOPs, shares of the means.
 
-    loss: float
+    `means`: the loss, then the objective's measures.
+    """
+
     tokens: float
     flops: float
+    means: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """The share of the loss."""
+        return self.means[0]
 
 
 class Trainer:
@@ -80,6 +89,7 @@ class Trainer:
         self.write_model = write_model
         self.samples = samples
         self.reduces_once = reduces_once
+        self.objective = Objective(flags)
         self.optimizer = optimizer.build(module, flags)
         self.sample = UpdateSample(module, compute)
         # 8-bit moments are tensors of torchao's own kind, which cannot be copied to host memory.
@@ -161,7 +171,6 @@ class Trainer:
         computed = self.forward_backward(example_ids)
         norm, rate = self.update(step)
         ranks = self.gather(
-            computed.loss,
             computed.tokens,
             computed.flops,
             self.peak,
@@ -169,10 +178,13 @@ class Trainer:
             self.requests.wanted,
             self.saver.failed,
             *self.sample.count().tolist(),
+            *computed.means,
         )
-        counts = Counts(*ranks[:, 7:].sum(0).tolist())
-        whole = Computed(*ranks[:, :3].sum(0).tolist())
-        if ranks[:, 6].any():
+        means = -len(computed.means)
+        counts = Counts(*ranks[:, 6:means].sum(0).tolist())
+        tokens, work = ranks[:, :2].sum(0).tolist()
+        whole = Computed(tokens, work, tuple(ranks[:, means:].sum(0).tolist()))
+        if ranks[:, 5].any():
             self.saver.wait()  # raises, on every rank
         if not (math.isfinite(whole.loss) and math.isfinite(norm)):
             raise UserError(
@@ -186,11 +198,11 @@ class Trainer:
             "lr": rate,
             "step_seconds": round(seconds, 4),
             "tokens_per_second": round(whole.tokens / seconds, 1),
-            "mfu": round(whole.flops / seconds / float(ranks[:, 3].sum()), 4),
-            "memory": int(ranks[:, 4].max()),
+            "mfu": round(whole.flops / seconds / float(ranks[:, 2].sum()), 4),
+            "memory": int(ranks[:, 3].max()),
         }
         line = {**self.log_line(step, example_ids, whole, counts), **rates}
-        return line, int(ranks[:, 5].max()), counts
+        return line, int(ranks[:, 4].max()), counts
 
     def seed_dropout(self, step: int) -> None:
         """Let what a step drops at random depend on the step and the rank, not on earlier steps."""
@@ -199,23 +211,25 @@ class Trainer:
     def forward_backward(self, example_ids: Sequence[int]) -> Computed:
         """Add up the gradients of a step's loss, pack by pack; returns this rank's results."""
         corpus = self.data.corpus
-        targets = sum(corpus.targets(i) for i in example_ids)
-        total = torch.zeros((), device=self.device)
+        count = self.objective.count(corpus, example_ids)
+        total: torch.Tensor | float = 0.0
         tokens, work = 0, 0.0
         packs = self.packs(corpus, example_ids)
         for number, members in enumerate(packs, start=1):
             pack = self.pack(corpus, members, example_ids)
             if self.reduces_once:
                 cast(FSDPModule, self.module).set_requires_gradient_sync(number == len(packs))
-            summed = loss.pack_loss(self.module, pack, self.device, self.lengths)
-            mean = summed / max(1, targets)
+            means = self.objective.sums(self.module, pack, self.device, self.lengths) / count
             # FSDP averages gradients over ranks, but the loss is a sum over them.
-            (mean * dist.get_world_size()).backward()
-            total += mean.detach()
+            (means[0] * dist.get_world_size()).backward()
+            total = total + means.detach()
             tokens += pack.tokens
             counted = pack if self.flags.packing else packing.build(corpus, members)
             work += self.model_flops.of_pack(counted)
-        return Computed(total.item(), tokens, work)
+            if self.objective.pairs:
+                work += self.model_flops.of_reference(counted)
+        assert isinstance(total, torch.Tensor)  # every rank has packs
+        return Computed(tokens, work, tuple(total.tolist()))
 
     def update(self, step: int) -> tuple[float, float]:
         """Clip the gradients and run AdamW's step; returns their norm and the learning rate."""
@@ -231,12 +245,12 @@ class Trainer:
     ) -> dict[str, Any]:
         """The log line of a step, without its rates."""
         corpus = self.data.corpus
-        real = sum(corpus.length(i) for i in example_ids)
+        real = sum(sum(corpus.alone(i)) for i in example_ids)
         batch = self.flags.per_device_train_batch_size
         return {
             "step": step + 1,
             "total_steps": self.schedule.steps,
-            "loss": computed.loss,
+            **self.objective.named(computed.means),
             "tokens": int(computed.tokens),
             "target_tokens": sum(corpus.targets(i) for i in example_ids),
             "padded_tokens": packing.padded_tokens(corpus, example_ids, batch),
@@ -270,11 +284,12 @@ class Trainer:
 
     def evaluate(self, run_log: RunLog) -> None:
         """Log the held-out loss and sample answers, if there are held-out examples."""
-        mean = self.held_out_loss()
-        if mean is None:
+        means = self.held_out_means()
+        if means is None:
             return
-        run_log.write({"step": self.progress.steps, "eval_loss": mean})
-        self.progress = self.progress.evaluated(mean)
+        line = {"step": self.progress.steps, **self.objective.named(means, "eval_")}
+        run_log.write(line)
+        self.progress = self.progress.evaluated(means[0])
         if self.samples is not None:
             wanted = self.samples
             made = self.answers(wanted.prompts, wanted.codec.eos, wanted.limit)
@@ -320,22 +335,24 @@ class Trainer:
         if not self.data.held_out or not seen:
             return self.progress
         export.load(self.module.model, folder)
-        return dataclasses.replace(self.progress, eval_loss_exported=self.held_out_loss())
+        means = self.held_out_means()
+        return dataclasses.replace(self.progress, eval_loss_exported=means[0] if means else None)
 
     @torch.no_grad()
-    def held_out_loss(self) -> float | None:
-        """Mean loss over the held-out examples' target tokens; None where there are none."""
+    def held_out_means(self) -> list[float] | None:
+        """The held-out examples' mean loss and measures; None where none are held out."""
         corpus, members = self.data.other, self.data.held_out
         if not members:
             return None
         self.module.eval()
-        total = 0.0
+        totals = [0.0] * (1 + len(self.objective.measures))
         for pack_members in self.held_out_packs:
             pack = self.pack(corpus, pack_members, members)
-            total += float(loss.pack_loss(self.module, pack, self.device, self.lengths))
+            sums = self.objective.sums(self.module, pack, self.device, self.lengths)
+            totals = [total + more for total, more in zip(totals, sums.tolist(), strict=True)]
         self.module.train()
-        targets = max(1, sum(corpus.targets(i) for i in members))
-        return float(self.gather(total).sum()) / targets
+        count = self.objective.count(corpus, members)
+        return [total / count for total in self.gather(*totals).sum(0).tolist()]
 
     def answers(self, prompts: Sequence[list[int]], eos: int, limit: int) -> list[list[int]]:
         """Up to `limit` greedy tokens after each prompt; a collective call."""

@@ -1,4 +1,4 @@
-"""Cross-entropy on target tokens only.
+"""Cross-entropy on target tokens only, or the log-probabilities of whole answers.
 
 Hidden states are selected at target positions before the output projection, so the model's
 largest matrix is never multiplied for prompts. The loss is a sum over a pack. Dividing it by the
@@ -33,10 +33,13 @@ class TargetLoss(torch.nn.Module):
         pack: PackIndex,
         sources: torch.Tensor,
         labels: torch.Tensor | None,
+        owners: torch.Tensor | None = None,
+        answers: int = 0,
     ) -> torch.Tensor:
         """Sum of a pack's losses, fp32; ids, positions: (tokens,), sources, labels: (targets,).
 
-        Without labels: the most likely next token after each of `sources`.
+        Without labels: the most likely next token after each of `sources`. With owners (targets,),
+        numbers below `answers`: the log-probability of each answer, (answers,), fp64.
         """
         decoder = self.model.base_model
         hidden = decoder(
@@ -45,6 +48,10 @@ class TargetLoss(torch.nn.Module):
         weight = self.model.get_output_embeddings().weight  # (vocabulary, width)
         if labels is None:
             return F.linear(hidden[sources], weight).argmax(-1)
+        if owners is not None:
+            tokens = TargetLogs.apply(hidden[sources], weight, labels, torch.is_grad_enabled())
+            none = torch.zeros(answers, dtype=torch.float64, device=tokens.device)
+            return none.index_add(0, owners, tokens.double())
         loss: torch.Tensor = CrossEntropySum.apply(
             hidden[sources], weight, labels, torch.is_grad_enabled()
         )
@@ -75,14 +82,10 @@ class CrossEntropySum(torch.autograd.Function):
             grad_hidden.split(LOSS_CHUNK),
             strict=True,
         ):
-            logits = F.linear(part, weight).float()
-            right, top = logits.gather(1, target), logits.amax(-1, keepdim=True)
-            weights = logits.sub_(top).exp_()  # the softmax, before it is divided by its sum
-            sums = weights.sum(-1, keepdim=True)
-            total += (sums.log() + top - right).sum()
+            losses, weights, sums = _cross_entropies(part, weight, target)
+            total += losses.sum()
             if wanted:
-                error = weights.div_(sums)  # the softmax, minus 1 at the target
-                error.scatter_add_(1, target, torch.full_like(sums, -1.0))
+                error = _errors(weights, sums, target)
                 torch.mm(error.to(weight.dtype), weight, out=out)
                 if grad_weight is not None:
                     grad_weight.addmm_(error.to(weight.dtype).T, part)
@@ -99,6 +102,60 @@ class CrossEntropySum(torch.autograd.Function):
         return grad_hidden * gradients[0], scaled, None, None
 
 
+class TargetLogs(torch.autograd.Function):
+    """Log-probability of each target: (targets, width), (vocabulary, width), (targets,), fp32.
+
+    As `CrossEntropySum`, with a gradient for each target, which the backward pass scales alone. The
+    vocabulary's matrix is frozen here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, wanted: bool
+    ) -> torch.Tensor:
+        """(targets,); if `wanted`, also saves the gradient of each, in the type of `hidden`."""
+        assert not ctx.needs_input_grad[1]
+        logs = torch.empty(len(labels), 1, dtype=torch.float32, device=hidden.device)
+        grads = torch.empty_like(hidden) if wanted else hidden
+        for part, target, log, out in zip(
+            hidden.split(LOSS_CHUNK),
+            labels[:, None].split(LOSS_CHUNK),
+            logs.split(LOSS_CHUNK),
+            grads.split(LOSS_CHUNK),
+            strict=True,
+        ):
+            losses, weights, sums = _cross_entropies(part, weight, target)
+            log.copy_(-losses)
+            if wanted:
+                error = _errors(weights, sums, target).neg_()
+                torch.mm(error.to(weight.dtype), weight, out=out)
+        ctx.save_for_backward(grads)
+        return logs[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Scale the gradient that the forward pass saved of each target."""
+        (grads,) = ctx.saved_tensors
+        return (grads * gradients[0][:, None]).to(grads.dtype), None, None, None
+
+
+def _cross_entropies(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses (n, 1), and the softmax (n, vocabulary) before it is divided by its sums (n, 1)."""
+    logits = F.linear(hidden, weight).float()
+    right, top = logits.gather(1, target), logits.amax(-1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    sums = weights.sum(-1, keepdim=True)
+    return sums.log() + top - right, weights, sums
+
+
+def _errors(weights: torch.Tensor, sums: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The losses' gradient in the logits, in place of `weights`: the softmax, 1 less at targets."""
+    error = weights.div_(sums)
+    return error.scatter_add_(1, target, torch.full_like(sums, -1.0))
+
+
 def pack_loss(
     module: torch.nn.Module, pack: Pack, device: torch.device, lengths: Sequence[int] = ()
 ) -> torch.Tensor:
@@ -109,6 +166,16 @@ def pack_loss(
     labels = torch.as_tensor(pack.labels, device=device)
     loss: torch.Tensor = module(*_tensors(packing.fill(pack, lengths), device), labels)
     return loss
+
+
+def answer_logs(
+    module: torch.nn.Module, pack: Pack, device: torch.device, lengths: Sequence[int] = ()
+) -> torch.Tensor:
+    """The log-probability of each answer of a pack of pairs: (answers,), fp64."""
+    labels, owners = (torch.as_tensor(a, device=device) for a in (pack.labels, pack.owners))
+    tensors = _tensors(packing.fill(pack, lengths), device)
+    logs: torch.Tensor = module(*tensors, labels, owners, pack.answers)
+    return logs
 
 
 @torch.no_grad()

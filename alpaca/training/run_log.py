@@ -159,7 +159,9 @@ def draw(folder: Path) -> None:
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", title=folder.name)
+    pairs = any("rewards/margins" in line for line in lines)
+    unit = "DPO loss per pair" if pairs else "loss per answer token (nats)"
+    axes.set(xlabel="optimizer step", ylabel=unit, title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()
     for name in ("loss.png", "loss.svg"):
