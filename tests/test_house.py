@@ -32,8 +32,8 @@ NEIGHBOURS = {
 GROUND = ("errors", "prompt", "atomic", "ram", "layout")
 # each may import those before it
 SHARED = (
-    "address", "rounding", "stored", "folder", "datafile", "records", "passport", "adapter", "card",
-    "tokens",
+    "address", "rounding", "quantization", "stored", "folder", "datafile", "records", "passport",
+    "adapter", "card", "tokens",
     "recipe", "description", "shards", "model", "golden", "verify",
 )  # fmt: skip
 DOORS = (
