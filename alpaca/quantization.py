@@ -6,10 +6,17 @@ bitsandbytes rounds and reads it. `int8` has one scale for each row: the largest
 
 Rows are rounded alone, always on a CPU. So any division of a weight by rows, and any number of
 ranks, gives the same numbers, and a merge can repeat what a run trained on.
+
+Sizes are told without torch, for a plan.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BLOCK = 64  # numbers that share a scale in nf4
 BITS = {"nf4": 4 + 32 / BLOCK, "int8": 8.0}  # per weight; int8's one scale a row is not counted
@@ -37,6 +44,8 @@ def quantize(kind: str, rows: Tensor) -> tuple[Tensor, Tensor]:
 
         packed, state = quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4")
         return packed.view(count, width // 2), _bytes(state.absmax.view(count, -1))
+    import torch
+
     scales = rows.abs().amax(1, keepdim=True) / 127
     numbers = (rows / scales.where(scales > 0, 1.0)).round().to(torch.int8)
     return numbers.view(torch.uint8), _bytes(scales)
@@ -44,6 +53,8 @@ def quantize(kind: str, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(kind: str, packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight that bytes from `quantize` stand for: (rows, width) of `dtype`, on any device."""
+    import torch
+
     numbers = scales.view(torch.float32)
     if kind == "nf4":
         from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
@@ -69,4 +80,6 @@ def rounded(kind: str, rows: Tensor) -> Tensor:
 
 
 def _bytes(scales: Tensor) -> Tensor:
+    import torch
+
     return scales.float().contiguous().view(torch.uint8)

@@ -121,8 +121,12 @@ def test_remedies_fit_and_the_cheapest_comes_first() -> None:
     found = remedies(shape, arguments, machine, count)
     assert found
     assert all(remedy.plan.fits for remedy in found)
-    spent = [remedy.plan.seconds or math.inf for remedy in found]
-    assert spent == sorted(spent)
+    adapting = [remedy.adapts for remedy in found]
+    assert adapting == sorted(adapting)  # what trains all weights comes first
+    assert any(adapting)
+    for kind in (False, True):
+        spent = [one.plan.seconds or math.inf for one in found if one.adapts == kind]
+        assert spent == sorted(spent)
     assert "--gradient_checkpointing True" in {remedy.flags for remedy in found}
     for remedy in found:
         again = dataclasses.replace(arguments, **remedy.changed)

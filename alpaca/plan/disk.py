@@ -1,8 +1,10 @@
 """How much disk space a run takes: its checkpoints, and the exported model to the byte."""
 
 import math
+from functools import cache
 
 from alpaca import layout
+from alpaca.plan.adapters import Adapter, Weights
 from alpaca.plan.shapes import Shape
 from alpaca.plan.workload import Workload
 from alpaca.recipe import rules
@@ -10,10 +12,13 @@ from alpaca.recipe.arguments import LoopFlags
 from alpaca.recipe.steps import steps_per_epoch
 
 
-def checkpoint_bytes(shape: Shape, moments: float) -> int:
-    """Bytes of a checkpoint: fp32 weights, `moments` bytes for each weight, and step counters."""
-    state = (rules.MASTER_BYTES + moments) * shape.parameters
-    return round(state) + 4 * len(shape.tensors())
+def checkpoint_bytes(weights: Weights, moments: float) -> int:
+    """Bytes of a checkpoint: fp32 weights, `moments` bytes for each weight, and step counters.
+
+    It holds what is trained: of a run with an adapter, the adapter alone.
+    """
+    state = (rules.MASTER_BYTES + moments) * weights.trained
+    return round(state) + 4 * weights.tensors
 
 
 def disk_bytes(flags: LoopFlags, work: Workload, checkpoint: int, exported: int) -> int:
@@ -46,6 +51,15 @@ def saves(flags: LoopFlags, work: Workload) -> int:
     return before_the_last + bool(due and not flags.save_only_model)
 
 
+@cache
+def adapter_bytes(shape: Shape, adapter: Adapter) -> int:
+    """Exact size of an exported adapter's weights: one file, in fp32."""
+    tensors = adapter.tensors(shape)
+    data = sum(layout.tensor_bytes(size, "F32") for size in tensors.values())
+    return len(layout.header({name: (size, "F32") for name, size in tensors.items()})) + data
+
+
+@cache
 def export_bytes(shape: Shape, dtype: str = "bf16") -> int:
     """Exact size of the exported weights: their files, and the index if there are several."""
     kind = layout.TYPE_NAMES[dtype]

@@ -3,23 +3,29 @@
 The peak is the largest of four moments: the loss (all activations and one chunk of logits), the
 start of the backward pass (the loss's gradients, the root gathered again), the backward pass of the
 last layer, which runs first (all activations, one layer's gradients being reduced), and the end of
-the backward pass (the embedding's gradients). All sizes are bytes; c is the size of a number in the
-compute type: 2 in bf16, 4 in fp32.
+the backward pass (the embedding's gradients). With an adapter only its weights have masters,
+gradients and moments; the frozen ones are held as they are computed with. All sizes are bytes; c is
+the size of a number in the compute type: 2 in bf16, 4 in fp32.
 """
 
 from dataclasses import dataclass, fields
 
+from alpaca.plan import adapters
+from alpaca.plan.adapters import Adapter, Weights
 from alpaca.plan.shapes import Shape
 from alpaca.plan.workload import LargestPack
 from alpaca.recipe.rules import ADAMW_BYTES, GRADIENT_BYTES, LOSS_CHUNK, MASTER_BYTES
 
 LOGIT = 6  # bytes of a logit in the loss: fp32, and a copy in bf16 where that is the compute type
+LOGIT_FP32 = 4
 # CUDA's context, its libraries' workspaces and NCCL's buffers; drivers differ by some 100 MB.
 CUDA_RUNTIME = 1_200_000_000
 # A rank without CUDA: Python, torch, transformers, the tokenizer, code (0.43 GB measured, idle).
 CPU_RUNTIME = 450_000_000
 # torch.compile and its imports, which torchao's 8-bit step uses too (0.16 GB measured).
 COMPILER = 160_000_000
+# peft and what it imports (0.06 GB measured).
+ADAPTERS = 60_000_000
 # The caching allocator holds more than is in use: blocks are rounded up, and freed blocks of the
 # wrong size stay cached. The allowance is a tenth of what is allocated and freed within a step.
 ALLOCATOR = 0.1
@@ -28,6 +34,8 @@ ALLOCATOR = 0.1
 # step. With MALLOC_MMAP_THRESHOLD_ set, each block is returned at once and nothing is kept, for a
 # fifth more CPU time.
 HEAP = 0.5
+# A run that trains an adapter returns freed blocks of 128 KB and more at once (`ram.return_freed`).
+RETURNED = 0.03
 # Where CPU ranks share parameters, gloo copies what it gathers and reduces, and the gradients'
 # shards are allocated between such copies. The heap then keeps about 0.7 of the shards' size more.
 # Measured with two ranks in fp32 and bf16 (bench/LOG.md).
@@ -41,7 +49,8 @@ class Setting:
     shards: ranks that share each parameter; compute: c; optimizer: bytes per parameter; regather:
     weights are gathered again for the backward pass, not kept from the forward pass; once: whole
     gradients are added up on each rank and reduced with a step's last pack; chunk: targets whose
-    logits exist at once; logit: bytes of each of these logits.
+    logits exist at once; logit: bytes of each of these logits; adapter: what is trained in place of
+    all weights.
     """
 
     shards: int
@@ -54,6 +63,16 @@ class Setting:
     cuda: bool = True
     chunk: int = LOSS_CHUNK
     logit: int = LOGIT
+    adapter: Adapter | None = None
+
+    def weights(self, shape: Shape) -> Weights:
+        """What is trained and what is frozen."""
+        return adapters.weights(shape, self.adapter, self.compute)
+
+    @property
+    def gathers_frozen(self) -> bool:
+        """Whether frozen weights are gathered layer by layer: not where each rank holds all."""
+        return self.shards > 1 or self.offload
 
 
 @dataclass(frozen=True)
@@ -87,10 +106,13 @@ def state_bytes(parameters: int, optimizer: float = ADAMW_BYTES) -> int:
 
 def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_RUNTIME) -> Memory:
     """Peak memory of one rank in any step but the first: the largest of the four moments."""
-    own = 0 if setting.offload and setting.cuda else -(-shape.parameters // setting.shards)
+    weights = setting.weights(shape)
+    elsewhere = setting.offload and setting.cuda
+    own = 0 if elsewhere else -(-weights.trained // setting.shards)
+    frozen = 0 if elsewhere else -(-weights.frozen // setting.shards)
     gradients = GRADIENT_BYTES * own
     # Gradients of the step's earlier packs: already reduced, or whole and still to be reduced.
-    earlier = (GRADIENT_BYTES * shape.parameters if setting.once else gradients) * load.repeated
+    earlier = (GRADIENT_BYTES * weights.trained if setting.once else gradients) * load.repeated
     moments = {
         "loss": (earlier, *_loss(shape, load, setting)),
         "backward start": (earlier, *_backward_start(shape, load, setting)),
@@ -100,14 +122,14 @@ def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations, logits, communication = moments[moment]
     passing = activations + logits + communication
-    if setting.cuda:
-        slack = ALLOCATOR * passing
+    if setting.cuda or setting.adapter is not None:
+        slack = (ALLOCATOR if setting.cuda else RETURNED) * passing
     else:
         copied = GLOO * GRADIENT_BYTES * own if setting.shards > 1 else 0.0
         slack = HEAP * (passing + gradients) + copied
     return Memory(
         moment=moment,
-        weights=MASTER_BYTES * own,
+        weights=MASTER_BYTES * own + frozen,
         gradients=gradients,
         optimizer=round(setting.optimizer * own),
         activations=activations,
@@ -119,11 +141,15 @@ def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_
 
 
 def _loss(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
-    """The loss: all activations, the output matrix's gradient, and one chunk of logits."""
+    """The loss: all activations, one chunk of logits, and the output matrix's gradient if trained.
+
+    Of a frozen model, only here the hidden states and those at targets are still there.
+    """
     kept = activations(shape, load, setting)
+    if setting.adapter is not None:
+        kept += setting.compute * (load.tokens + load.targets) * shape.width
     chunk = setting.logit * shape.vocabulary * min(setting.chunk, load.targets)
-    head = setting.compute * shape.table_parameters
-    return kept, chunk, gathered(shape, setting) + head
+    return kept, chunk, gathered(shape, setting) + _head(shape, setting)
 
 
 def _backward_start(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int, int]:
@@ -132,8 +158,10 @@ def _backward_start(shape: Shape, load: LargestPack, setting: Setting) -> tuple[
     The root is gathered again, and for a moment it exists twice, flat and split into parameters.
     So does a layer.
     """
-    flat = setting.compute * shape.root_parameters if setting.shards > 1 else 0
-    head = 2 * setting.compute * shape.table_parameters
+    weights = setting.weights(shape)
+    root = setting.compute * weights.root + weights.frozen_root
+    flat = root if setting.shards > 1 else 0
+    head = 2 * _head(shape, setting)
     return activations(shape, load, setting), 0, gathered(shape, setting) + flat + head
 
 
@@ -142,26 +170,38 @@ def _layer(shape: Shape, load: LargestPack, setting: Setting) -> tuple[int, int,
     kept = activations(shape, load, setting)
     if setting.checkpointing:
         kept += saved_by_layer(shape, load, setting)
-    passing = 2 * setting.compute * load.tokens * shape.intermediate  # gradients inside the MLP
-    reducing = (setting.compute + GRADIENT_BYTES) * shape.layer_parameters
-    head = setting.compute * shape.table_parameters
-    return kept + passing, 0, gathered(shape, setting) + reducing + head
+    kept += 2 * setting.compute * load.tokens * shape.intermediate  # gradients inside the MLP
+    if setting.adapter is not None:
+        kept += adapters.temporary(shape, setting.adapter, setting.compute)
+    reducing = (setting.compute + GRADIENT_BYTES) * setting.weights(shape).layer
+    return kept, 0, gathered(shape, setting) + reducing + _head(shape, setting)
 
 
 def _root(shape: Shape, setting: Setting) -> tuple[int, int, int]:
     """The end of the backward pass: gradients of embedding and output matrix are reduced."""
-    gradients = (setting.compute + GRADIENT_BYTES) * shape.root_parameters
-    return 0, 0, setting.compute * shape.root_parameters + gradients
+    root = setting.weights(shape).root
+    gradients = (setting.compute + GRADIENT_BYTES) * root
+    return 0, 0, setting.compute * root + gradients
+
+
+def _head(shape: Shape, setting: Setting) -> int:
+    """The output matrix's gradient, in the compute type; none where it is frozen."""
+    return 0 if setting.adapter is not None else setting.compute * shape.table_parameters
 
 
 def gathered(shape: Shape, setting: Setting) -> int:
     """Whole weights in the compute type: the root's, and two layers', or all of them.
 
     FSDP2 gathers a layer while the one before it computes (torch, `fully_shard`: prefetching);
-    with `reshard_after_forward=False` every layer stays gathered until its backward pass.
+    with `reshard_after_forward=False` every layer stays gathered until its backward pass. Frozen
+    weights are gathered as they are held.
     """
     layers = 2 if setting.regather else shape.layers
-    return setting.compute * (shape.root_parameters + layers * shape.layer_parameters)
+    weights = setting.weights(shape)
+    whole = setting.compute * (weights.root + layers * weights.layer)
+    if setting.gathers_frozen:
+        whole += weights.frozen_root + layers * weights.frozen_layer
+    return whole
 
 
 def activations(shape: Shape, load: LargestPack, setting: Setting) -> int:
@@ -171,9 +211,9 @@ def activations(shape: Shape, load: LargestPack, setting: Setting) -> int:
     (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
     """
     hidden = setting.compute * load.tokens * shape.width
-    last = normed(shape, load.tokens, setting.compute) + 2 * setting.compute * (
-        load.targets * shape.width
-    )
+    last = normed(shape, load.tokens, setting) + setting.compute * load.targets * shape.width
+    if setting.adapter is None:
+        last += setting.compute * load.targets * shape.width  # the hidden states at targets
     if setting.checkpointing:
         return shape.layers * hidden + last
     return shape.layers * saved_by_layer(shape, load, setting) + last
@@ -185,20 +225,30 @@ def saved_by_layer(shape: Shape, load: LargestPack, setting: Setting) -> int:
     Follows the counting of Korthikanti et al., "Reducing Activation Recomputation in Large
     Transformer Models", 2022, section 4.1, for this layer: two RMSNorms, attention by a fused
     kernel (inputs, output, one log-sum-exp a head), and a gated MLP (gate, its SiLU, up, product).
+    A frozen linear layer does not save its input; the adapter beside it does.
     """
     c, tokens = setting.compute, load.tokens
     queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
+    trained = setting.adapter is None
     attention = c * (2 * tokens * queries + 2 * load.keys * keys) + 4 * shape.heads * tokens
-    if not setting.cuda or c == 4:  # the fused kernel does not support fp32
+    fused = setting.cuda and c == 2  # the kernel does not support fp32
+    if not fused:
         # One call per segment: outputs are saved before and after they are joined, keys and values
         # before and after the shared prefix is prepended.
-        attention += c * (tokens * queries + 2 * tokens * keys)
-    mlp = 4 * c * tokens * shape.intermediate
+        attention += c * (tokens * queries * trained + 2 * tokens * keys)
+    mlp = (4 if trained else 3) * c * tokens * shape.intermediate
     if shape.qk_norm:  # each head's queries and keys are normed as a layer's input is
-        attention += (4 + 2 * c) * tokens * (queries + keys)
-    return 2 * normed(shape, tokens, c) + attention + mlp
+        attention += (4 + 2 * c * trained) * tokens * (queries + keys)
+    whole = 2 * normed(shape, tokens, setting) + attention + mlp
+    if setting.adapter is not None:
+        whole += adapters.saved(shape, setting.adapter, tokens, c, fused=fused)
+    return whole
 
 
-def normed(shape: Shape, tokens: int, compute: int) -> int:
-    """What one RMSNorm saves: its input in fp32, the normed input, and its output (c each)."""
-    return (4 + 2 * compute) * tokens * shape.width + 4 * tokens
+def normed(shape: Shape, tokens: int, setting: Setting) -> int:
+    """What one RMSNorm saves: its input in fp32, the normed input, and its output (c each).
+
+    A frozen one saves only its input.
+    """
+    own = 4 if setting.adapter is not None else 4 + 2 * setting.compute
+    return own * tokens * shape.width + 4 * tokens

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from alpaca import layout
-from alpaca.plan import disk, duration
+from alpaca.plan import adapters, disk, duration
 from alpaca.plan import memory as plan_memory
 from alpaca.plan.devices import Device
-from alpaca.plan.disk import checkpoint_bytes, export_bytes
+from alpaca.plan.disk import adapter_bytes, checkpoint_bytes, export_bytes
 from alpaca.plan.duration import FileTimes, Time
 from alpaca.plan.memory import Memory, Setting
 from alpaca.plan.shapes import Shape
@@ -50,10 +50,12 @@ class Plan:
     `time` is that of all steps, `files` that of loading, rehearsing, saving and exporting.
 
     `memory` is for one device, `host` for one node. `disk` is the peak, if a signal stops the run
-    at most once.
+    at most once. `trained`: how many of `parameters`, or of an adapter's, are trained. `export`:
+    what the run leaves, an adapter or a model; `merged`: the merged model besides, 0 without one.
     """
 
     parameters: int
+    trained: int
     machine: Machine
     setting: Setting
     work: Workload
@@ -61,6 +63,7 @@ class Plan:
     host: int
     checkpoint: int
     export: int
+    merged: int
     disk: int
     saves: int
     time: Time | None
@@ -122,19 +125,25 @@ def make(shape: Shape, arguments: Arguments, machine: Machine, work: Workload) -
     compiles = arguments.torch_compile or chosen.optimizer == rules.ADAMW_8BIT_BYTES
     if not machine.device.cuda and compiles:
         runtime += plan_memory.COMPILER
+    if not machine.device.cuda and chosen.adapter is not None:
+        runtime += plan_memory.ADAPTERS
+    weights = chosen.weights(shape)
     memory = plan_memory.peak(shape, work.largest, chosen, runtime)
-    exported = export_bytes(shape, arguments.export_dtype)
+    whole = export_bytes(shape, arguments.export_dtype)
+    exported = whole if chosen.adapter is None else adapter_bytes(shape, chosen.adapter)
+    merged = whole if arguments.merge else 0
     models = arguments.save_only_model
-    checkpoint = exported if models else checkpoint_bytes(shape, chosen.optimizer)
+    checkpoint = exported if models else checkpoint_bytes(weights, chosen.optimizer)
     time = duration.expected(shape, work, chosen, machine.device, machine.world_size, machine.nodes)
     written = disk.saves(arguments, work)
-    host = host_bytes(shape, chosen, machine, memory, exported)
+    host = host_bytes(shape, chosen, machine, memory, max(exported, merged))
     copied = checkpoint * machine.ranks // chosen.shards
     apart = None  # training waits for its saves
     if time is not None and _copies(arguments, machine, host + copied * 3 // 2):
         apart = time.seconds / max(1, written)
     return Plan(
         parameters=shape.parameters,
+        trained=weights.trained,
         machine=machine,
         setting=chosen,
         work=work,
@@ -142,11 +151,18 @@ def make(shape: Shape, arguments: Arguments, machine: Machine, work: Workload) -
         host=host,
         checkpoint=checkpoint,
         export=exported,
-        disk=disk.disk_bytes(arguments, work, checkpoint, exported),
+        merged=merged,
+        disk=disk.disk_bytes(arguments, work, checkpoint, exported + merged),
         saves=written,
         time=time,
         files=duration.file_times(
-            shape, chosen, written, None if models else checkpoint, exported, apart
+            shape,
+            chosen,
+            written,
+            None if models else checkpoint,
+            exported,
+            merged,
+            apart,
         ),
     )
 
@@ -163,6 +179,8 @@ def setting(shape: Shape, arguments: Arguments, machine: Machine) -> Setting:
     offload = arguments.offload
     shards = rules.shards(arguments.sharding, machine.world_size, machine.ranks)
     half = rules.computes_bf16(arguments.bf16, fast=device.fast_bf16, cuda=device.cuda)
+    adapter = adapters.chosen(shape, arguments)
+    trained = adapters.weights(shape, adapter, 4).trained
     return Setting(
         shards=shards,
         compute=2 if half else 4,
@@ -170,8 +188,10 @@ def setting(shape: Shape, arguments: Arguments, machine: Machine) -> Setting:
         checkpointing=arguments.gradient_checkpointing,
         offload=offload,
         regather=rules.regathers(arguments.sharding),
-        once=rules.reduces_once(shape.parameters, shards, device.memory, offload=offload),
+        once=rules.reduces_once(trained, shards, device.memory, offload=offload),
         cuda=device.cuda,
+        logit=plan_memory.LOGIT if half else plan_memory.LOGIT_FP32,
+        adapter=adapter,
     )
 
 
@@ -181,6 +201,7 @@ def host_bytes(
     """RAM of one node: its processes, what is offloaded, and a shard of the export."""
     if not machine.device.cuda:
         return machine.ranks * memory.total
-    state = plan_memory.state_bytes(shape.parameters, chosen.optimizer)
+    weights = chosen.weights(shape)
+    state = plan_memory.state_bytes(weights.trained, chosen.optimizer) + weights.frozen
     offloaded = state * machine.ranks // chosen.shards if chosen.offload else 0
     return machine.ranks * CUDA_HOST + offloaded + min(layout.SHARD_BYTES, exported)

@@ -24,11 +24,15 @@ from alpaca.plan.shapes import Shape
 from alpaca.plan.workload import Workload
 from alpaca.prompt import template_hash
 from alpaca.recipe import steps
-from alpaca.recipe.arguments import Arguments
+from alpaca.recipe.arguments import ADAPTER_RATE, Arguments
 from alpaca.recipe.corpus import FORMAT, Corpus, load, no_targets_left, split
 from alpaca.records import read_records
 
 CACHE = Path(".cache/alpaca")
+ADAPTED = (
+    "trains an adapter in place of all weights; --learning_rate is then "
+    f"{ADAPTER_RATE:g} by default"
+)
 SAMPLE = 5_000  # examples placed for each other size of pack: enough to compare remedies
 
 
@@ -189,7 +193,10 @@ def check(given: Case) -> Plan:
     made = given.plan()
     if made.fits:
         return made
-    helpful = [f"{remedy.flags}" for remedy in given.remedies()]
+    helpful = [
+        f"{remedy.flags}" + (f"   ({ADAPTED})" if remedy.adapts else "")
+        for remedy in given.remedies()
+    ]
     raise UserError(
         f"This run cannot fit: it {'; and '.join(made.problems)}.",
         (

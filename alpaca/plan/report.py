@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from alpaca.plan.duration import CPU_EFFICIENCY, DISK, EFFICIENCY, LINK_EFFICIENCY
 from alpaca.plan.plan import Plan
-from alpaca.plan.planner import Case, more_devices
+from alpaca.plan.planner import ADAPTED, Case, more_devices
 from alpaca.plan.remedies import Remedy
 from alpaca.recipe.progress import Progress
 
@@ -27,6 +27,7 @@ def lines(given: Case, made: Plan, price: float | None) -> list[str]:
         f"{arguments.model_name_or_path.name}: {made.parameters:,} parameters, on "
         f"{one.world_size} x {one.device.name}"
         + (f" ({one.nodes} nodes)" if one.nodes > 1 else ""),
+        *([_adapter(made)] if made.setting.adapter else []),
         f"  data      {work.examples:,} examples{kind}: {work.steps:,} steps of {work.batch}",
         f"  tokens    {work.tokens:,} computed of {work.real:,}, {work.padded:,} in the padded "
         f"recipe ({saved:.0%} saved); in {half}",
@@ -35,12 +36,33 @@ def lines(given: Case, made: Plan, price: float | None) -> list[str]:
         f"            {memory[0]},",
         f"            {memory[1]}",
         f"  disk      {made.disk / 1e9:.1f} GB: a checkpoint {made.checkpoint / 1e9:.1f}, "
-        f"the model {made.export / 1e9:.1f}{_of(one.disk)}; "
+        f"{_left(made)}{_of(one.disk)}; "
         f"RAM {made.host / 1e9:.1f} GB per node{_of(one.host)}",
         f"  time      {duration(made.seconds)}{_assumption(made)}",
         f"            {_files(made)}",
         *([f"  cost      {_cost(made, price)}"] if price is not None else []),
     ]
+
+
+def _adapter(made: Plan) -> str:
+    """What is trained, and how the base is held."""
+    adapter = made.setting.adapter
+    assert adapter is not None
+    kind = "DoRA" if adapter.dora else "LoRA"
+    half = "bf16" if made.setting.compute == 2 else "fp32"
+    held = half if adapter.quantized == "no" else adapter.quantized
+    return (
+        f"  adapter   {kind} of rank {adapter.rank} trains {made.trained:,} parameters "
+        f"({made.trained / made.parameters:.2%}); the frozen base is held in {held}"
+    )
+
+
+def _left(made: Plan) -> str:
+    """What a run leaves on the disk."""
+    if made.setting.adapter is None:
+        return f"the model {made.export / 1e9:.1f}"
+    merged = f", the merged model {made.merged / 1e9:.1f}" if made.merged else ""
+    return f"the adapter {made.export / 1e9:.1f}{merged}"
 
 
 def _of(available: int | None) -> str:
@@ -109,12 +131,20 @@ def advice(given: Case, made: Plan, remedies: Sequence[Remedy]) -> list[str]:
     """What makes it fit, the cheapest first, as flags to paste."""
     if not remedies:
         return [f"  No flag makes it fit. {more_devices(given)}"]
-    rows = []
-    for remedy in remedies:
-        spent = remedy.plan.seconds
-        slower = f", {spent / made.seconds:.2f} x the time" if spent and made.seconds else ""
-        rows.append(f"    {remedy.flags}   ({remedy.plan.memory.total / 1e9:.1f} GB{slower})")
-    return ["  Fits with (the cheapest first):", *rows]
+    told = []
+    plain = [_row(made, remedy) for remedy in remedies if not remedy.adapts]
+    adapters = [_row(made, remedy) for remedy in remedies if remedy.adapts]
+    if plain:
+        told += ["  Fits with (the cheapest first):", *plain]
+    if adapters:
+        told += [f"  {'Or' if plain else 'Fits'} with (the cheapest first; {ADAPTED}):", *adapters]
+    return told
+
+
+def _row(made: Plan, remedy: Remedy) -> str:
+    spent = remedy.plan.seconds
+    slower = f", {spent / made.seconds:.2f} x the time" if spent and made.seconds else ""
+    return f"    {remedy.flags}   ({remedy.plan.memory.total / 1e9:.1f} GB{slower})"
 
 
 def compare(made: Plan | None, done: Progress) -> list[str]:

@@ -58,6 +58,14 @@ class Shape:
             "post_attention_layernorm.weight": (self.width,),
         }
 
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Names, below `model.layers.N.` and without `.weight`, and shapes (out, in) of matrices."""
+        return {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in self.layer().items()
+            if len(shape) == 2
+        }
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors; a tied output matrix is the embedding, stored once."""
         layers = {
