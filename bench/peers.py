@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venvs" / "peers"
 PACKAGES = [
     "torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "trl==1.16.0",
+    "peft==0.21.2",
 ]  # fmt: skip
 # torch's cross_entropy, in the libraries' steps, is off by 1.7e-4 in the gradient of 49,152 logits.
 EXACT = 5e-4
