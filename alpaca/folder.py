@@ -43,15 +43,20 @@ def install(inner: Path, folder: Path) -> None:
 
     Until it has finished, `check_folder` refuses `folder`. An interrupted move can be repeated.
     """
-    atomic.sync_tree(inner)
-    (inner / READY).touch()
-    atomic.sync(inner)
-    names = {path.name for path in inner.iterdir()} - {READY}
-    for old in [*folder.glob("*.safetensors*"), *(folder / name for name in KINDS)]:
+    ready = inner / READY
+    if not ready.exists():
+        atomic.sync_tree(inner)
+        atomic.write_text(ready, "\n".join(path.name for path in inner.iterdir()))
+    # of the whole model: a repeated move finds only what is left
+    listed = ready.read_text(encoding="utf-8").split("\n")
+    names = set(filter(None, listed)) or {path.name for path in inner.iterdir()} - {READY}
+    kinds = [folder / name for name in KINDS] if names & set(KINDS) else []
+    for old in [*folder.glob("*.safetensors*"), *kinds]:
         if old.name not in names:
             old.unlink(missing_ok=True)
     for name in sorted(names):
-        (inner / name).replace(folder / name)
+        if (inner / name).exists():
+            (inner / name).replace(folder / name)
     atomic.sync(folder)
     atomic.remove(inner)
 

@@ -1,7 +1,5 @@
 """Memory of this machine, or of the container: psutil reports the machine's only."""
 
-import ctypes
-import os
 from pathlib import Path
 
 import psutil
@@ -9,8 +7,6 @@ import psutil
 GROUPS = Path("/sys/fs/cgroup")
 # Files with a container's memory limit: cgroup version 2, version 1.
 LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
-
-M_MMAP_THRESHOLD = -3  # in malloc.h of glibc
 
 
 def available(groups: Path = GROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
@@ -71,17 +67,3 @@ def total(groups: Path = GROUPS) -> int:
         except (OSError, ValueError):  # no such cgroup, or no limit ("max")
             continue
     return found
-
-
-def return_freed(smallest: int = 1 << 17) -> bool:
-    """Give blocks of at least `smallest` bytes back to the system when they are freed, from now on.
-
-    glibc raises this limit to the size of what is freed, up to 32 MB. It then keeps such blocks in
-    its heap, and often cannot use them again, because blocks in use are between them. The default
-    is the value that glibc starts with (mallopt(3), M_MMAP_THRESHOLD). A user's own setting in the
-    environment is left alone. Returns whether anything changed.
-    """
-    if {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & set(os.environ):
-        return False
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl and macOS have none
-    return set_option is not None and bool(set_option(M_MMAP_THRESHOLD, smallest))

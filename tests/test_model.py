@@ -87,6 +87,18 @@ def test_a_folder_whose_replacement_was_cut_short_is_refused_until_it_is_finishe
     assert not inner.exists()
 
 
+def test_a_move_that_was_cut_short_between_two_files_loses_neither(folder: Path) -> None:
+    inner = folders.staging(folder)
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    for name in names:
+        shutil.copy(folder / name, inner)
+    (inner / folders.READY).write_text("\n".join(names))
+    for name in names[: names.index("model.safetensors") + 1]:
+        (inner / name).replace(folder / name)
+    folders.finish_install(folder)
+    assert sorted(p.name for p in folder.iterdir()) == names
+
+
 def test_installing_removes_shards_of_the_model_before(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").touch()
     inner = folders.staging(folder)

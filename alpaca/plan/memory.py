@@ -34,8 +34,6 @@ ALLOCATOR = 0.1
 # step. With MALLOC_MMAP_THRESHOLD_ set, each block is returned at once and nothing is kept, for a
 # fifth more CPU time.
 HEAP = 0.5
-# A run that trains an adapter returns freed blocks of 128 KB and more at once (`ram.return_freed`).
-RETURNED = 0.03
 # Where CPU ranks share parameters, gloo copies what it gathers and reduces, and the gradients'
 # shards are allocated between such copies. The heap then keeps about 0.7 of the shards' size more.
 # Measured with two ranks in fp32 and bf16 (bench/LOG.md).
@@ -122,8 +120,8 @@ def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_
     moment = max(moments, key=lambda name: sum(moments[name]))
     gradients, activations, logits, communication = moments[moment]
     passing = activations + logits + communication
-    if setting.cuda or setting.adapter is not None:
-        slack = (ALLOCATOR if setting.cuda else RETURNED) * passing
+    if setting.cuda:
+        slack = ALLOCATOR * passing
     else:
         copied = GLOO * GRADIENT_BYTES * own if setting.shards > 1 else 0.0
         slack = HEAP * (passing + gradients) + copied

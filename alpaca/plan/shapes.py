@@ -59,7 +59,7 @@ class Shape:
         }
 
     def linear(self) -> dict[str, tuple[int, int]]:
-        """Names, below `model.layers.N.` and without `.weight`, and shapes (out, in) of matrices."""
+        """Names below `model.layers.N.`, without `.weight`, and shapes (out, in) of matrices."""
         return {
             name.removesuffix(".weight"): (shape[0], shape[1])
             for name, shape in self.layer().items()

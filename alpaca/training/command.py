@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from alpaca import atomic, card, passport, ram
+from alpaca import atomic, card, passport
 from alpaca.errors import UNLOCKED, UserError
 from alpaca.folder import explained_disk_errors
 from alpaca.model import compute_dtype
@@ -155,8 +155,6 @@ def execute(run: Run) -> None:
     plan = on_first_rank(lambda: _plan(run))
     if main:
         _announce(run)
-    if run.beside is not None and run.device.type == "cpu":
-        ram.return_freed()  # else packs of 2,048 tokens take twice the memory (docs/adapters.md)
     dither = Dither.of(arguments, run.compute)
     base = arguments.model_name_or_path
     module = sharding.build(
