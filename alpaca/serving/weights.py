@@ -104,7 +104,7 @@ def _base_of(adapter: Path, given: str | None, root: Path) -> Path:
             return place.resolve()
     told = f"it names {named}, which is not there" if named else "it does not name one"
     raise UserError(
-        f"{adapter} holds an adapter ({stored.ADAPTER}); its base was not found: {told}.",
+        f"{adapter} holds an adapter ({stored.ADAPTER}), and its base was not found: {told}.",
         f"Set {BASE} to the folder of the model that it was trained on (serve: --base FOLDER).",
     )
 
