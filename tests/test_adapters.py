@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,11 @@ def test_only_the_adapter_is_kept_and_a_killed_run_goes_on_bit_for_bit(
     more = {"max_steps": 12, "save_steps": 2, "lora_dropout": 0.2, "keep_last_checkpoint": True}
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(tiny_model, data, whole, **more)
-    job = start(["python", "train.py", *words(tiny_model, data, out, **more)])
+    job = start([sys.executable, "train.py", *words(tiny_model, data, out, **more)])
     wait_until(lambda: bool(list(out.glob("checkpoint-*"))), job)
     job.send_signal(signal.SIGKILL)
     job.communicate()
-    finish(["python", "train.py", *words(tiny_model, data, out, **more)])
+    finish([sys.executable, "train.py", *words(tiny_model, data, out, **more)])
     assert losses(out) == losses(whole)
     ours, theirs = weights(out), weights(whole)
     assert all(ours[name].equal(theirs[name]) for name in theirs)

@@ -60,7 +60,7 @@ def test_inputs_out_of_type_or_range_are_refused(server: Server, name: str, valu
 
 
 def test_no_input_and_no_range_is_forgotten(server: Server) -> None:
-    assert len({name for name, _ in REFUSED}) == 12
+    assert len({name for name, _ in REFUSED}) == 13
     for case in (
         ("n", 6),
         ("n", 0),

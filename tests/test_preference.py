@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -353,7 +354,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_another_loss_is_another_run(
     more |= {"eval_data_path": data, "eval_strategy": "steps", "eval_steps": 4}
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(tiny_model, data, whole, **more)
-    job = start(["python", "train.py", *words(tiny_model, data, out, **more)])
+    job = start([sys.executable, "train.py", *words(tiny_model, data, out, **more)])
     wait_until(lambda: bool(list(out.glob("checkpoint-*"))), job)
     job.send_signal(signal.SIGKILL)
     job.communicate()
@@ -361,7 +362,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_another_loss_is_another_run(
         refused = train(*words(tiny_model, data, out, **{**more, **changed}))
         assert refused.returncode == 2
         assert "loss (--loss, --dpo_beta" in refused.stderr
-    finish(["python", "train.py", *words(tiny_model, data, out, **more)])
+    finish([sys.executable, "train.py", *words(tiny_model, data, out, **more)])
     assert losses(out) == losses(whole)
     ours, theirs = weights(out), weights(whole)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
@@ -374,7 +375,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_another_loss_is_another_run(
     card = (out / "README.md").read_text()
     assert "DPO" in card
     assert "beta 0.1" in card
-    watched = finish(["python", "-m", "alpaca", "watch", str(out), "--once"])
+    watched = finish([sys.executable, "-m", "alpaca", "watch", str(out), "--once"])
     assert f"{losses(out)[-1]:.4f}" in watched
 
 
@@ -500,7 +501,7 @@ def test_the_audit_reads_pairs_and_its_copy_keeps_them(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(item) + "\n" for item in (good, odd, bad)))
     words = ["--drop", "system", "--leave_out", "invalid", "--write-clean"]
     clean = tmp_path / "clean.jsonl"
-    told = finish(["python", "-m", "alpaca", "audit", str(path), *words, str(clean)])
+    told = finish([sys.executable, "-m", "alpaca", "audit", str(path), *words, str(clean)])
     assert "preference pairs" in told
     assert "earlier turns" in told
     assert read_pairs(clean) == [
@@ -526,7 +527,7 @@ def test_a_plan_counts_what_the_run_computes(
     packed: bool, tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
     flags = words(tiny_model, data, tmp_path / "out", packing=packed)
-    printed = finish(["python", "-m", "alpaca", "plan", *flags, "--json"])
+    printed = finish([sys.executable, "-m", "alpaca", "plan", *flags, "--json"])
     work = json.loads(printed)["work"]
     corpus = corpus_of(tiny_model, data, tmp_path)
     pack = packing.build(corpus, range(PAIRS), padded=not packed)  # a step is one pack
