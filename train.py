@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from cog import Input, Path, Secret
 
+from alpaca import heap
 from alpaca.errors import exit_code
 from alpaca.recipe import arguments, fsdp_config
 from alpaca.training import uploads
@@ -123,6 +124,7 @@ def end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    heap.replace()
     try:
         end(exit_code("train", train_from_command_line))
     except SystemExit as asked:  # by argparse, or by a signal after its checkpoint

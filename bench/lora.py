@@ -44,6 +44,7 @@ RUNS: dict[str, list[str]] = {
 def main() -> None:
     flags = options(__doc__)
     flags.add_argument("--parts", nargs="+", default=["speed", "memory"])
+    flags.add_argument("--more", nargs="*", default=[], help="flags of the trainer, for memory")
     flags.add_argument("--pack", type=int, default=BATCH * LENGTH, help="tokens of a pack")
     arguments = flags.parse_args()
     codec = Codec(load_tokenizer(arguments.model))
@@ -158,6 +159,7 @@ def memory(arguments: Any, work: Path) -> dict[str, Any]:
                 f"--gradient_accumulation_steps={arguments.examples // BATCH}",
                 f"--max_tokens_per_pack={arguments.pack}",
                 "--max_steps=2",
+                *arguments.more,
                 *flags,
             ],
             cwd=ROOT,

@@ -23,7 +23,7 @@ from alpaca.serving import schema
 
 CACHE = ROOT / ".cache" / "test-container"
 BASE, IMAGE = "alpaca-test-base", "alpaca-test"
-PACKAGES = "python3,python3-pip,libstdc++6,ca-certificates,tini"
+PACKAGES = "python3,python3-pip,libstdc++6,ca-certificates,tini,libtcmalloc-minimal4"
 
 DEPENDENCIES_DOCKERFILE = f"""
 FROM {BASE} AS wheels

@@ -4,11 +4,12 @@ import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -242,24 +243,44 @@ def test_changing_one_example_changes_no_other_examples_loss(
     )
 
 
-@settings(max_examples=25)
-@given(corpora, st.integers(0, 1000))
-def test_segmentwise_attention_equals_dense_attention_over_the_index_tensors(
-    corpus: Corpus, seed: int
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("run", [attention.segmentwise, attention.blockwise])
+@given(corpora, st.integers(0, 1000), st.integers(1, 9))
+def test_attention_and_its_gradient_equal_dense_attention_over_the_index_tensors(
+    run: Any, monkeypatch: pytest.MonkeyPatch, corpus: Corpus, seed: int, block: int
 ) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
     pack = packing.build(corpus, range(len(corpus)))
     index = attention.index(pack.segments, CPU)
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(pack.tokens, 4, 8, generator=generator)
-    k, v = (torch.randn(pack.tokens, 2, 8, generator=generator) for _ in range(2))
-    out, _ = attention.packed_attention(
-        torch.nn.Identity(),
-        *(t.transpose(0, 1)[None] for t in (q, k, v)),
-        None,
-        scaling=0.3,
-        pack=index,
+    q = torch.randn(pack.tokens, 4, 8, generator=generator, dtype=torch.float64)
+    k, v = (
+        torch.randn(pack.tokens, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2)
     )
-    assert torch.allclose(out[0], dense(q, k, v, index, 0.3), atol=1e-5)
+    above = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    given = [t.requires_grad_() for t in (q, k, v)]
+    ours, wanted = run(*given, 0.3, index), dense(*given, index, 0.3)
+    torch.testing.assert_close(ours, wanted)
+    for found, right in zip(
+        torch.autograd.grad(ours, given, above),
+        torch.autograd.grad(wanted, given, above),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, right)
+
+
+def test_a_cpu_computes_attention_in_blocks(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(attention, "segmentwise")
+    pack = packing.build(corpus, range(3))
+    q = torch.randn(pack.tokens, 2, 8)
+    index = attention.index(pack.segments, CPU)
+    heads = q.transpose(0, 1)[None]
+    out, _ = attention.packed_attention(
+        torch.nn.Identity(), heads, heads, heads, None, scaling=0.3, pack=index
+    )
+    assert torch.equal(out[0], attention.blockwise(q, q, q, 0.3, index))
 
 
 @pytest.mark.parametrize(

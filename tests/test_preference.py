@@ -247,14 +247,15 @@ def test_the_reference_is_the_base_and_both_answers_are_as_if_alone(
     assert packing.build(corpus, range(PAIRS)).tokens < 0.8 * pack.tokens
 
 
-def test_segmentwise_attention_equals_dense_attention_over_chains_of_prefixes(
-    tiny_model: Path, data: Path, tmp_path: Path
+@pytest.mark.parametrize("run", [attention.segmentwise, attention.blockwise])
+def test_attention_equals_dense_attention_over_chains_of_prefixes(
+    run: Any, tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
     corpus = corpus_of(tiny_model, data, tmp_path)
     pack = packing.build(corpus, range(PAIRS))
     found = attention.index(pack.segments, CPU)
     query, key, value = torch.randn(3, pack.tokens, 2, 8, dtype=torch.float64)
-    ours = attention.segmentwise(query, key, value, 0.3, found)
+    ours = run(query, key, value, 0.3, found)
     for number, s in enumerate(found.segments):
         keys = found.gather[found.cu_k[number] : found.cu_k[number + 1]]
         before = len(keys) - (s.end - s.start)

@@ -92,6 +92,7 @@ def checks(arguments: argparse.Namespace) -> list[Finding]:
             host.python(),
             host.pins(ROOT / "requirements.txt"),
             host.memory(arguments.ram * 1e9),
+            *([] if driver.gpus else [host.allocator()]),
             host.disk(arguments.folder, arguments.disk * 1e9),
             host.shared_memory(arguments.shm, ranks, driver.gpus > 0),
             host.port(arguments.port, "--port"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from alpaca import ram
+from alpaca import heap, ram
 from alpaca.atomic import free_disk
 from alpaca.doctor.finding import Finding
 
@@ -51,6 +51,14 @@ def pins(requirements: Path) -> Finding:
             wrong.append(f"{package} {found}, pinned {pinned}")
     detail = f"all {len(wanted)} packages match their pins" if not wrong else "; ".join(wrong)
     return Finding("versions", not wrong, detail, "./script/setup installs the pinned ones")
+
+
+def allocator() -> Finding:
+    """Which heap training uses on a CPU; never red."""
+    if heap.installed():
+        return Finding("heap", True, "tcmalloc is installed; training on a CPU uses it")
+    advice = "training on a CPU takes up to twice the memory: apt-get install libtcmalloc-minimal4"
+    return Finding("heap", True, f"no tcmalloc; without it, {advice}")
 
 
 def disk(folder: Path, needed: float) -> Finding:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def add(model: PreTrainedModel, flags: AdapterFlags, compute: torch.dtype) -> No
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    from alpaca.training.lowrank import LowRankLinear
+    from alpaca.training.lowrank import LowRankLinear, gated, gated_forward
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -45,6 +46,9 @@ def add(model: PreTrainedModel, flags: AdapterFlags, compute: torch.dtype) -> No
     for layer in model.modules():
         if isinstance(getattr(layer, "base_layer", None), nn.Linear):
             layer.__class__ = LowRankLinear
+    for block in model.modules():
+        if gated(block):
+            block.forward = MethodType(gated_forward, block)
     if flags.quantize_base != "no":
         _quantize(model, flags.quantize_base)
     for name, parameter in model.named_parameters():

@@ -3,12 +3,13 @@
 Each segment of a pack attends causally, aligned at the end, to its shared prefix, to what that
 attends to, and to itself. Once these keys and values are gathered, this is ordinary variable-length
 attention:
-`varlen_attn` where its kernel is supported, else one `scaled_dot_product_attention` per segment.
-The model's code is unchanged: it passes the pack's index along as a keyword argument.
+`varlen_attn` where its kernel is supported, on a CPU blocks of queries, else one
+`scaled_dot_product_attention` per segment. The model's code is unchanged: it passes the pack's
+index along as a keyword argument.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -20,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from alpaca.recipe.packing import Segment
 
 NAME = "alpaca_packed"
+BLOCK = 128  # queries that a CPU computes together
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (1, heads, tokens, head_dim) to (1, tokens, ...)."""
     capability = _capability(query.device) if query.is_cuda else None
-    run = varlen if has_kernel(query.dtype, capability) else segmentwise
+    if has_kernel(query.dtype, capability):
+        run = varlen
+    else:
+        run = blockwise if query.device.type == "cpu" else segmentwise
     out = run(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling, pack
     )
@@ -153,6 +158,95 @@ def segmentwise(
             )[0]
         )
     return torch.cat(results, dim=1).transpose(0, 1)
+
+
+def blockwise(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, pack: PackIndex
+) -> torch.Tensor:
+    """A CPU: blocks of a segment's queries; (tokens, heads, head_dim) in and out.
+
+    torch's kernel computes all pairs of a query and a key, and masks some. A block has only keys up
+    to its end, which spares nearly half of the pairs. Only queries, keys, values and results are
+    kept, once for the pack.
+    """
+    result: torch.Tensor = _Blocks.apply(query, key, value, scaling, pack)
+    return result
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        pack: PackIndex,
+    ) -> torch.Tensor:
+        out = torch.empty(query.shape, dtype=query.dtype)
+        sums = []
+        for s, positions in _keys(pack):
+            keys, values = key[positions], value[positions]
+            for rows, seen, masked in _blocks(s, len(positions), query.dtype):
+                part, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    *map(_heads, (query[rows], keys[:seen], values[:seen])),
+                    **masked,
+                    scale=scaling,
+                )
+                out[rows] = part[0].transpose(0, 1)
+                sums.append(total)
+        ctx.save_for_backward(query, key, value, out, *sums)
+        ctx.scaling, ctx.pack = scaling, pack
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out, *sums = ctx.saved_tensors
+        of_query = torch.empty_like(query)
+        of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
+        totals = iter(sums)
+        for s, positions in _keys(ctx.pack):
+            keys, values = key[positions], value[positions]
+            of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
+            for rows, seen, masked in _blocks(s, len(positions), query.dtype):
+                given = (gradients[0][rows], query[rows], keys[:seen], values[:seen], out[rows])
+                q, k, v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    *map(_heads, given),
+                    next(totals),
+                    dropout_p=0.0,
+                    **masked,
+                    scale=ctx.scaling,
+                )
+                of_query[rows] = q[0].transpose(0, 1)
+                of_keys[:seen] += k[0].transpose(0, 1)
+                of_values[:seen] += v[0].transpose(0, 1)
+            of_key.index_add_(0, positions, of_keys)
+            of_value.index_add_(0, positions, of_values)
+        return of_query, of_key, of_value, None, None
+
+
+def _heads(tensor: torch.Tensor) -> torch.Tensor:
+    """(tokens, heads, head_dim) to (1, heads, tokens, head_dim)."""
+    return tensor.transpose(0, 1)[None]
+
+
+def _keys(pack: PackIndex) -> Iterator[tuple[Segment, torch.Tensor]]:
+    """Each segment, and the positions of its keys: of its prefix, then its own."""
+    ends = pack.cu_k.tolist()
+    for s, start, end in zip(pack.segments, ends[:-1], ends[1:], strict=True):
+        yield s, pack.gather[start:end]
+
+
+def _blocks(
+    s: Segment, keys: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, int, dict[str, Any]]]:
+    """The blocks of a segment with `keys` keys: rows of the pack, keys they see, options."""
+    before = keys - (s.end - s.start)
+    for start in range(s.start, s.end, BLOCK):
+        end = min(s.end, start + BLOCK)
+        mask = _causal_mask(before + start - s.start, end - start, dtype, torch.device("cpu"))
+        masked = {"is_causal": mask is None, "attn_mask": mask}
+        yield slice(start, end), before + end - s.start, masked
 
 
 def _causal_mask(
