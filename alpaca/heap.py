@@ -6,9 +6,10 @@ others none is used again (glibc 2.36, `findings/glibc_never_reuses_torchs_block
 step on a CPU then takes up to twice the memory that it uses. tcmalloc keeps blocks by their size.
 """
 
-import ctypes
 import os
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 LIBRARY = "libtcmalloc_minimal.so.4"  # of gperftools: Debian's and Ubuntu's libtcmalloc-minimal4
@@ -21,13 +22,25 @@ def replaced() -> bool:
     return "tcmalloc" in os.environ.get("LD_PRELOAD", "")
 
 
+def expected() -> bool:
+    """Whether a training program that is started here will allocate with tcmalloc."""
+    return replaced() or _wanted()
+
+
+def _wanted() -> bool:
+    fitting = sys.platform == "linux" and os.environ.get(SWITCH) != "0" and not GPU.exists()
+    return fitting and "LD_PRELOAD" not in os.environ and installed()
+
+
+@cache
 def installed() -> bool:
-    """Whether the library is there to be used."""
+    """Whether the dynamic linker finds the library; loading it here would mix two heaps."""
+    environment = {**os.environ, "LD_PRELOAD": LIBRARY}
     try:
-        ctypes.CDLL(LIBRARY)
+        tried = subprocess.run(["true"], env=environment, capture_output=True, check=False)
     except OSError:
         return False
-    return True
+    return not tried.stderr  # ld.so says there that it ignores what it cannot preload
 
 
 def replace() -> None:
@@ -35,8 +48,8 @@ def replace() -> None:
 
     Not beside a GPU, where a step's tensors are elsewhere, and not if a library is preloaded.
     """
-    wanted = sys.platform == "linux" and os.environ.get(SWITCH) != "0" and not GPU.exists()
-    if not wanted or "LD_PRELOAD" in os.environ or not installed():
+    if not _wanted():
         return
     environment = {**os.environ, "LD_PRELOAD": LIBRARY}
+    sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

@@ -1,10 +1,10 @@
 """Do the programs in which people run models give the answers that these folders give here?
 
-Converts SmolLM2 and a small random model of each family, and trains a step on each. Then every
-program, in an environment of its own, loads each folder (or what our export or its own converter
-makes of it), encodes the same texts and the chat template, and answers prompts greedily in fp32
-until EOS. The reference is transformers here. A program that fails on a folder is reported with its
-last line.
+Converts SmolLM2 and a small random model of each family, trains a step on each, and merges a LoRA
+of a step into each. Then every program, in an environment of its own, loads each folder (or what our
+export or its own converter makes of it), encodes the same texts and the chat template, and answers
+prompts greedily in fp32 until EOS. The reference is transformers here. A program that fails on a
+folder is reported with its last line.
 
     python bench/engines.py [--only llama.cpp ...] [--texts 2000] [--small] [--markdown]
                             [--folders FOLDER ...]
@@ -168,12 +168,18 @@ def make_folders(root: Path, small: bool) -> list[Path]:
             families.publish(family, source)
             families.convert(source, root / "out")
             bases.append(root / "out" / source.name.lower())
-    return [*bases, *map(trained, bases)]
+    return [*bases, *map(trained, bases), *map(merged, bases)]
 
 
-def trained(base: Path) -> Path:
+def merged(base: Path) -> Path:
+    """A LoRA of one step, merged: what `--merge` writes."""
+    out = trained(base, "lora", lora_rank=8, merge=True, learning_rate=1e-2)
+    return out.with_name(f"{out.name}-merged")
+
+
+def trained(base: Path, name: str = "trained", **more: object) -> Path:
     """One step of train.py on a folder: what it exports."""
-    out = base.with_name(f"{base.name}-trained")
+    out = base.with_name(f"{base.name}-{name}")
     flags = {
         "model_name_or_path": base,
         "output_dir": out,
@@ -181,6 +187,7 @@ def trained(base: Path) -> Path:
         "warmup_steps": 0,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
+        **more,
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
     subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, stdout=sys.stderr, check=True)

@@ -29,6 +29,22 @@ SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
     "two ranks": (2, {**BATCH, "per_device_train_batch_size": 3, "max_tokens_per_pack": 1024}),
     "offload": (1, {**BATCH, "max_tokens_per_pack": 1024, "fsdp": "full_shard offload"}),
     "8-bit optimizer": (1, {**BATCH, "max_tokens_per_pack": 1024, "optim": "adamw_8bit"}),
+    "LoRA": (1, {**BATCH, "max_tokens_per_pack": 2048, "lora_rank": 16}),
+    "LoRA, checkpointing": (
+        1, {**BATCH, "max_tokens_per_pack": 2048, "lora_rank": 16, "gradient_checkpointing": True},
+    ),
+    "LoRA of q and v": (
+        1, {**BATCH, "max_tokens_per_pack": 1024, "lora_rank": 16,
+            "lora_target_modules": "q_proj,v_proj"},
+    ),
+    "DoRA": (1, {**BATCH, "max_tokens_per_pack": 1024, "lora_rank": 16, "use_dora": True}),
+    "QLoRA": (
+        1, {**BATCH, "max_tokens_per_pack": 2048, "lora_rank": 16, "quantize_base": "nf4"},
+    ),
+    "LoRA, two ranks": (
+        2, {**BATCH, "per_device_train_batch_size": 3, "max_tokens_per_pack": 1024,
+            "lora_rank": 16},
+    ),
     # Short, because processors without bf16 instructions take a minute per step. There
     # ALPACA_CPU_BF16 forces the flag.
     "bf16": (1, {**SHORT, "bf16": True}),
@@ -36,6 +52,8 @@ SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
 }  # fmt: skip
 PROGRAM = """
 import sys
+from alpaca import heap
+heap.replace()
 from alpaca.recipe import arguments
 from alpaca.training import command
 parsed, _ = arguments.parse(sys.argv[1:])

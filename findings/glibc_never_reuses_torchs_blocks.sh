@@ -9,7 +9,7 @@
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-ldd --version | head -1 | grep -q '2\.36' || { echo "needs glibc 2.36 (Debian 12)"; exit 1; }
+[ "$(getconf GNU_LIBC_VERSION)" = "glibc 2.36" ] || { echo "needs glibc 2.36 (Debian 12)"; exit 1; }
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0 numpy==2.4.6
 cat > "$work/seen.py" <<'PY'
@@ -35,6 +35,6 @@ assert reused == int(sys.argv[2])
 PY
 "$work/venv/bin/python" "$work/seen.py" "glibc 2.36" 0
 library=libtcmalloc_minimal.so.4
-if ldconfig -p | grep -q "$library"; then
+if [ -n "$(ldconfig -p | grep "$library")" ]; then
   LD_PRELOAD=$library "$work/venv/bin/python" "$work/seen.py" tcmalloc 64
 fi

@@ -112,6 +112,12 @@ def memory(name: str, model: Path) -> tuple[int, int]:
                 "two ranks",
                 "offload",
                 "8-bit optimizer",
+                "LoRA",
+                "LoRA, checkpointing",
+                "LoRA of q and v",
+                "DoRA",
+                "QLoRA",
+                "LoRA, two ranks",
                 "bf16",
                 "two ranks, bf16",
             )

@@ -59,6 +59,11 @@ class Adapter:
                     found[f"{module}.lora_magnitude_vector"] = (rows,)
         return dict(sorted(found.items()))
 
+    def computes_gated(self, shape: Shape) -> bool:
+        """Whether an MLP keeps only what gate and up return (`training/lowrank.py`)."""
+        plain = not self.dora and not self.dropout
+        return plain and any(name.endswith("down_proj") for name in self.layers(shape))
+
     def quantizes(self, width: int) -> bool:
         """Whether the weight of a linear layer with `width` inputs is held in 4 or 8 bits."""
         return self.quantized != "no" and quantization.fits(self.quantized, width)
@@ -157,14 +162,14 @@ def temporary(shape: Shape, adapter: Adapter, compute: int) -> int:
     return most
 
 
-def saved(shape: Shape, adapter: Adapter, tokens: int, compute: int, *, fused: bool) -> int:
+def saved(shape: Shape, adapter: Adapter, tokens: int, compute: int, *, whole: bool) -> int:
     """Bytes that the adapted linear layers of one decoder layer save for the backward pass.
 
     A saves its input, of which layers with the same input hold one; B saves A's output. DoRA also
     saves the base's and the adapter's output, which the trained row lengths multiply. Dropout gives
     each A an input of its own, and saves what it dropped.
 
-    `fused`: attention is one kernel, which has saved its output already.
+    `whole`: attention has saved its output already, as one tensor.
     """
     sizes = adapter.layers(shape)
     numbers = sum(adapter.rank for _ in sizes)
@@ -173,6 +178,8 @@ def saved(shape: Shape, adapter: Adapter, tokens: int, compute: int, *, fused: b
     if adapter.dropout:
         return tokens * compute * (numbers + 2 * sum(width for _, width in sizes.values()))
     inputs = {INPUTS[name.rpartition(".")[2]]: width for name, (_, width) in sizes.items()}
-    if fused:
+    if whole:
         inputs.pop("attention", None)
+    if adapter.computes_gated(shape):
+        inputs.pop("gate and up")
     return tokens * compute * (numbers + sum(inputs.values()))

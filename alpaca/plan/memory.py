@@ -29,11 +29,11 @@ ADAPTERS = 60_000_000
 # The caching allocator holds more than is in use: blocks are rounded up, and freed blocks of the
 # wrong size stay cached. The allowance is a tenth of what is allocated and freed within a step.
 ALLOCATOR = 0.1
-# glibc keeps freed blocks of a few MB, such as activations, in its heap, because blocks in use are
-# between them. Measured (bench/LOG.md): it keeps 40 to 60% of what is allocated and freed within a
-# step. With MALLOC_MMAP_THRESHOLD_ set, each block is returned at once and nothing is kept, for a
-# fifth more CPU time.
+# glibc cannot use a freed block of torch's again for one of the same size (`alpaca/heap.py`): it
+# keeps 40 to 60% of what is allocated and freed within a step (measured, bench/LOG.md).
 HEAP = 0.5
+# tcmalloc (`alpaca/heap.py`) uses them again.
+TCMALLOC = 0.1
 # Where CPU ranks share parameters, gloo copies what it gathers and reduces, and the gradients'
 # shards are allocated between such copies. The heap then keeps about 0.7 of the shards' size more.
 # Measured with two ranks in fp32 and bf16 (bench/LOG.md).
@@ -48,7 +48,7 @@ class Setting:
     weights are gathered again for the backward pass, not kept from the forward pass; once: whole
     gradients are added up on each rank and reduced with a step's last pack; chunk: targets whose
     logits exist at once; logit: bytes of each of these logits; adapter: what is trained in place of
-    all weights.
+    all weights; heap: the share of what a step allocates and frees that a CPU's heap keeps besides.
     """
 
     shards: int
@@ -62,6 +62,7 @@ class Setting:
     chunk: int = LOSS_CHUNK
     logit: int = LOGIT
     adapter: Adapter | None = None
+    heap: float = HEAP
 
     def weights(self, shape: Shape) -> Weights:
         """What is trained and what is frozen."""
@@ -124,7 +125,7 @@ def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_
         slack = ALLOCATOR * passing
     else:
         copied = GLOO * GRADIENT_BYTES * own if setting.shards > 1 else 0.0
-        slack = HEAP * (passing + gradients) + copied
+        slack = setting.heap * (passing + gradients) + copied
     return Memory(
         moment=moment,
         weights=MASTER_BYTES * own + frozen,
@@ -223,23 +224,27 @@ def saved_by_layer(shape: Shape, load: LargestPack, setting: Setting) -> int:
     Follows the counting of Korthikanti et al., "Reducing Activation Recomputation in Large
     Transformer Models", 2022, section 4.1, for this layer: two RMSNorms, attention by a fused
     kernel (inputs, output, one log-sum-exp a head), and a gated MLP (gate, its SiLU, up, product).
-    A frozen linear layer does not save its input; the adapter beside it does.
+    A frozen linear layer does not save its input; the adapter beside it does, except in a gated MLP
+    (`training/lowrank.py`).
     """
     c, tokens = setting.compute, load.tokens
     queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
     trained = setting.adapter is None
-    attention = c * (2 * tokens * queries + 2 * load.keys * keys) + 4 * shape.heads * tokens
     fused = setting.cuda and c == 2  # the kernel does not support fp32
-    if not fused:
+    attended = load.keys if setting.cuda else tokens  # a CPU keeps those of the pack, once
+    attention = c * (2 * tokens * queries + 2 * attended * keys) + 4 * shape.heads * tokens
+    if setting.cuda and not fused:
         # One call per segment: outputs are saved before and after they are joined, keys and values
         # before and after the shared prefix is prepended.
         attention += c * (tokens * queries * trained + 2 * tokens * keys)
-    mlp = (4 if trained else 3) * c * tokens * shape.intermediate
+    adapter = setting.adapter
+    of_mlp = 4 if adapter is None else 2 if adapter.computes_gated(shape) else 3
+    mlp = of_mlp * c * tokens * shape.intermediate
     if shape.qk_norm:  # each head's queries and keys are normed as a layer's input is
         attention += (4 + 2 * c * trained) * tokens * (queries + keys)
     whole = 2 * normed(shape, tokens, setting) + attention + mlp
-    if setting.adapter is not None:
-        whole += adapters.saved(shape, setting.adapter, tokens, c, fused=fused)
+    if adapter is not None:
+        whole += adapters.saved(shape, adapter, tokens, c, whole=fused or not setting.cuda)
     return whole
 
 

@@ -7,7 +7,7 @@ formulas are in memory, disk, duration and workload, each with its source.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alpaca import layout
+from alpaca import heap, layout
 from alpaca.plan import adapters, disk, duration
 from alpaca.plan import memory as plan_memory
 from alpaca.plan.devices import Device
@@ -192,6 +192,7 @@ def setting(shape: Shape, arguments: Arguments, machine: Machine) -> Setting:
         cuda=device.cuda,
         logit=plan_memory.LOGIT if half else plan_memory.LOGIT_FP32,
         adapter=adapter,
+        heap=plan_memory.TCMALLOC if heap.expected() else plan_memory.HEAP,
     )
 
 
