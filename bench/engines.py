@@ -1,10 +1,10 @@
 """Do the programs in which people run models give the answers that these folders give here?
 
 Converts SmolLM2 and a small random model of each family, trains a step on each, and merges a LoRA
-of a step into each. Then every program, in an environment of its own, loads each folder (or what our
-export or its own converter makes of it), encodes the same texts and the chat template, and answers
-prompts greedily in fp32 until EOS. The reference is transformers here. A program that fails on a
-folder is reported with its last line.
+of a step into each. Then every program, in an environment of its own, loads each folder (or what
+our export or its own converter makes of it), encodes the same texts and the chat template, and
+answers prompts greedily in fp32 until EOS. The reference is transformers here. A program that fails
+on a folder is reported with its last line.
 
     python bench/engines.py [--only llama.cpp ...] [--texts 2000] [--small] [--markdown]
                             [--folders FOLDER ...]

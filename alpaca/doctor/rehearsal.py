@@ -51,6 +51,7 @@ class Rehearsal:
             ("train, kill", self.train_and_kill),
             ("resume", self.resume),
             ("verify", self.verify),
+            ("adapter", self.adapter),
             ("serve", self.serve),
             ("predict", self.predict),
             ("stream", self.stream_and_cancel),
@@ -62,7 +63,7 @@ class Rehearsal:
         run("convert", "--input_dir", self.folder / "source/tiny", "--output_dir", self.base.parent)
         return f"{len(list(self.base.iterdir()))} files"
 
-    def training(self) -> list[str]:
+    def training(self, **more: object) -> list[str]:
         """The training command, the same for the killed run and the resumed one."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
         flags = {
@@ -75,6 +76,7 @@ class Rehearsal:
             "gradient_accumulation_steps": 1,
             "learning_rate": 1e-6,
             "bf16": True,
+            **more,
         }
         words = [f"--{name}={value}" for name, value in flags.items()]
         return [sys.executable, *launcher, "train.py", *words]
@@ -108,18 +110,7 @@ class Rehearsal:
 
     def resume(self) -> str:
         """The same command resumes from the checkpoint, and exports."""
-        words = self.training()
-        done = subprocess.run(
-            words,
-            cwd=ROOT,
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            raise FailedError(tail(done.stdout + done.stderr))
+        done(self.training())
         if self.steps() != list(range(1, STEPS + 1)):
             raise FailedError(f"the log's steps are {self.steps()}")
         return f"resumed, trained to step {STEPS} and exported"
@@ -128,6 +119,14 @@ class Rehearsal:
         """The exported folder matches its passport."""
         run("verify", self.out)
         return "the exported folder is intact"
+
+    def adapter(self) -> str:
+        """A LoRA over a base in 4 bits: peft and bitsandbytes work on these devices."""
+        out = self.folder / "lora"
+        flags = {"output_dir": out, "max_steps": 2, "lora_rank": 4, "quantize_base": "nf4"}
+        done(self.training(**flags, learning_rate=1e-4))
+        run("verify", out, "--base", self.base)
+        return "a LoRA over nf4 was trained, and is intact"
 
     def serve(self) -> str:
         """Start Cog's server on the trained model."""
@@ -205,16 +204,22 @@ def rehearse() -> Iterator[Finding]:
 
 def run(*words: object) -> None:
     """Run a verb of this program; raises FailedError with the end of its output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "alpaca", *map(str, words)],
+    done([sys.executable, "-m", "alpaca", *map(str, words)])
+
+
+def done(command: list[str]) -> None:
+    """Run a command to its end; raises FailedError with the end of its output."""
+    ended = subprocess.run(
+        command,
         cwd=ROOT,
+        env=_environment(),
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
-    if done.returncode:
-        raise FailedError(tail(done.stdout + done.stderr))
+    if ended.returncode:
+        raise FailedError(tail(ended.stdout + ended.stderr))
 
 
 def tail(output: str) -> str:
