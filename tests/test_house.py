@@ -29,7 +29,7 @@ NEIGHBOURS = {
     "web": {"serving"},
     "evaluation": {"serving", "dataset"},
 }
-GROUND = ("errors", "prompt", "atomic", "ram", "layout")
+GROUND = ("errors", "prompt", "atomic", "ram", "heap", "layout")
 # each may import those before it
 SHARED = (
     "address", "rounding", "quantization", "stored", "folder", "datafile", "records", "pairs",

@@ -162,7 +162,9 @@ def temporary(shape: Shape, adapter: Adapter, compute: int) -> int:
     return most
 
 
-def saved(shape: Shape, adapter: Adapter, tokens: int, compute: int, *, whole: bool) -> int:
+def saved(
+    shape: Shape, adapter: Adapter, tokens: int, compute: int, *, cuda: bool, whole: bool
+) -> int:
     """Bytes that the adapted linear layers of one decoder layer save for the backward pass.
 
     A saves its input, of which layers with the same input hold one; B saves A's output. DoRA also
@@ -176,7 +178,9 @@ def saved(shape: Shape, adapter: Adapter, tokens: int, compute: int, *, whole: b
     if adapter.dora:
         numbers += sum(2 * rows for rows, _ in sizes.values())
     if adapter.dropout:
-        return tokens * compute * (numbers + 2 * sum(width for _, width in sizes.values()))
+        widths = sum(width for _, width in sizes.values())
+        dropped = 1 if cuda else compute  # bytes of a number's mask
+        return tokens * (compute * (numbers + widths) + dropped * widths)
     inputs = {INPUTS[name.rpartition(".")[2]]: width for name, (_, width) in sizes.items()}
     if whole:
         inputs.pop("attention", None)

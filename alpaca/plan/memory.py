@@ -32,7 +32,8 @@ ALLOCATOR = 0.1
 # glibc cannot use a freed block of torch's again for one of the same size (`alpaca/heap.py`): it
 # keeps 40 to 60% of what is allocated and freed within a step (measured, bench/LOG.md).
 HEAP = 0.5
-# tcmalloc (`alpaca/heap.py`) uses them again.
+# tcmalloc uses them again. It divides a freed chunk of logits, its largest block, for smaller ones,
+# so the next chunk needs new memory (measured, bench/LOG.md).
 TCMALLOC = 0.1
 # Where CPU ranks share parameters, gloo copies what it gathers and reduces, and the gradients'
 # shards are allocated between such copies. The heap then keeps about 0.7 of the shards' size more.
@@ -48,7 +49,7 @@ class Setting:
     weights are gathered again for the backward pass, not kept from the forward pass; once: whole
     gradients are added up on each rank and reduced with a step's last pack; chunk: targets whose
     logits exist at once; logit: bytes of each of these logits; adapter: what is trained in place of
-    all weights; heap: the share of what a step allocates and frees that a CPU's heap keeps besides.
+    all weights; tcmalloc: a CPU's heap is tcmalloc.
     """
 
     shards: int
@@ -62,7 +63,7 @@ class Setting:
     chunk: int = LOSS_CHUNK
     logit: int = LOGIT
     adapter: Adapter | None = None
-    heap: float = HEAP
+    tcmalloc: bool = False
 
     def weights(self, shape: Shape) -> Weights:
         """What is trained and what is frozen."""
@@ -125,7 +126,8 @@ def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_
         slack = ALLOCATOR * passing
     else:
         copied = GLOO * GRADIENT_BYTES * own if setting.shards > 1 else 0.0
-        slack = setting.heap * (passing + gradients) + copied
+        kept = TCMALLOC if setting.tcmalloc else HEAP
+        slack = kept * (passing + gradients) + logits * setting.tcmalloc + copied
     return Memory(
         moment=moment,
         weights=MASTER_BYTES * own + frozen,
@@ -244,7 +246,8 @@ def saved_by_layer(shape: Shape, load: LargestPack, setting: Setting) -> int:
         attention += (4 + 2 * c * trained) * tokens * (queries + keys)
     whole = 2 * normed(shape, tokens, setting) + attention + mlp
     if adapter is not None:
-        whole += adapters.saved(shape, adapter, tokens, c, whole=fused or not setting.cuda)
+        one = fused or not setting.cuda
+        whole += adapters.saved(shape, adapter, tokens, c, cuda=setting.cuda, whole=one)
     return whole
 
 

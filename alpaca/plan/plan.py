@@ -192,7 +192,7 @@ def setting(shape: Shape, arguments: Arguments, machine: Machine) -> Setting:
         cuda=device.cuda,
         logit=plan_memory.LOGIT if half else plan_memory.LOGIT_FP32,
         adapter=adapter,
-        heap=plan_memory.TCMALLOC if heap.expected() else plan_memory.HEAP,
+        tcmalloc=heap.expected(),
     )
 
 
