@@ -3,9 +3,10 @@
     python bench/lora.py --data alpaca_data.json [--model DIR] [--examples 32] [--rounds 3]
 
 Rank 16, all linear layers, fp32. Speed as in bench/peers.py: the same examples, already tokenized,
-forward and backward; a library's fastest exact way is compared, in turn with ours. Memory: the peak
-of whole runs of two steps, with all weights, with LoRA, and with LoRA over a base in nf4, each
-beside its plan. `--parts speed` or `memory` measures one of them. Last line: JSON.
+forward and backward; a library's fastest exact way is compared, in turn with ours; all use tcmalloc
+where it is installed. Memory: the peak of whole runs of two steps, with all weights, with LoRA, and
+with LoRA over a base in nf4, each beside its plan. `--parts speed` or `memory` measures one of
+them. Last line: JSON.
 """
 
 import json
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from train_step import BATCH, CPU, LENGTH, options, packed, padded
 from transformers import AutoModelForCausalLM
 
+from alpaca import heap
 from alpaca.folder import load_tokenizer
 from alpaca.recipe.arguments import Arguments
 from alpaca.recipe.corpus import Corpus, open_corpus
@@ -44,9 +46,11 @@ RUNS: dict[str, list[str]] = {
 def main() -> None:
     flags = options(__doc__)
     flags.add_argument("--parts", nargs="+", default=["speed", "memory"])
+    flags.add_argument("--ways", nargs="*", default=[], help="only these of the libraries' ways")
     flags.add_argument("--more", nargs="*", default=[], help="flags of the trainer, for memory")
     flags.add_argument("--pack", type=int, default=BATCH * LENGTH, help="tokens of a pack")
     arguments = flags.parse_args()
+    heap.replace()
     codec = Codec(load_tokenizer(arguments.model))
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +81,7 @@ def speed(arguments: Any, corpus: Corpus, work: Path) -> dict[str, Any]:
     (work / "examples.json").write_text(json.dumps([example(corpus, i) for i in members]))
     peers = Peers.start(arguments.model, work, adapter=adapter)
     try:
-        trials = peers.try_all()
+        trials = peers.try_all(arguments.ways)
         best = {name: fastest(name, trials) for name in ("sfttrainer", "trainer")}
         seconds: dict[str, list[float]] = {name: [] for name in ("ours", *best)}
         for number in range(1, arguments.rounds + 1):
