@@ -235,34 +235,6 @@ def hashed(folder: Path) -> dict[str, str]:
     return {path.name: value for path, value in zip(paths, hashes, strict=True)}
 
 
-def find_base(adapter: Adapter, given: Path | None = None) -> Path:
-    """The folder of an adapter's base model: the given one, or where its settings say.
-
-    What they name is looked for as it is, next to the adapter's folder, and in weights/.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    if given is not None:
-        return given
-    recorded = (adapter.passport or {}).get("base", {}).get("folder")
-    names = [name for name in (adapter.base_name, recorded) if name]
-    beside = adapter.folder.resolve().parent
-    for name in names:
-        last = Path(name).name
-        for folder in (
-            Path(name), beside / name, beside / last, Path("weights", last),
-            Path("weights", last.lower()),
-        ):  # fmt: skip
-            if (folder / "config.json").is_file():
-                return folder
-    raise UserError(
-        f"The base model of {adapter.folder} was not found"
-        + (f" ({names[0]})." if names else ": it does not name one."),
-        "Give its folder: --base FOLDER.",
-    )
-
-
 def _weights(files: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in files.items() if name.endswith(".safetensors")}
 

@@ -221,3 +221,34 @@ def fingerprint(folder: Path) -> str:
                 head = hashlib.sha256(file.read(65536)).hexdigest()
             parts.append([path.name, path.stat().st_size, head])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def find_base(
+    adapter: Path, remedy: str = "Give its folder: --base FOLDER.", root: Path = Path()
+) -> Path:
+    """The folder of an adapter's base model, where its settings or its passport mean it.
+
+    What they name is looked for as it is, next to the adapter's folder, and in `root` and its
+    `weights/`.
+
+    Raises:
+        UserError: there is no such folder; `remedy` says how to name it.
+    """
+    named = stored.read_json(adapter / stored.ADAPTER).get("base_model_name_or_path")
+    recorded = (read(adapter) or {}).get("base", {}).get("folder")
+    names = [str(name) for name in (named, recorded) if name]
+    beside = adapter.resolve().parent
+    for name in names:
+        last = Path(name).name
+        weights = root / "weights"
+        for folder in (
+            Path(name), beside / name, beside / last, root / name, weights / last,
+            weights / last.lower(),
+        ):  # fmt: skip
+            if (folder / "config.json").is_file():
+                return folder
+    raise UserError(
+        f"{adapter} holds an adapter ({stored.ADAPTER}), and its base was not found"
+        + (f" ({names[0]})." if names else ": it does not name one."),
+        remedy,
+    )

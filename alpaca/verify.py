@@ -121,7 +121,7 @@ def logits(arguments: argparse.Namespace, recorded: dict[str, Any]) -> list[str]
     from alpaca import proof  # imports torch, which is slow and not needed for hashing
 
     adapter = adapters.Adapter(arguments.adapter or folder)
-    base = adapters.find_base(adapter, arguments.base)
+    base = arguments.base or passport.find_base(adapter.folder)
     adapter.check_base(base, hashes=adapters.hashed(base))
     if arguments.adapter:
         problems, found = proof.repeat_merge(folder, recorded, base, adapter)
@@ -266,7 +266,7 @@ def add_golden(folder: Path, recorded: dict[str, Any], base: Path | None) -> Non
 
     if stored.is_adapter(folder):
         adapter = adapters.Adapter(folder)
-        own = adapters.find_base(adapter, base)
+        own = base or passport.find_base(folder)
         adapter.check_base(own)
         trained = merging.as_trained(adapter.quantized)
         weights: golden.Float64Weights = proof.AdaptedWeights(own, adapter, trained)

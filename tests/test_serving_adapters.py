@@ -458,7 +458,7 @@ def test_a_base_that_is_not_found_is_said_and_can_be_named(
     llama: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = placed(llama["two"], tmp_path / "mine", "meta-llama/Llama-2-7b")
-    with pytest.raises(UserError, match=r"(?s)Llama-2-7b, which is not there.*ALPACA_BASE"):
+    with pytest.raises(UserError, match=r"(?s)was not found \(.*Llama-2-7b\).*ALPACA_BASE"):
         weights.locate(folder, {}, tmp_path)
     found = weights.locate(folder, {"ALPACA_BASE": str(llama["base"])}, tmp_path)
     assert found.folder == llama["base"]

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check adapter and base, write the merge, say what it is."""
     # Imported here because they import torch and transformers, which would slow down --help.
     from alpaca import atomic, merging, passport
-    from alpaca.adapter import Adapter, find_base
+    from alpaca.adapter import Adapter
     from alpaca.release import merge
     from alpaca.shards import DTYPES
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"There is no folder {arguments.adapter}.", "Name an adapter's folder.")
     adapter = Adapter(arguments.adapter)
     passport.check_template(adapter.folder, adapter.passport)
-    base = find_base(adapter, arguments.base)
+    base = arguments.base or passport.find_base(adapter.folder)
     outputs.check(output, [base], force=arguments.force, folder=True)
     own = arguments.base_weights == "own"
     if adapter.quantized is not None:

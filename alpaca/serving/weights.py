@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from alpaca import atomic, stored
+from alpaca import atomic, passport, stored
 from alpaca.errors import UserError
 from alpaca.folder import explained_disk_errors
 from alpaca.serving import archives
@@ -84,29 +84,12 @@ def _with_base(found: Weights, environment: Mapping[str, str], root: Path) -> We
             print(f"note: {BASE}={unused} is not used: {found.folder} is no adapter", flush=True)
         return found
     name = found.folder.name
-    base = _base_of(found.folder, environment.get(BASE), root)
+    if given := environment.get(BASE):
+        base = _folder(Path(given), root)
+    else:
+        remedy = f"Set {BASE} to the model's folder that it was trained on (serve: --base FOLDER)."
+        base = passport.find_base(found.folder, remedy, root).resolve()
     return Weights(base, f"the base of the adapter {found.origin}", {name: found.folder}, name)
-
-
-def _base_of(adapter: Path, given: str | None, root: Path) -> Path:
-    """The base's folder: the given one, or where the adapter's settings may mean.
-
-    Raises:
-        UserError: there is none.
-    """
-    if given:
-        return _folder(Path(given), root)
-    named = str(stored.read_json(adapter / stored.ADAPTER).get("base_model_name_or_path") or "")
-    places = [Path(named), adapter.resolve().parent / named, root / named]
-    places.append(root / "weights" / Path(named).name)
-    for place in places if named else []:
-        if (place / "config.json").is_file():
-            return place.resolve()
-    told = f"it names {named}, which is not there" if named else "it does not name one"
-    raise UserError(
-        f"{adapter} holds an adapter ({stored.ADAPTER}), and its base was not found: {told}.",
-        f"Set {BASE} to the folder of the model that it was trained on (serve: --base FOLDER).",
-    )
 
 
 def _listed(text: str) -> list[tuple[str, Path]]:
