@@ -25,7 +25,7 @@ from alpaca.errors import UserError
 from alpaca.folder import load_tokenizer
 from alpaca.model import load_model
 from alpaca.prompt import PREFIXES
-from alpaca.serving import command, loading, schema
+from alpaca.serving import cache, command, loading, schema
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.request import Request, Sampling
 from alpaca.serving.weights import Weights
@@ -53,6 +53,17 @@ def test_it_says_what_buys_slots_where_memory_holds_few(
     assert engine.capacity.slots < 1_000_000
     assert "up to 1,000,000 with a lower ALPACA_CONTEXT" in capsys.readouterr().out
     engine.stop()
+
+
+def test_memory_to_spare_is_what_is_free_without_a_full_cache(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache.ram, "available", lambda: 10 * 2**30)
+    monkeypatch.setattr(cache.SlotCache, "cpu_bytes", 3 * 2**30)
+    monkeypatch.setattr(cache, "_CACHES", set())
+    engine, _ = loading.load(Weights(tiny_model, "a test"), {})
+    engine.stop()
+    assert ", 7.0 GiB of memory to spare" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

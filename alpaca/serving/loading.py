@@ -182,7 +182,7 @@ def _summary(weights: Weights, what: str, engine: Engine, seconds: float, wanted
     more = f"; up to {wanted:,} with a lower ALPACA_CONTEXT" if short else ""
     kind = str(model.model.dtype).removeprefix("torch.")
     packing_note = " (weights held in 16 bits)" if model.fp16_layers else ""
-    left = (unused_bytes(model.device) - model.cache.cpu_bytes) / 2**30
+    left = unused_bytes(model.device) / 2**30
     default = f" with adapter {weights.default} by default" if weights.default else ""
     return (
         f"serving {weights.folder}{default}, taken from {weights.origin}: {what}, "
