@@ -258,12 +258,12 @@ def test_attention_and_its_gradient_equal_dense_attention_over_the_index_tensors
         torch.randn(pack.tokens, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2)
     )
     above = torch.randn(q.shape, generator=generator, dtype=torch.float64)
-    given = [t.requires_grad_() for t in (q, k, v)]
-    ours, wanted = run(*given, 0.3, index), dense(*given, index, 0.3)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    ours, wanted = run(*inputs, 0.3, index), dense(*inputs, index, 0.3)
     torch.testing.assert_close(ours, wanted)
     for found, right in zip(
-        torch.autograd.grad(ours, given, above),
-        torch.autograd.grad(wanted, given, above),
+        torch.autograd.grad(ours, inputs, above),
+        torch.autograd.grad(wanted, inputs, above),
         strict=True,
     ):
         torch.testing.assert_close(found, right)

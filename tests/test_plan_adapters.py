@@ -16,7 +16,7 @@ from training_runs import ROOT, finish
 
 from alpaca.errors import UserError
 from alpaca.folder import load_tokenizer
-from alpaca.plan import adapters, memory, plan, shapes, workload
+from alpaca.plan import adapters, disk, memory, plan, shapes, workload
 from alpaca.plan.devices import cpu
 from alpaca.plan.plan import Machine
 from alpaca.recipe import packing
@@ -99,9 +99,11 @@ def test_the_adapters_tensors_and_its_size_on_disk_are_those_of_the_run(
     shape = shapes.find(tiny_model)
     adapter = adapters.chosen(shape, Arguments(**flags))
     assert adapter is not None
-    with safe_open(tmp_path / "out/adapter_model.safetensors", "pt") as file:
+    stored = tmp_path / "out/adapter_model.safetensors"
+    with safe_open(stored, "pt") as file:
         held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     assert adapter.tensors(shape) == held
+    assert disk.adapter_bytes(shape, adapter) == stored.stat().st_size
 
 
 def planned(*words: str) -> dict[str, Any]:
@@ -124,9 +126,8 @@ def test_of_seven_billion_weights_an_adapter_fits_where_all_do_not() -> None:
     spared = lora["memory"]["weights"] - quantized["memory"]["weights"]
     assert spared == linear * 2 - linear // 2 - linear // 16
     assert lora["trained"] == 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
-    assert (
-        lora["checkpoint"] == 12 * lora["trained"] + 4 * 2 * 7 * 32
-    )  # and a count for each tensor
+    counts = 4 * 2 * 7 * 32  # of steps, one for each tensor
+    assert lora["checkpoint"] == 12 * lora["trained"] + counts
 
 
 def test_a_layer_that_the_model_lacks_is_named(tiny_model: Path) -> None:

@@ -64,7 +64,7 @@ class Rehearsal:
         return f"{len(list(self.base.iterdir()))} files"
 
     def training(self, **more: object) -> list[str]:
-        """The training command, the same for the killed run and the resumed one."""
+        """The training command, the same for the killed run and the resumed one; with `more`."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
         flags = {
             "model_name_or_path": self.base,
