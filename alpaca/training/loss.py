@@ -16,6 +16,7 @@ from alpaca.recipe import packing
 from alpaca.recipe.packing import Pack
 from alpaca.recipe.rules import LOSS_CHUNK
 from alpaca.training.attention import PackIndex, index
+from alpaca.training.products import linear
 
 
 class TargetLoss(torch.nn.Module):
@@ -143,7 +144,7 @@ def _cross_entropies(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses (n, 1), and the softmax (n, vocabulary) before it is divided by its sums (n, 1)."""
-    logits = F.linear(hidden, weight).float()
+    logits = linear(hidden, weight).float()
     right, top = logits.gather(1, target), logits.amax(-1, keepdim=True)
     weights = logits.sub_(top).exp_()
     sums = weights.sum(-1, keepdim=True)

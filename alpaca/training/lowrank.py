@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from alpaca import quantization
+from alpaca.training.products import linear
 from alpaca.training.quantized import QuantizedLinear
 
 
@@ -77,22 +78,22 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.kind, ctx.scale = kind, scale
         whole = x if gate is None else F.silu(gate).mul_(x)
-        inner = whole @ down.T  # (tokens, rank)
+        inner = linear(whole, down)  # (tokens, rank)
         ctx.save_for_backward(x, gate, held, scales, down, up, inner)
-        result = F.linear(whole, _weight(held, scales, kind, x.dtype), bias)
+        result = linear(whole, _weight(held, scales, kind, x.dtype), bias)
         return result.addmm_(inner, up.T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, held, scales, down, up, inner = ctx.saved_tensors
         [above] = gradients
-        error = (above @ up).mul_(ctx.scale)  # (tokens, rank)
+        error = linear(above, up.T).mul_(ctx.scale)  # (tokens, rank)
         of_up = (above.T @ inner).mul_(ctx.scale)
         opened = None if gate is None else F.silu(gate)
         of_down = error.T @ (x if opened is None else opened * x)
         of_x = of_gate = None
         if ctx.needs_input_grad[0]:
-            of_x = above @ _weight(held, scales, ctx.kind, above.dtype)
+            of_x = linear(above, _weight(held, scales, ctx.kind, above.dtype).T)
             of_x.addmm_(error, down)
             if opened is not None:
                 of_gate = torch.ops.aten.silu_backward(of_x * x, gate)

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alpaca import quantization
+from alpaca.training.products import linear
 
 
 class QuantizedLinear(nn.Module):
@@ -40,13 +40,13 @@ class _QuantizedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(packed, scales)
         ctx.kind = kind
-        return F.linear(x, quantization.dequantize(kind, packed, scales, x.dtype))
+        return linear(x, quantization.dequantize(kind, packed, scales, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         packed, scales = ctx.saved_tensors
         weight = quantization.dequantize(ctx.kind, packed, scales, gradients[0].dtype)
-        return gradients[0] @ weight, None, None, None
+        return linear(gradients[0], weight.T), None, None, None
 
 
 def _frozen_bytes(rows: int, width: int) -> nn.Parameter:
