@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from alpaca import heap
+from alpaca.doctor import host
 
 SHOW = """
 import os, sys
 from alpaca import heap
+from alpaca.doctor import host
 heap.GPU = __import__("pathlib").Path(sys.argv[1])
 heap.LIBRARY = sys.argv[2]
 heap.replace()
@@ -57,3 +59,14 @@ def test_it_stays_as_it_is_beside_a_gpu_without_the_library_and_where_told(
     gpu: Path, library: str, environment: dict[str, str]
 ) -> None:
     assert shown(gpu, library, **environment)[0].startswith("False False")
+
+
+@needs_tcmalloc
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_the_doctor_says_whether_training_will_use_it(
+    switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setenv(heap.SWITCH, switch)
+    monkeypatch.setattr(heap, "GPU", NOWHERE)
+    assert ("keeps it out" in host.allocator().message) == (switch == "0")

@@ -55,8 +55,11 @@ def pins(requirements: Path) -> Finding:
 
 def allocator() -> Finding:
     """Which heap training uses on a CPU; never red."""
-    if heap.installed():
+    if heap.expected():
         return Finding("heap", True, "tcmalloc is installed; training on a CPU uses it")
+    if heap.installed():
+        why = f"{heap.SWITCH}=0 or LD_PRELOAD keeps it out"
+        return Finding("heap", True, f"tcmalloc is installed, but {why} of training on a CPU")
     advice = "training on a CPU takes up to twice the memory: apt-get install libtcmalloc-minimal4"
     return Finding("heap", True, f"no tcmalloc; without it, {advice}")
 
