@@ -14,7 +14,7 @@ from cog import Input
 
 from alpaca.serving import cancellation, listeners, loading, schema
 from alpaca.serving import weights as serving_weights
-from alpaca.serving.engine import Engine
+from alpaca.serving.border import Engine
 from alpaca.serving.request import Answer, CanceledError, Job, Request, Sampling
 from alpaca.tokens import Codec
 

@@ -115,6 +115,17 @@ class Adapter:
         """Number of trained numbers."""
         return sum(entry.elements for entry in self._entries.values())
 
+    @property
+    def rank(self) -> int:
+        """The largest rank of its layers."""
+        names = (f"{ROOT}{module}.lora_A.weight" for module in self.modules)
+        return max(self._entries[name].shape[0] for name in names)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether it changes the lengths of rows too."""
+        return bool(self.config.get("use_dora"))
+
     def bytes_of(self, module: str) -> int:
         """Memory of a linear layer's change in fp32."""
         name = f"{ROOT}{module}."

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from alpaca.serving import loading
+from alpaca.serving.border import Limits
 from alpaca.serving.cache import Capacity
-from alpaca.serving.engine import Engine, Limits
+from alpaca.serving.engine import Engine
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.graphs import GraphModel
 from alpaca.serving.request import Answer, Request, Sampling

@@ -99,11 +99,14 @@ def test_each_module_imports_only_from_floors_below_it() -> None:
 
 
 # The teacher's; the doctor's, which asks a server it has started; the runner's, which asks its own;
-# the web server and the voters' page, which listen; models of other servers.
+# the web server and the voters' page, which listen; engines and models of other servers.
 CONNECTING = (
     "alpaca/dataset/teacher.py",
     "alpaca/doctor/asking.py",
     "alpaca/serving/listeners.py",
+    "alpaca/serving/remote.py",
+    "alpaca/serving/elsewhere.py",
+    "alpaca/serving/vllm.py",
     "alpaca/web/server.py",
     "alpaca/web/remote.py",
     "alpaca/evaluation/booth.py",

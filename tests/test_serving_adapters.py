@@ -211,9 +211,9 @@ def test_adapters_come_change_and_go_while_requests_run(
     wanted = {name: greedy(llama, name, prompt, 100) for name in ("base", "one", "two")}
     assert len({tuple(ids) for ids in wanted.values()}) == 3
     running = [begun(submitted(served, prompt, "base", max_new_tokens=100))]
-    loading.load_adapter(served, codec, "mine", llama["one"])
+    served.load_adapter("mine", llama["one"], codec)
     running.append(begun(submitted(served, prompt, "mine", max_new_tokens=100)))
-    loading.load_adapter(served, codec, "mine", llama["two"])
+    served.load_adapter("mine", llama["two"], codec)
     running.append(begun(submitted(served, prompt, "mine", max_new_tokens=100)))
     assert served.adapters.loaded[0].requests == 2  # of the name, which is what /metrics shows
     freed = weakref.ref(served.adapters.loaded[0])
@@ -238,7 +238,7 @@ def test_the_output_layer_can_be_changed(
     path = folder / "adapter_model.safetensors"
     held = load_file(path)  # peft adds a copy of the embedding
     save_file({name: part for name, part in held.items() if "lora_" in name}, path)
-    loading.load_adapter(served, codec, "head", folder)
+    served.load_adapter("head", folder, codec)
     prompts = [codec.prompt(text) for text in (*PROMPTS, "long " * 180)]
     asked = [(prompt, name) for prompt in prompts for name in ("head", "base")]
     jobs = [submitted(served, *one) for one in asked]
@@ -257,12 +257,12 @@ def test_many_requests_while_adapters_change_get_their_own_answers(
         for name in ("base", "one", "two")
         for number, prompt in enumerate(prompts)
     }
-    loading.load_adapter(served, codec, "two", llama["two"])
+    served.load_adapter("two", llama["two"], codec)
     stop = threading.Event()
 
     def change() -> None:
         while not stop.is_set():
-            loading.load_adapter(served, codec, "one", llama["one"])
+            served.load_adapter("one", llama["one"], codec)
             served.adapters.remove("one")
 
     changing = threading.Thread(target=change)
@@ -291,7 +291,7 @@ def test_the_base_is_checked_and_what_cannot_be_checked_is_said(
     served, codec = engine
 
     def load(folder: Path, name: str = "x") -> None:
-        loading.load_adapter(served, codec, name, folder)
+        served.load_adapter(name, folder, codec)
 
     with pytest.raises(UserError, match="was trained on other weights"):
         load(llama["foreign"])
@@ -328,7 +328,7 @@ def test_a_tokenizer_of_other_tokens_is_refused_and_another_chat_template_is_use
     tokenizer = load_tokenizer(llama["base"])
     tokenizer.chat_template = "{{ messages[0].content }}!"
     tokenizer.save_pretrained(folder)
-    loading.load_adapter(served, codec, "chatty", folder)
+    served.load_adapter("chatty", folder, codec)
     [loaded] = served.adapters.loaded
     assert loaded.codec is not None
     message = [{"role": "user", "content": "Hi"}]
@@ -336,7 +336,7 @@ def test_a_tokenizer_of_other_tokens_is_refused_and_another_chat_template_is_use
     tokenizer.add_tokens(["<one more>"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match="a tokenizer with other tokens"):
-        loading.load_adapter(served, codec, "chatty", folder)
+        served.load_adapter("chatty", folder, codec)
 
 
 def test_an_adapter_that_does_not_fit_into_memory_is_refused_unread(
@@ -361,7 +361,7 @@ def test_an_adapter_that_does_not_fit_into_memory_is_refused_unread(
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + 2 * size)
     with pytest.raises(UserError, match=r"needs 1,048,576 MiB of cpu memory; .* are left"):
-        loading.load_adapter(served, codec, "huge", folder)
+        served.load_adapter("huge", folder, codec)
     assert served.adapters.names == ["base"]
 
 
@@ -370,7 +370,7 @@ def test_a_gpus_recorded_steps_are_the_bases_alone(
 ) -> None:
     """A pass with an adapter is computed, not replayed, and changes no recording."""
     served, codec = engine
-    loading.load_adapter(served, codec, "one", llama["one"])
+    served.load_adapter("one", llama["one"], codec)
     [one] = served.adapters.loaded
     replaying = Replaying(load_model(llama["base"], torch.float32))
     replaying.allocate(replaying.probe(), served.capacity)

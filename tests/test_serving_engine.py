@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import predict
 from alpaca.errors import UserError
-from alpaca.serving.engine import BusyError, Engine
+from alpaca.serving.border import BusyError
+from alpaca.serving.engine import Engine
 from alpaca.serving.request import Answer, CanceledError, Request, Sampling
 from alpaca.serving.stream import token_bytes
 from alpaca.tokens import Codec

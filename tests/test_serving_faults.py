@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import predict
+from alpaca.serving.border import EngineStoppedError, Limits
 from alpaca.serving.cache import Capacity, SlotCache
-from alpaca.serving.engine import Engine, EngineStoppedError, Limits
+from alpaca.serving.engine import Engine
 from alpaca.serving.forward import Batch, SlotModel
 from alpaca.serving.request import Answer, Job, Request, Sampling
 from alpaca.serving.stream import token_bytes

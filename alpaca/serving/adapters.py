@@ -6,6 +6,7 @@ adapter that is removed or replaced serves its running requests to their end, an
 
 from collections import Counter
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -25,16 +26,32 @@ LONGEST_NAME = 100  # characters
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-class Adapters:
+class Named(Protocol):
+    """An adapter as requests and metrics know it: as `lora.LoadedAdapter`."""
+
+    name: str
+    codec: Codec | None
+    requests: int
+    created: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its matrices."""
+
+
+Kind = TypeVar("Kind", bound=Named)
+
+
+class Adapters(Generic[Kind]):
     """Names of an engine's base and adapters. Any thread may use it; the engine's thread adds."""
 
     def __init__(self, base: str = "", folder: Path | None = None, default: str = "") -> None:
         """`base` is the name of the model in `folder`, `default` that of requests without one."""
         self.base, self.folder, self.default = base, folder, default
-        self._loaded: dict[str, LoadedAdapter] = {}
+        self._loaded: dict[str, Kind] = {}
 
     @property
-    def loaded(self) -> list[LoadedAdapter]:
+    def loaded(self) -> list[Kind]:
         """All adapters, in the order they came."""
         return list(self._loaded.values())
 
@@ -44,7 +61,7 @@ class Adapters:
         found = [name for name in (self.base, *self._loaded) if name]
         return sorted(found, key=lambda name: name != self.default)
 
-    def find(self, name: str) -> LoadedAdapter | None:
+    def find(self, name: str) -> Kind | None:
         """The adapter that a request means; None is the base.
 
         Raises:
@@ -57,7 +74,7 @@ class Adapters:
             raise UserError(f"There is no adapter {name!r} here; served: {served}.")
         return found
 
-    def put(self, adapter: LoadedAdapter) -> None:
+    def put(self, adapter: Kind) -> None:
         """Give an adapter its name, which another one may have had."""
         old = self._loaded.get(adapter.name)
         adapter.requests += old.requests if old else 0
@@ -91,8 +108,31 @@ class Adapters:
             raise UserError(f"{MOST} adapters are loaded, and no more can be.", "Unload one.")
 
 
+def examined(
+    name: str, folder: Path, adapters: Adapters[Any], codec: Codec
+) -> tuple[Adapter, Codec | None]:
+    """Check an adapter's name and folder; its own codec, if that differs from the base's.
+
+    Raises:
+        UserError: the folder is damaged, or belongs to another base or other templates; or the name
+            is taken.
+    """
+    adapters.check_name(name)
+    assert adapters.folder is not None
+    adapter = Adapter(folder)
+    if adapter.passport is not None:
+        passport.check_template(folder, passport.check_loaded(folder))
+    adapter.check_base(adapters.folder)
+    return adapter, _own_codec(folder, adapters.folder, codec)
+
+
 def opened(
-    name: str, folder: Path, adapters: Adapters, model: SlotModel, codec: Codec, shared: int = 0
+    name: str,
+    folder: Path,
+    adapters: Adapters[Any],
+    model: SlotModel,
+    codec: Codec,
+    shared: int = 0,
 ) -> LoadedAdapter:
     """Read and check an adapter's folder, and prepare its matrices for a served base.
 
@@ -102,14 +142,8 @@ def opened(
         UserError: the folder is damaged, belongs to another base or other templates, or does not
             fit into memory; or the name is taken.
     """
-    adapters.check_name(name)
-    assert adapters.folder is not None
-    adapter = Adapter(folder)
-    if adapter.passport is not None:
-        passport.check_template(folder, passport.check_loaded(folder))
-    adapter.check_base(adapters.folder)
+    adapter, own = examined(name, folder, adapters, codec)
     _check_layers(adapter, model.model)
-    own = _own_codec(folder, adapters.folder, codec)
     _check_memory(adapter, model, shared)
     loaded = LoadedAdapter(name, layers_of(adapter, model.model), own)
     print(_summary(adapter, loaded), flush=True)

@@ -5,18 +5,18 @@ waiting prompts, so a long prompt slows the others a little but never stalls the
 of a request share the pass over its prompt. All public methods are thread-safe.
 """
 
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
-from alpaca.errors import UserError
-from alpaca.serving.adapters import Adapters
+from alpaca.serving import border
+from alpaca.serving.adapters import Adapters, opened
+from alpaca.serving.border import EngineStoppedError, Limits
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.generation import Generation
 from alpaca.serving.lora import LoadedAdapter
@@ -25,34 +25,7 @@ from alpaca.serving.request import CanceledError, Job, Request, Scored
 from alpaca.serving.sampling import NO_TOKEN, Draws, choose, score
 from alpaca.serving.scheduler import Scheduler
 from alpaca.serving.transfer import send
-
-SHRINKING = 4  # normalizing a text (Unicode's NFC, NFKC) leaves at least a quarter of its bytes
-STOPS = 16  # each is searched for at every token, on the thread that serves all requests
-STOP_LENGTH = 1000  # characters
-
-
-class EngineStoppedError(RuntimeError):
-    """The engine has been stopped, or its thread has died."""
-
-
-class BusyError(RuntimeError):
-    """The queue of waiting requests is full."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of the queue and of a step, and when the engine counts as unhealthy.
-
-    At most `waiting` requests queue for a slot, and a step computes at most `prefill_tokens` prompt
-    tokens. An answer that has had its slot for `seconds` ends there. The engine is unhealthy during
-    a step of more than `stuck_seconds`, or after `failures` failed steps in a row.
-    """
-
-    waiting: int = 256
-    prefill_tokens: int = 128
-    seconds: float = math.inf
-    stuck_seconds: float = 60.0
-    failures: int = 5
+from alpaca.tokens import Codec
 
 
 class Engine:
@@ -64,16 +37,15 @@ class Engine:
         table: Sequence[bytes],
         ends: frozenset[int],
         limits: Limits | None = None,
-        adapters: Adapters | None = None,
+        adapters: Adapters[LoadedAdapter] | None = None,
     ) -> None:
         """`table` gives each token's bytes (`stream.token_bytes`), `ends` the ids that end text."""
         self.model = model
-        self.adapters = adapters or Adapters()
-        self.table = [*table, *[b""] * (model.vocabulary - len(table))]
+        self.adapters: Adapters[LoadedAdapter] = adapters or Adapters()
+        self.table: Sequence[bytes] = [*table, *[b""] * (model.vocabulary - len(table))]
         self.ends = ends
         self.limits = limits or Limits()
         self.capacity = model.cache.capacity
-        self._most_text = SHRINKING * self.capacity.length * max(map(len, self.table))
         self._scheduler = Scheduler(model.cache, self.limits.prefill_tokens, self.limits.seconds)
         self._seen = torch.zeros(
             self.capacity.slots, model.vocabulary, dtype=torch.bool, device=model.device
@@ -96,15 +68,20 @@ class Engine:
             self._remember(adapter)
         self._thread.start()
 
-    def add(self, adapter: LoadedAdapter) -> None:
-        """Let new requests name an adapter; one of the same name goes on for those that run.
+    def load_adapter(self, name: str, folder: Path, codec: Codec) -> None:
+        """Serve one more adapter. It replaces one of the same name: running requests keep theirs.
 
-        Waits for the engine's thread, which first computes the shared prefixes with it, between two
-        steps.
+        Its folder is read in a thread that ends, for the reason that `loading.load` gives. Then the
+        engine's thread computes the shared prefixes with it, between two steps.
 
         Raises:
+            UserError: as `adapters.opened`.
             EngineStoppedError: the engine has stopped.
         """
+        shared = sum(map(len, self._shared))
+        with ThreadPoolExecutor(max_workers=1) as own_thread:
+            asked = name, folder, self.adapters, self.model, codec, shared
+            adapter = own_thread.submit(opened, *asked).result()
         done: Future[None] = Future()
         with self._wake:
             if self._stopping or not self._thread.is_alive():
@@ -113,41 +90,32 @@ class Engine:
             self._wake.notify()
         done.result()
 
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter's name away; as `Adapters.remove`."""
+        self.adapters.remove(name)
+
     def submit(self, request: Request, notify: Callable[[], None] | None = None) -> Job:
         """Queue a request. The engine's thread calls `notify` when a completion has changed.
 
         Raises:
-            UserError: the prompt is empty, is too long, or contains tokens that do not exist; n is
-                larger than the number of slots; stop strings are too many or too long; or no
-                adapter has the name asked for.
+            UserError: as `border.check`; or no adapter has the name asked for.
             BusyError: the queue is full.
             EngineStoppedError: the engine has stopped.
         """
-        self._check(request)
+        border.check(request, self.capacity, self.model.vocabulary)
         job = Job(request, notify, self.measures.end, self.adapters.find(request.adapter))
         with self._wake:
             if self._stopping or not self._thread.is_alive():
                 raise EngineStoppedError("The engine is not running.")
             if self.waiting >= self.limits.waiting:
-                raise BusyError(
-                    f"{self.limits.waiting} requests are already waiting; try again later."
-                )
+                raise border.busy(self.limits.waiting)
             self._inbox.append(job)
             self._wake.notify()
         return job
 
     def check_text(self, size: int) -> None:
-        """Raise UserError for a prompt of `size` bytes that cannot fit into a slot.
-
-        The limit assumes that every token is as long as the longest one in the vocabulary, so it
-        never refuses a prompt that `submit` would accept. The check does not tokenize.
-        """
-        if size > self._most_text:
-            raise UserError(
-                f"The prompt has {size:,} bytes; one with more than {self._most_text:,} cannot fit "
-                f"into {self.capacity.length} tokens.",
-                "Shorten it.",
-            )
+        """Raise UserError for a prompt of `size` bytes that cannot fit into a slot."""
+        border.check_text(size, self.capacity.length, self.table)
 
     def stop(self) -> None:
         """End the thread; unfinished requests fail with EngineStoppedError."""
@@ -175,27 +143,6 @@ class Engine:
     def idle_slots(self) -> int:
         """Number of free slots; all of them when nothing is being served."""
         return self._scheduler.free_slots
-
-    def _check(self, request: Request) -> None:
-        if request.n > self.capacity.slots:
-            raise UserError(f"n={request.n}, but the engine has {self.capacity.slots} slots.")
-        if len(request.stop) > STOPS or any(len(text) > STOP_LENGTH for text in request.stop):
-            raise UserError(
-                f"stop may hold up to {STOPS} texts of up to {STOP_LENGTH} characters each.",
-                "Use fewer, or only their beginnings.",
-            )
-        if len(request.prompt) >= self.capacity.length:
-            raise UserError(
-                f"The prompt has {len(request.prompt)} tokens; prompt and answer together may "
-                f"have {self.capacity.length}.",
-                "Shorten it.",
-            )
-        known = range(self.model.vocabulary)
-        if not request.prompt or not all(token in known for token in request.prompt):
-            raise UserError(
-                f"A prompt is one or more tokens from 0 to {known[-1]}.",
-                "Encode it with the model's own tokenizer.",
-            )
 
     def _loop(self) -> None:
         """The engine's thread: run steps while there is work, wait while there is none."""

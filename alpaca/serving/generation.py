@@ -11,7 +11,8 @@ from alpaca.serving.stream import TextStream
 class Generation:
     """One completion in progress; only the engine's thread may use it.
 
-    `length` counts the tokens whose keys are in the slot; `token` is the next input token.
+    `length` counts the tokens whose keys are in the slot; `token` is the next input token; `limit`
+    is the most tokens that it may have.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Generation:
         self.length = 0
         self.token = -1
         self.reason = ""
+        self.is_textual = False  # whether its tokens are known by their text only
         self._outcome: Answer | BaseException | None = None
         self._completion: Completion = job.completions[index]
         self._text = TextStream(table, request.stop)
@@ -51,7 +53,7 @@ class Generation:
         if request.max_new_tokens is not None:
             allowed = min(allowed, request.max_new_tokens)
         fits = slot_length - len(request.prompt)
-        self._limit, self._limited_by = (fits, "context") if fits < allowed else (allowed, "length")
+        self.limit, self._limited_by = (fits, "context") if fits < allowed else (allowed, "length")
 
     @property
     def failed(self) -> bool:
@@ -61,7 +63,7 @@ class Generation:
     @property
     def wants_tokens(self) -> bool:
         """False if the request's limits allow no answer tokens."""
-        return self._limit > 0
+        return self.limit > 0
 
     @property
     def is_first(self) -> bool:
@@ -84,10 +86,24 @@ class Generation:
         self._emit(self._text.push(token))
         if self._text.stopped:
             self.end("stop")
-        elif self._generated >= self._limit:
+        elif self._generated >= self.limit:
             self.end(self._limited_by)
         elif time.monotonic() > self._deadline:
             self.end("time")
+
+    def accept_text(self, text: str) -> None:
+        """Add a token that is known by its text only; a stop string or the time may end it."""
+        if self._completion.first_token is None:
+            self._completion.first_token = time.monotonic()
+        self.is_textual = True
+        self.count(self._generated + 1)
+        self._emit(self._text.add(text))
+        if self._text.stopped or time.monotonic() > self._deadline:
+            self.end("stop" if self._text.stopped else "time")
+
+    def count(self, tokens: int) -> None:
+        """Correct the number of tokens."""
+        self._generated = self._completion.generated = tokens
 
     def end(self, reason: str = "") -> None:
         """End the completion; without a reason, its limit allowed no tokens at all."""

@@ -18,23 +18,26 @@ from alpaca import model as model_folder
 from alpaca import passport, stored
 from alpaca.errors import UserError
 from alpaca.folder import check_folder, load_tokenizer
+from alpaca.serving import border, elsewhere, settings
 from alpaca.serving.adapters import Adapters, opened
+from alpaca.serving.border import Limits
 from alpaca.serving.cache import fitting_tokens, plan_capacity, unused_bytes
-from alpaca.serving.engine import Engine, Limits
+from alpaca.serving.engine import Engine
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.graphs import GraphModel
+from alpaca.serving.lora import LoadedAdapter
 from alpaca.serving.stream import token_bytes
 from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
 
-CONTEXT = 8192  # default of ALPACA_CONTEXT; with longer slots, fewer fit into memory
 SLOTS = {"cpu": 16, "cuda": 64}
 PIECE_TOKENS = {"cpu": 128, "cuda": 2048}  # prompt tokens per step; they about double its cost
-SECONDS = 3600  # default of ALPACA_MAX_SECONDS
 MIN_SLOTS = 5  # the n completions of a request are decoded together, and n is at most 5
 
 
-def load(weights: Weights, environment: Mapping[str, str] = os.environ) -> tuple[Engine, Codec]:
+def load(
+    weights: Weights, environment: Mapping[str, str] = os.environ
+) -> tuple[border.Engine, Codec]:
     """Load a model folder and start its engine.
 
     Loading runs in a thread that ends afterwards, because GNU OpenMP keeps a pool for each thread
@@ -48,12 +51,12 @@ def load(weights: Weights, environment: Mapping[str, str] = os.environ) -> tuple
         return own_thread.submit(_load, weights, environment).result()
 
 
-def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[Engine, Codec]:
+def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[border.Engine, Codec]:
     began = time.monotonic()
     folder = weights.folder
-    check_folder(folder)
-    passport.check_template(folder, passport.check_loaded(folder))
-    codec = Codec(load_tokenizer(folder))
+    codec = checked(folder)
+    if elsewhere.asked_for(environment):
+        return elsewhere.connect(weights, codec, end_ids(folder, codec), environment), codec
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(environment, device)
     # On a CPU, load the checkpoint's own type: packing converts one layer at a time.
@@ -80,11 +83,11 @@ def make_engine(
     The engine computes in `dtype`, by default in the model's own type. `weights` says which folder
     the model is from, and which adapters are served beside it.
     """
-    ends = _end_ids(loaded, codec)
+    ends = _ends(loaded.generation_config.eos_token_id, codec)
     devices = {parameter.device for parameter in loaded.parameters()}
     one_gpu = len(devices) == 1 and devices.pop().type == "cuda"
     model = (GraphModel if one_gpu else SlotModel)(loaded, dtype)
-    adapters = Adapters()
+    adapters: Adapters[LoadedAdapter] = Adapters()
     if weights is not None:
         adapters = Adapters(weights.folder.name, weights.folder, weights.default)
         for name, folder in weights.adapters.items():
@@ -92,30 +95,25 @@ def make_engine(
     kind = model.device.type
     shapes = model.probe()
     slots = _slots(environment, kind)
-    context = min(model.context, _number(environment, "ALPACA_CONTEXT", CONTEXT))
+    context = min(model.context, settings.number(environment, "ALPACA_CONTEXT", settings.CONTEXT))
     tokens = fitting_tokens(shapes)
     model.allocate(shapes, plan_capacity(tokens, context, slots, min(slots, MIN_SLOTS)))
-    seconds = _number(environment, "ALPACA_MAX_SECONDS", SECONDS)
+    seconds = settings.number(environment, "ALPACA_MAX_SECONDS", settings.SECONDS)
     limits = Limits(prefill_tokens=PIECE_TOKENS[kind], seconds=seconds)
     engine = Engine(model, token_bytes(codec.tokenizer), ends, limits, adapters)
     engine.start(shared_prefixes(codec))
     return engine
 
 
-def load_adapter(engine: Engine, codec: Codec, name: str, folder: Path) -> None:
-    """Load one more adapter into a running engine; `codec` is the base's.
-
-    New requests can name it when this returns. It replaces one of the same name: requests that run
-    keep theirs. The folder is read in a thread that ends, for the reason that `load` gives.
+def checked(folder: Path) -> Codec:
+    """The codec of a model folder, which is whole and was made for these templates.
 
     Raises:
-        UserError: as `adapters.opened`.
-        EngineStoppedError: the engine has stopped.
+        UserError: it is not.
     """
-    shared = sum(map(len, shared_prefixes(codec)))
-    with ThreadPoolExecutor(max_workers=1) as own_thread:
-        asked = name, folder, engine.adapters, engine.model, codec, shared
-        engine.add(own_thread.submit(opened, *asked).result())
+    check_folder(folder)
+    passport.check_template(folder, passport.check_loaded(folder))
+    return Codec(load_tokenizer(folder))
 
 
 def shared_prefixes(codec: Codec) -> list[list[int]]:
@@ -139,18 +137,21 @@ def check_tokenizer(loaded: PreTrainedModel, codec: Codec, folder: Path) -> None
         )
 
 
-def _end_ids(loaded: PreTrainedModel, codec: Codec) -> frozenset[int]:
+def end_ids(folder: Path, codec: Codec) -> frozenset[int]:
     """EOS, and the other end tokens of the folder's generation settings."""
-    named = loaded.generation_config.eos_token_id
+    generation = folder / "generation_config.json"
+    source = generation if generation.is_file() else folder / "config.json"
+    return _ends(stored.read_json(source).get("eos_token_id"), codec)
+
+
+def _ends(named: int | list[int] | None, codec: Codec) -> frozenset[int]:
     return frozenset([codec.eos, *(named if isinstance(named, list) else [named])]) - {None}
 
 
 def _dtype(environment: Mapping[str, str], device: torch.device) -> torch.dtype:
-    named = environment.get("ALPACA_DTYPE")
+    named = settings.dtype(environment)
     if named is None:
         return model_folder.compute_dtype(device)
-    if named not in ("float32", "bfloat16"):
-        raise UserError(f"ALPACA_DTYPE is {named!r}.", "Set it to float32 or bfloat16.")
     return torch.float32 if named == "float32" else torch.bfloat16
 
 
@@ -164,16 +165,9 @@ def _device_map(folder: Path, device: torch.device) -> str | None:
     return "cuda:0"
 
 
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
-    value = environment.get(name, str(default))
-    if not value.isdecimal() or int(value) < 1:
-        raise UserError(f"{name} is {value!r}.", "Set it to a whole number above 0.")
-    return int(value)
-
-
 def _slots(environment: Mapping[str, str], kind: str) -> int:
     """The number of slots wanted on a kind of device; fewer may fit into memory."""
-    return _number(environment, "ALPACA_SLOTS", SLOTS[kind])
+    return settings.number(environment, "ALPACA_SLOTS", SLOTS[kind])
 
 
 def _summary(weights: Weights, what: str, engine: Engine, seconds: float, wanted: int) -> str:

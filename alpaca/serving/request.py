@@ -162,13 +162,17 @@ class Job:
         notify: Callable[[], None] | None = None,
         ended: Callable[[str], None] | None = None,
         adapter: "LoadedAdapter | None" = None,
+        on_cancel: "Callable[[Job], None] | None" = None,
     ) -> None:
         """Create the n completions and record the time of submission.
 
-        `adapter` is what the request's name meant when it came; None is the base.
+        `adapter` is what the request's name meant when it came; None is the base. `on_cancel` is
+        called by each `cancel`.
         """
         self.request = request
         self.adapter = adapter
+        self.model: str | None = None  # an adapter's name on another server
+        self._on_cancel = on_cancel
         self.completions = [Completion(notify, ended) for _ in range(request.n)]
         self.prompt_scored: list[Scored] = []  # of all tokens but the first, if asked for
         self.submitted = time.monotonic()
@@ -177,6 +181,8 @@ class Job:
     def cancel(self) -> None:
         """Ask the engine to drop the job; its slots become free at the next step."""
         self._canceled.set()
+        if self._on_cancel is not None:
+            self._on_cancel(self)
 
     @property
     def canceled(self) -> bool:

@@ -85,9 +85,13 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that is now final; sets `stopped` at a stop string."""
+        return self.add(self._decoder.decode(self._table[token]))
+
+    def add(self, text: str) -> str:
+        """Add characters; as `push`."""
         if self.stopped:
             return ""
-        self._pending += self._decoder.decode(self._table[token])
+        self._pending += text
         found = [at for at in map(self._pending.find, self._stop) if at >= 0]
         if found:
             self.stopped = True

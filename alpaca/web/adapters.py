@@ -9,7 +9,6 @@ from pathlib import Path
 
 from starlette.responses import PlainTextResponse, Response
 
-from alpaca.serving import loading
 from alpaca.web.bodies import LoadAdapterBody, UnloadAdapterBody
 from alpaca.web.errors import ApiError
 from alpaca.web.served import Served, translated
@@ -21,9 +20,7 @@ async def load(served: Served, allowed: Path | None, body: LoadAdapterBody) -> R
     """POST /v1/load_lora_adapter."""
     folder = inside(permitted(allowed), body.lora_path)
     try:
-        await asyncio.to_thread(
-            loading.load_adapter, served.engine, served.codec, body.lora_name, folder
-        )
+        await asyncio.to_thread(served.engine.load_adapter, body.lora_name, folder, served.codec)
     except Exception as error:
         raise translated(error) from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -35,7 +32,7 @@ def unload(served: Served, allowed: Path | None, body: UnloadAdapterBody) -> Res
     if body.lora_name not in [one.name for one in served.engine.adapters.loaded]:
         raise ApiError(404, f"No adapter {body.lora_name[:200]!r} is loaded.", param="lora_name")
     try:
-        served.engine.adapters.remove(body.lora_name)
+        served.engine.unload_adapter(body.lora_name)
     except Exception as error:
         raise translated(error) from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from alpaca.errors import UserError
-from alpaca.serving.engine import BusyError, Engine, EngineStoppedError
+from alpaca.serving.border import BusyError, Engine, EngineStoppedError
 from alpaca.serving.request import Job, Request, Sampling
 from alpaca.tokens import Codec
 from alpaca.web.bodies import ChatBody, Common, CompletionBody, Message

@@ -22,7 +22,7 @@ import uvicorn
 from alpaca.address import is_loopback, is_url
 from alpaca.errors import UserError
 from alpaca.serving import loading, weights
-from alpaca.serving.engine import Engine
+from alpaca.serving.border import Engine
 from alpaca.tokens import Codec
 from alpaca.web import adapters, remote
 from alpaca.web.app import Site, application
@@ -76,7 +76,8 @@ class Web:
                     self.site.compared = remote.find(other, environment)
                     return
                 found = weights.of(Path(other).resolve(), "ALPACA_COMPARE", {}, Path.cwd())
-                self.serve(found.folder.name, *loading.load(found))
+                engine, codec = loading.load(found)
+                self.serve(found.folder.name, engine, codec)
             except Exception as error:  # the first model is served without it
                 print(f"web: ALPACA_COMPARE: {error}", file=sys.stderr, flush=True)
 

@@ -1,0 +1,166 @@
+"""Answers that are computed elsewhere: by servers at a URL, or by vLLM as a child of this process.
+
+ALPACA_ENGINE_URL names servers of OpenAI's /v1/completions, separated by commas, which serve the
+same folder; ALPACA_ENGINE_MODEL the model's name there, ALPACA_ENGINE_KEY their key.
+ALPACA_ENGINE=vllm starts `vllm serve`, see `vllm.py`. ALPACA_SLOTS, ALPACA_CONTEXT, ALPACA_DTYPE
+and ALPACA_MAX_SECONDS mean what `loading` says.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+from transformers import AutoConfig
+
+from alpaca.address import base_url
+from alpaca.errors import UserError
+from alpaca.serving import settings
+from alpaca.serving.adapters import Adapters, examined
+from alpaca.serving.border import Limits
+from alpaca.serving.cache import Capacity
+from alpaca.serving.remote import RemoteAdapter, RemoteEngine, Server
+from alpaca.serving.stream import token_bytes
+from alpaca.serving.vllm import VllmEngine, refuse_what_vllm_lacks
+from alpaca.serving.weights import Weights
+from alpaca.tokens import Codec
+
+ENGINE, URL = "ALPACA_ENGINE", "ALPACA_ENGINE_URL"
+MODEL, KEY = "ALPACA_ENGINE_MODEL", "ALPACA_ENGINE_KEY"
+SLOTS = 256  # what vLLM decodes together
+WAIT = 2.0  # seconds between questions to a server that is not there yet
+PATIENCE = 600.0  # seconds until a server that does not answer is given up
+
+
+def asked_for(environment: Mapping[str, str]) -> bool:
+    """Whether another engine than the own one is to answer.
+
+    Raises:
+        UserError: there is none of that name, or two are asked for.
+    """
+    kind, url = environment.get(ENGINE) or "own", environment.get(URL)
+    if kind not in ("own", "vllm"):
+        raise UserError(f"{ENGINE} is {kind!r}.", "Set it to own or vllm.")
+    if kind == "vllm" and url:
+        raise UserError(f"{ENGINE} and {URL} are both set.", f"Leave {ENGINE} out to use {URL}.")
+    return kind == "vllm" or bool(url)
+
+
+def connect(
+    weights: Weights, codec: Codec, ends: frozenset[int], environment: Mapping[str, str]
+) -> RemoteEngine:
+    """The engine that the environment asks for; the folder's tokenizer and templates are ours.
+
+    Raises:
+        UserError: a server refuses or serves another model, or vLLM does not start.
+    """
+    began = time.monotonic()
+    config = AutoConfig.from_pretrained(weights.folder, local_files_only=True)
+    table = token_bytes(codec.tokenizer)
+    if len(table) > config.vocab_size:
+        raise UserError(
+            f"{weights.folder}: the tokenizer has {len(table)} tokens, the model only "
+            f"{config.vocab_size}.",
+            "They belong to different models; convert or train the folder again.",
+        )
+    table += [b""] * (config.vocab_size - len(table))
+    slots = settings.number(environment, "ALPACA_SLOTS", SLOTS)
+    context = min(
+        getattr(config, "max_position_embeddings", settings.CONTEXT),
+        settings.number(environment, "ALPACA_CONTEXT", settings.CONTEXT),
+    )
+    seconds = settings.number(environment, "ALPACA_MAX_SECONDS", settings.SECONDS)
+    limits = Limits(seconds=seconds)
+    adapters: Adapters[RemoteAdapter] = Adapters(
+        weights.folder.name, weights.folder, weights.default
+    )
+    folders: dict[str, Path] = {}
+    for name, folder in weights.adapters.items():
+        adapter, own = examined(name, folder, adapters, codec)
+        if not environment.get(URL):
+            refuse_what_vllm_lacks(adapter)
+        adapters.put(RemoteAdapter(name, own))
+        folders[name] = folder
+    engine: RemoteEngine
+    if urls := environment.get(URL):
+        key = environment.get(KEY, "").strip() or None
+        servers, lengths = _found(urls, weights, environment, key)
+        capacity = Capacity(slots, min([context, *lengths]))
+        engine = RemoteEngine(
+            servers, table, ends, capacity, limits=limits, adapters=adapters, key=key
+        )
+        where = ", ".join(server.url for server in servers)
+    else:
+        engine = VllmEngine(
+            weights.folder,
+            table,
+            ends,
+            Capacity(slots, context),
+            limits=limits,
+            adapters=adapters,
+            folders=folders,
+            environment=environment,
+        )
+        where = f"vLLM ({engine.python})"
+    engine.start()
+    print(
+        f"serving {weights.folder}, taken from {weights.origin}: answers by {where}, ready in "
+        f"{time.monotonic() - began:.1f} s; {engine.capacity.slots} requests at once, "
+        f"{engine.capacity.length:,} tokens each",
+        flush=True,
+    )
+    return engine
+
+
+def _found(
+    urls: str, weights: Weights, environment: Mapping[str, str], key: str | None
+) -> tuple[list[Server], list[int]]:
+    """The servers, which list the model and the adapters; and the longest requests they take."""
+    servers, lengths = [], []
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    for text in filter(None, (part.strip() for part in urls.split(","))):
+        url = base_url(text, URL)
+        listed = _listed(url, headers)
+        first = next(iter(listed), "")
+        name = environment.get(MODEL) or first
+        missing = [one for one in (name, *weights.adapters) if one not in listed]
+        if missing:
+            raise UserError(
+                f"{url} does not serve {missing[0] or 'a model'}; it lists "
+                f"{', '.join(listed) or 'none'}.",
+                f"Set {MODEL} to the model's name there, and load adapters there under the names "
+                "that they have here.",
+            )
+        servers.append(Server(url, name))
+        if length := listed[name]:
+            lengths.append(length)
+    return servers, lengths
+
+
+def _listed(url: str, headers: Mapping[str, str]) -> dict[str, int]:
+    """The models of a server, each with its context (0: not told); waits for it to come up."""
+    deadline = time.monotonic() + PATIENCE
+    told = False
+    while True:
+        try:
+            answer = httpx.get(f"{url}/models", headers=headers, timeout=10)
+            if answer.status_code not in (502, 503, 504):
+                break
+        except httpx.TransportError:
+            pass
+        if time.monotonic() > deadline:
+            raise UserError(f"{url} does not answer.", f"Start it, or correct {URL}.")
+        if not told:
+            print(f"waiting for {url}", flush=True)
+            told = True
+        time.sleep(WAIT)
+    if answer.status_code in (401, 403):
+        raise UserError(f"{url} refused.", f"Set {KEY} to a key that it accepts.")
+    try:
+        models = answer.raise_for_status().json()["data"]
+        return {one["id"]: int(one.get("max_model_len") or 0) for one in models}
+    except (httpx.HTTPStatusError, ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{url}/models lists no models (HTTP status {answer.status_code}).",
+            "The address of an OpenAI-compatible server usually ends in /v1.",
+        ) from None
