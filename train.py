@@ -96,18 +96,19 @@ def train_from_command_line() -> None:
     parsed, notices = arguments.parse(sys.argv[1:])
     arguments.check_packages(parsed)
     parsed, more = fsdp_config.apply(parsed)
-    if os.environ.get("RANK", "0") == "0":
-        for notice in [*notices, *more]:
-            print(f"train: {notice}")
+    first = os.environ.get("RANK", "0") == "0"
+    for notice in [*notices, *more] if first else ():
+        print(f"train: {notice}")
+    from alpaca.release import mergecommand
     from alpaca.training import inputs  # no torch yet, which takes seconds to import
 
+    if parsed.merge and first:
+        mergecommand.before_training(parsed.output_dir)
     given = inputs.read(parsed)
     from alpaca.training import command
 
     command.run(parsed, given)
-    if parsed.merge and os.environ.get("RANK", "0") == "0":
-        from alpaca.release import mergecommand
-
+    if parsed.merge and first:
         folder, base = parsed.output_dir, parsed.model_name_or_path
         mergecommand.after_training(folder, base, parsed.export_dtype)
 

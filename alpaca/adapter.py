@@ -33,12 +33,11 @@ FOREIGN = "Merge it into its base with the program that made it."
 # Settings that are read here or change nothing once an adapter is trained.
 READ = {
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-    "bias", "base_model_name_or_path",
+    "bias", "base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform",
 }  # fmt: skip
 HARMLESS = {
-    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules",
-    "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core",
-    "qalora_group_size", "eva_config", "ensure_weight_tying",
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout",
+    "layers_pattern", "megatron_core", "qalora_group_size", "eva_config", "ensure_weight_tying",
 }  # fmt: skip
 # Beginnings of `init_lora_weights` under which peft changes the base's weights.
 CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -104,6 +103,30 @@ class Adapter:
         self.passport = passport.read(folder)
         self._entries = _entries(folder)
         self.modules = _modules(folder, self._entries, dora=bool(self.config.get("use_dora")))
+        for module in self.modules:
+            self._check_settings(module)
+
+    def _check_settings(self, module: str) -> None:
+        """Refuse a layer whose rank is another than the settings', or that they leave out."""
+        config, held = self.config, self._entries[f"{ROOT}{module}.lora_A.weight"].shape[0]
+        rank = _of_pattern(config, "rank_pattern", module, config["r"])
+        if held != rank:
+            raise UserError(
+                f"{self.folder / CONFIG} gives {module} rank {rank:g}; its matrices have {held}.",
+                "Copy the folder again: its files do not belong together.",
+            )
+        targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+        layers = config.get("layers_to_transform")
+        numbers = re.findall(r"\.(\d+)\.", module)[:1]
+        if (
+            (targets and targets != "all-linear" and not _is_named(targets, module))
+            or (excluded and _is_named(excluded, module))
+            or (layers is not None and not {*map(int, numbers)} & _numbers(layers))
+        ):
+            raise UserError(
+                f"{self.folder / CONFIG} leaves {module} out, which {WEIGHTS} changes.",
+                "Copy the folder again: its files do not belong together.",
+            )
 
     @property
     def base_name(self) -> str:
@@ -298,6 +321,18 @@ def _is_pattern(value: Any) -> bool:
     return all(map(_positive, value.values()))
 
 
+def _is_names(value: Any) -> bool:
+    """Whether it names modules: by a regular expression, or in a list."""
+    if isinstance(value, str):
+        return _is_pattern({value: 1})
+    return value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def _is_layers(value: Any) -> bool:
+    listed = value if isinstance(value, list) else [value]
+    return value is None or all(type(one) is int for one in listed)
+
+
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "r": _positive,
     "lora_alpha": _positive,
@@ -305,6 +340,9 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "use_dora": _is_switch,
     "rank_pattern": _is_pattern,
     "alpha_pattern": _is_pattern,
+    "target_modules": _is_names,
+    "exclude_modules": _is_names,
+    "layers_to_transform": _is_layers,
 }
 
 
@@ -314,6 +352,17 @@ def _of_pattern(config: dict[str, Any], key: str, module: str, default: Any) -> 
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
     return default
+
+
+def _is_named(names: Any, module: str) -> bool:
+    """Whether settings name a module, as peft matches them: by a pattern, or by ends of names."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _numbers(layers: Any) -> set[int]:
+    return {layers} if isinstance(layers, int) else {*layers}
 
 
 def _entries(folder: Path) -> dict[str, stored.Entry]:

@@ -46,9 +46,10 @@ def installed() -> bool:
 def replace() -> None:
     """Start this program again with tcmalloc, if that helps and is possible.
 
-    Not beside a GPU, where a step's tensors are elsewhere, and not if a library is preloaded.
+    Not beside a GPU, where a step's tensors are elsewhere, not if a library is preloaded, and not
+    if the program itself came through standard input, which cannot be read twice.
     """
-    if not _wanted():
+    if not _wanted() or sys.argv[0] in ("", "-"):
         return
     environment = {**os.environ, "LD_PRELOAD": LIBRARY}
     sys.stdout.flush()

@@ -116,10 +116,43 @@ def test_a_setting_that_is_not_computed_here_is_refused(
 
 def test_settings_that_do_not_change_the_result_are_accepted(folder: Path, tmp_path: Path) -> None:
     harmless = {
-        "lora_dropout": 0.1, "target_modules": ["q_proj"], "init_lora_weights": "gaussian",
+        "lora_dropout": 0.1, "target_modules": "all-linear", "init_lora_weights": "gaussian",
         "task_type": "CAUSAL_LM", "inference_mode": True, "loftq_config": {}, "use_something": None,
     }  # fmt: skip
     assert Adapter(with_settings(folder, tmp_path / "same", **harmless)).modules
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"r": 8}, "rank 8; its matrices have 4"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj rank 2; its matrices have 4"),
+        ({"target_modules": ["q_proj", "proj"]}, "leaves .*down_proj out"),
+        ({"target_modules": r".*\.(q|k|v|o)_proj"}, "leaves .*down_proj out"),
+        ({"exclude_modules": ["k_proj"]}, "leaves .*k_proj out"),
+        ({"layers_to_transform": [0]}, r"leaves model\.layers\.1\..* out"),
+        ({"layers_to_transform": 1}, r"leaves model\.layers\.0\..* out"),
+    ],
+)
+def test_settings_that_contradict_the_tensors_are_refused(
+    settings: dict[str, Any], told: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=told):
+        Adapter(with_settings(folder, tmp_path / "other", **settings))
+
+
+def test_settings_that_name_the_tensors_in_other_words_are_accepted(
+    folder: Path, tmp_path: Path
+) -> None:
+    for number, settings in enumerate(
+        [
+            {"target_modules": r".*_proj", "layers_to_transform": [1, 0]},
+            {"target_modules": ["self_attn.q_proj", "proj", "k_proj", "v_proj", "o_proj",
+                                "gate_proj", "up_proj", "down_proj"]},
+            {"exclude_modules": ["lm_head", "j_proj"], "rank_pattern": {"q_proj": 4}},
+        ]
+    ):  # fmt: skip
+        assert Adapter(with_settings(folder, tmp_path / str(number), **settings)).modules
 
 
 def edited(folder: Path, target: Path, change: Any) -> Path:

@@ -1,6 +1,7 @@
 """Adapters that train.py writes are those that peft and transformers alone would train."""
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import set_eos
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training_runs import ROOT, finish, losses, start, train, wait_until
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -142,6 +144,8 @@ def relative(ours: Tensors, theirs: Tensors) -> float:
         ("tiny_model", {"quantize_base": "int8", "gradient_checkpointing": True}, 0),
         ("biased", {"lora_target_modules": "q_proj,down_proj", "lora_alpha": 3}, 0),
         ("biased", {"use_dora": True}, 2),
+        # in the first layer the gate has a gradient and its neighbour `up_proj` has none
+        ("tiny_model", {"lora_target_modules": "gate_proj,down_proj"}, 0),
         pytest.param("biased", {"quantize_base": "nf4", "fsdp": "no_shard"}, 2, marks=SLOW),
         pytest.param("tiny_model", {"use_dora": True, "fsdp": "shard_grad_op"}, 2, marks=SLOW),
         pytest.param("tiny_model", {"fsdp": "full_shard offload"}, 0, marks=SLOW),
@@ -187,6 +191,60 @@ def test_only_the_adapter_is_kept_and_a_killed_run_goes_on_bit_for_bit(
     held = sum(path.stat().st_size for path in (out / "checkpoint-12").glob("*.distcp"))
     trained = sum(value.numel() for value in theirs.values())
     assert 12 * trained <= held < 12 * trained + 400_000  # fp32 values, two moments, torch's own
+
+
+def test_a_frozen_embedding_is_in_no_checkpoint_under_the_name_it_is_tied_to(
+    biased: Path, data: Path, tmp_path: Path
+) -> None:
+    out = run(biased, data, tmp_path / "out", max_steps=1, keep_last_checkpoint=True)
+    state, shard = tmp_path / "state.pt", out / "checkpoint-1"
+    dcp_to_torch_save(shard, state)
+    held = torch.load(state, weights_only=True)["model"]
+    assert held
+    assert all("lora_" in name for name in held)
+
+
+def test_a_base_whose_numbers_changed_is_another_one_without_a_passport_too(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / "passport.json").unlink(missing_ok=True)
+    more = {"max_steps": 1, "keep_last_checkpoint": True}
+    out = run(base, data, tmp_path / "out", **more)
+    weights_file = base / "model.safetensors"
+    held = load_file(weights_file)
+    held["model.layers.1.self_attn.q_proj.weight"] += 0.5
+    save_file(held, weights_file, {"format": "pt"})
+    refused = train(*words(base, data, out, **{**more, "max_steps": 2}))
+    assert refused.returncode == 2
+    assert "holds another model" in refused.stderr
+
+
+def test_a_merge_beside_the_run_is_that_of_the_newest_adapter(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    def merged() -> Tensors:
+        held: Tensors = load_file(tmp_path / "out-merged" / "model.safetensors")
+        return held
+
+    more = {"max_steps": 1, "merge": True}
+    out = run(tiny_model, data, tmp_path / "out", **more)
+    first = merged()
+    again = train(*words(tiny_model, data, out, **more))
+    assert "already holds the merge of this adapter" in again.stdout
+    run(tiny_model, data, out, **more, export_dtype="fp32")
+    assert {one.dtype for one in merged().values()} == {torch.float32}
+    run(tiny_model, data, out, **more, overwrite_output_dir=True, seed=7)
+    second = merged()
+    assert any(not second[name].equal(first[name]) for name in first)
+
+    shutil.rmtree(out)
+    shutil.copytree(tiny_model, tmp_path / "other-merged")
+    refused = train(*words(tiny_model, data, tmp_path / "other", **more))
+    assert refused.returncode == 2
+    assert "something else is there" in refused.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_adapter_takes_a_models_place_and_a_model_an_adapters(

@@ -70,3 +70,22 @@ def test_the_doctor_says_whether_training_will_use_it(
     monkeypatch.setenv(heap.SWITCH, switch)
     monkeypatch.setattr(heap, "GPU", NOWHERE)
     assert ("keeps it out" in host.allocator().message) == (switch == "0")
+
+
+@needs_tcmalloc
+def test_a_program_that_came_through_standard_input_runs_once() -> None:
+    """Started again it would find its input read, and do nothing."""
+    bare = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    program = (
+        f"from alpaca import heap\nheap.GPU = heap.Path('{NOWHERE}')\nheap.replace()\nprint(1)"
+    )
+    for words in (["-"], []):
+        done = subprocess.run(
+            [sys.executable, *words],
+            input=program,
+            env=bare,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "1\n"

@@ -692,3 +692,14 @@ def test_an_interrupted_merge_is_absent_and_the_next_one_complete(
     assert merge(adapter, output) == 0
     assert os.listdir(output.parent) == ["out"]
     assert verify(output) == 0
+
+
+def test_a_merge_is_not_written_into_what_it_is_made_from(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(tmp_path / "lora", base, recorded=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", str(adapter), "-o", str(adapter / "inner"), "--base", str(base)])
+    assert ended.value.code == 2
+    assert "whose passport lists all that is in it" in capsys.readouterr().err
+    assert not (adapter / "inner").exists()

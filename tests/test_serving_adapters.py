@@ -356,7 +356,9 @@ def test_an_adapter_that_does_not_fit_into_memory_is_refused_unread(
             "dtype": "F32", "shape": [hidden, rank], "data_offsets": [size, 2 * size]},
     }).encode()  # fmt: skip
     settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": False}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(settings | {"use_dora": False, "r": rank})
+    )
     with (folder / "adapter_model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + 2 * size)

@@ -93,26 +93,50 @@ def run(arguments: argparse.Namespace) -> None:
     print(merge.summary(adapter, base, output, found))
 
 
+def merged_folder(folder: Path) -> Path:
+    """Where the merge of a run's adapter goes: beside its folder."""
+    whole = folder.resolve()
+    return whole.with_name(f"{whole.name}-merged")
+
+
+def before_training(folder: Path) -> None:
+    """Raise UserError if something else than an earlier merge of this folder is in its way."""
+    from alpaca import atomic, passport
+
+    output = merged_folder(folder)
+    atomic.recover(output)
+    held = (passport.read(output) if output.is_dir() else None) or {}
+    if output.exists() and held.get("adapter", {}).get("folder") != folder.resolve().name:
+        raise UserError(
+            f"--merge writes {output}, and something else is there.",
+            "Move it away, or choose another --output_dir.",
+        )
+
+
 def after_training(folder: Path, base: Path, dtype: str) -> None:
     """Write the merge of a run's adapter beside its folder, unless it is there already.
+
+    The merge of an earlier adapter of the same folder is replaced.
 
     Raises:
         UserError: as `merge.merge`; or another folder is in the way.
     """
-    from alpaca import atomic, passport
-    from alpaca.adapter import Adapter
+    from alpaca import adapter as adapters
+    from alpaca import passport
     from alpaca.release import merge
     from alpaca.shards import DTYPES
 
-    output = folder.with_name(f"{folder.resolve().name}-merged")
-    atomic.recover(output)
-    adapter = Adapter(folder)
-    assert adapter.passport is not None
+    before_training(folder)
+    output = merged_folder(folder)
+    adapter = adapters.Adapter(folder)
     held = passport.read(output) if output.is_dir() else None
-    if held is not None and held.get("run") == adapter.passport["run"]:
-        print(f"train: {output} already holds the merge of this run")
-        return
-    outputs.check(output, [folder, base], force=False, folder=True)
+    if held is not None:
+        weights, same = adapters.WEIGHTS, passport.hash_files([folder / adapters.WEIGHTS])
+        is_this = held["adapter"]["files"].get(weights) == same[0]
+        if is_this and held["export"]["dtype"] == dtype:
+            print(f"train: {output} already holds the merge of this adapter")
+            return
+    outputs.check(output, [folder, base], force=True, folder=True)
     layout = merge.Layout(DTYPES[dtype], quantized=adapter.quantized)
     found = merge.merge(adapter, base, output, layout)
     print(merge.summary(adapter, base, output, found))

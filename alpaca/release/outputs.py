@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from alpaca import passport
 from alpaca.errors import UserError
 
 
@@ -11,12 +12,18 @@ def check(output: Path, inputs: list[Path], *, force: bool, folder: bool) -> Non
     `folder`: whether a folder will be written. `force`: what is there may be replaced.
 
     Raises:
-        UserError: the output is an input or holds one, is there already, or is of another kind.
+        UserError: the output is an input, holds one or is in one, is there already, or is of
+            another kind.
     """
     for one in inputs:
         if one.resolve().is_relative_to(output.resolve()):
             raise UserError(
                 f"{output} would replace {one}, which is to be read.", "Name another --output."
+            )
+        if (one / passport.NAME).is_file() and output.resolve().is_relative_to(one.resolve()):
+            raise UserError(
+                f"{output} would be in {one}, whose passport lists all that is in it.",
+                "Name another --output.",
             )
     if not output.exists():
         return

@@ -138,9 +138,18 @@ class Saver:
 def state_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """This rank's shards of the trained weights and moments; a tied weight is there once."""
     model, optim = get_state_dict(module, optimizer, options=TRAINED)
-    for name in _tied(module):
-        model.pop(name, None)
-    return {"model": model, "optimizer": optim}
+    return {"model": _once(module, model), "optimizer": optim}
+
+
+def _once(module: torch.nn.Module, model: dict[str, Any]) -> dict[str, Any]:
+    """The trained weights, each under its first name.
+
+    torch drops frozen weights by their first names only: a frozen embedding would stay as the
+    output layer that is tied to it.
+    """
+    every = module.named_parameters(remove_duplicate=False)
+    left_out = {name for name, parameter in every if not parameter.requires_grad} | {*_tied(module)}
+    return {name: value for name, value in model.items() if name not in left_out}
 
 
 def _tied(module: torch.nn.Module) -> dict[str, str]:
@@ -338,11 +347,9 @@ def load_weights(folder: Path, module: torch.nn.Module) -> None:
         UserError: as `load`.
     """
     _checked(folder)
-    model = get_model_state_dict(module, options=TRAINED)
-    tied = _tied(module)
-    held = {"model": {name: value for name, value in model.items() if name not in tied}}
+    held = {"model": _once(module, get_model_state_dict(module, options=TRAINED))}
     state_dict_loader.load(held, checkpoint_id=folder)
-    again = {name: held["model"][known] for name, known in tied.items()}
+    again = {name: held["model"][known] for name, known in _tied(module).items()}
     set_model_state_dict(module, {**held["model"], **again}, options=TRAINED)
 
 

@@ -157,7 +157,7 @@ def _adapter(arguments: Arguments) -> dict[str, Any] | None:
         "rank": arguments.lora_rank,
         "alpha": arguments.alpha,
         "dropout": arguments.lora_dropout,
-        "targets": list(arguments.targets) or "all-linear",
+        "targets": sorted(arguments.targets) or "all-linear",
         "rslora": arguments.lora_use_rslora,
         "dora": arguments.use_dora,
         "base": arguments.quantize_base,

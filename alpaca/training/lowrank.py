@@ -92,7 +92,7 @@ class _Product(torch.autograd.Function):
         opened = None if gate is None else F.silu(gate)
         of_down = error.T @ (x if opened is None else opened * x)
         of_x = of_gate = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             of_x = linear(above, _weight(held, scales, ctx.kind, above.dtype).T)
             of_x.addmm_(error, down)
             if opened is not None:
