@@ -20,7 +20,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 def main() -> int:
     """Run the command; returns its exit code."""
     parent = os.getppid()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, ended)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
@@ -35,6 +35,12 @@ def main() -> int:
                 process.wait(GRACE)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def ended(*_: object) -> None:
+    """Leave `main` by its `finally`, which a second signal must not leave."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,18 @@ from alpaca.tokens import Codec
 CHECK = 2.0  # seconds between two questions whether a server is up
 PATIENCE = 600.0  # seconds that requests wait for a server to come up
 QUOTED = 300  # characters of a server's error
+# keys of vLLM that other servers may refuse; without them text and usage tell what they are asked
+OWN_KEYS = ("return_token_ids", "stop_token_ids")
 ID = "token_id:"  # before a token's number, where log probabilities are told by name
 ELSEWHERE = "This server asks another one for its answers, which has adapters of its own."
 
 
 class LostError(RuntimeError):
     """A server refused a request, or ended before the answer did."""
+
+
+class _RefusedError(LostError):
+    """A server refused a request as wrong."""
 
 
 class _UnreachableError(LostError):
@@ -63,6 +70,7 @@ class Server:
     model: str
     running: int = 0
     up: bool = True
+    knows_ids: bool = True  # OWN_KEYS
 
     @property
     def root(self) -> str:
@@ -99,12 +107,18 @@ class RemoteEngine:
         self._lock = threading.Lock()
         self._stopping = False
         self._down_since: float | None = None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="remote engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop
+        self._client: httpx.AsyncClient
+        self._ended: asyncio.Event
+        self._begun = threading.Event()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._serve()), name="remote engine", daemon=True
+        )
 
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
+        self._begun.wait()
 
     def submit(self, request: Request, notify: Callable[[], None] | None = None) -> Job:
         """Queue a request; as `border.Engine.submit`."""
@@ -122,7 +136,7 @@ class RemoteEngine:
         self.measures.prompt_tokens += len(request.prompt)
         if adapter is not None:
             adapter.requests += 1
-        self._loop.call_soon_threadsafe(self._arrive, job)
+        self._later(self._arrive, job)
         return job
 
     def check_text(self, size: int) -> None:
@@ -142,7 +156,7 @@ class RemoteEngine:
         with self._lock:
             self._stopping = True
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._later(self._ended.set)
             self._thread.join()
 
     @property
@@ -161,28 +175,24 @@ class RemoteEngine:
         """Number of free slots."""
         return self._free
 
-    def _run(self) -> None:
-        """The thread: serve the loop until `stop`, then tell everyone who waits."""
-        asyncio.set_event_loop(self._loop)
+    async def _serve(self) -> None:
+        """The thread: answer until `stop`, then tell everyone who waits."""
+        self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self._client = httpx.AsyncClient(
             headers=self._headers,
             timeout=httpx.Timeout(None, connect=10),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
-        watch = self._loop.create_task(self._watch())
-        try:
-            self._loop.run_forever()
-        finally:
-            with self._lock:
-                self._stopping = True
+        async with self._client:
+            watch = asyncio.create_task(self._watch())
+            self._begun.set()
+            await self._ended.wait()
             tasks = [watch, *self._tasks.values()]
             for task in tasks:
                 task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            await asyncio.gather(*tasks, return_exceptions=True)
             for job in self._queue:
                 job.finish(EngineStoppedError("The engine was stopped."))
-            self._loop.run_until_complete(self._client.aclose())
-            self._loop.close()
 
     async def _watch(self) -> None:
         """Ask each server again and again whether it is up."""
@@ -221,7 +231,7 @@ class RemoteEngine:
                 job.finish(CanceledError())
                 continue
             self._free -= job.request.n
-            task = self._loop.create_task(self._answer(job))
+            task = asyncio.create_task(self._answer(job))
             self._tasks[id(job)] = task
 
     def _leave_queue(self, job: Job) -> None:
@@ -235,9 +245,12 @@ class RemoteEngine:
             job.finish(error)
 
     def _told_to_cancel(self, job: Job) -> None:
-        """Any thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._cancel, job)
+        self._later(self._cancel, job)
+
+    def _later(self, work: Callable[..., object], *given: Any) -> None:
+        """Let the engine's thread do it; from any thread, and in vain if the engine has stopped."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(work, *given)
 
     def _cancel(self, job: Job) -> None:
         if job in self._queue:
@@ -276,9 +289,9 @@ class RemoteEngine:
         try:
             tried: list[Server] = []
             while True:
-                server = self._choose(tried)
+                server = await self._choose(tried)
                 try:
-                    await self._generate(server, body, generation)
+                    await self._generate_as_known(server, body, generation)
                     break
                 except _UnreachableError:
                     server.up = False
@@ -287,12 +300,38 @@ class RemoteEngine:
             generation.fail(error)
         generation.finish()
 
-    def _choose(self, tried: Sequence[Server]) -> Server:
-        """The server with the fewest answers in the making."""
-        left = [server for server in self.servers if server.up and server not in tried]
-        if not left:
-            raise LostError("The model's server cannot be reached; ask again in a moment.")
-        return min(left, key=lambda server: server.running)
+    async def _choose(self, tried: Sequence[Server] = ()) -> Server:
+        """The server that makes the fewest answers; waits for one to come up.
+
+        One that was tried is asked again only once it has said that it is up.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            up = [server for server in self.servers if server.up]
+            if left := [server for server in up if server not in tried] or up:
+                return min(left, key=lambda server: server.running)
+            await asyncio.sleep(CHECK / 4)
+        raise LostError(f"No server has answered for {PATIENCE:.0f} s.")
+
+    async def _generate_as_known(
+        self, server: Server, body: dict[str, Any], generation: Generation
+    ) -> None:
+        """Ask with vLLM's own keys, and without them if the server refuses those only."""
+        plain = {key: value for key, value in body.items() if key not in OWN_KEYS}
+        if server.knows_ids:
+            try:
+                await self._generate(server, body, generation)
+            except _RefusedError as error:
+                refusal = error
+            else:
+                return
+            try:
+                await self._generate(server, plain, generation)
+            except _RefusedError:
+                raise refusal from None
+            server.knows_ids = False
+        else:
+            await self._generate(server, plain, generation)
 
     async def _generate(self, server: Server, body: dict[str, Any], generation: Generation) -> None:
         """Ask one server for one completion."""
@@ -330,10 +369,14 @@ class RemoteEngine:
             text = text.replace(self._key, "[key]")
         if status in (502, 503, 504):
             return _UnreachableError(text)
-        return LostError(f"The model's server answered with HTTP status {status}: {text}")
+        kind = _RefusedError if status in (400, 422) else LostError
+        return kind(f"The model's server answered with HTTP status {status}: {text}")
 
     def _body(self, job: Job, number: int, generation: Generation) -> dict[str, Any]:
-        """What a server is asked for one completion; `generation` knows how many tokens fit."""
+        """What a server is asked for one completion; `generation` knows how many tokens fit.
+
+        Stop strings are found here: not every server tells which of its reasons ended an answer.
+        """
         request, sampling = job.request, job.request.sampling
         greedy = sampling.temperature == 0 or sampling.top_p == 0
         body: dict[str, Any] = {
@@ -354,8 +397,6 @@ class RemoteEngine:
             "presence_penalty": (sampling.presence_penalty, 0.0),
         }
         body |= {name: value for name, (value, neutral) in optional.items() if value != neutral}
-        if stop := [text for text in request.stop if text]:
-            body["stop"] = stop
         if request.ignore_ends:
             body["ignore_eos"] = True
         elif self.ends:
@@ -371,16 +412,7 @@ class RemoteEngine:
             raise LostError(f"The model's server failed: {str(message)[:QUOTED]}")
         ended = None
         for choice in event.get("choices", []):
-            if ids := choice.get("token_ids"):
-                self._measure(generation)
-                scored = _scored(choice.get("logprobs"), ids, generation.logprobs)
-                for token, one in zip(ids, scored, strict=True):
-                    if not generation.reason:
-                        generation.accept(token, self.ends, one)
-                        self.measures.generated_tokens += 1
-            elif text := "" if "token_ids" in choice else choice.get("text"):
-                self._measure(generation)
-                generation.accept_text(text)
+            self._take_tokens(choice, generation)
             ended = choice.get("finish_reason")
             if ended not in (None, "stop", "length"):
                 raise LostError(f"The model's server ended the answer: {ended}.")
@@ -390,6 +422,20 @@ class RemoteEngine:
             generation.count(usage["completion_tokens"])
             self.measures.generated_tokens += usage["completion_tokens"]
         return ended
+
+    def _take_tokens(self, choice: dict[str, Any], generation: Generation) -> None:
+        if ids := choice.get("token_ids"):
+            self._measure(generation)
+            scored = _scored(choice.get("logprobs"), ids, generation.logprobs)
+            for token, one in zip(ids, scored, strict=True):
+                if not generation.reason:
+                    generation.accept(token, self.ends, one)
+                    self.measures.generated_tokens += 1
+        elif text := "" if "token_ids" in choice else choice.get("text"):
+            if generation.logprobs is not None:
+                raise LostError("The model's server tells no ids, so no log probabilities.")
+            self._measure(generation)
+            generation.accept_text(text)
 
     def _measure(self, generation: Generation) -> None:
         now = time.monotonic()
@@ -409,7 +455,7 @@ class RemoteEngine:
             "prompt_logprobs": count,
         }
         try:
-            server = self._choose(())
+            server = await self._choose()
             answer = await self._client.post(f"{server.url}/completions", json=body)
             if not answer.is_success:
                 raise self._refused(answer.status_code, answer.content)

@@ -193,7 +193,7 @@ class Child:
         failed = 0
         while not self._stopping.is_set() and failed < STARTS:
             began = time.monotonic()
-            self._process = process = subprocess.Popen(
+            with subprocess.Popen(
                 [sys.executable, GUARD, *self._command()],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -201,12 +201,13 @@ class Child:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-            )
-            for line in process.stdout or ():
-                if text := line.rstrip():
-                    self.last = text
-                    print(f"vllm: {text}", flush=True)
-            code, lived = process.wait(), time.monotonic() - began
+            ) as process:
+                self._process = process
+                for line in process.stdout or ():
+                    if text := line.rstrip():
+                        self.last = text
+                        print(f"vllm: {text}", flush=True)
+            code, lived = process.returncode, time.monotonic() - began
             if self._stopping.is_set():
                 return
             if not self.has_started:
