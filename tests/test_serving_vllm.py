@@ -1,0 +1,132 @@
+"""vLLM behind the runner keeps the same promises; its CPU build, in an environment of its own.
+
+`./script/setup vllm` makes it (.venvs/vllm); without it these are skipped.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from adapters import make_adapter
+from engines import answer_of
+from http_server import Server, free_port, serving
+
+from alpaca.golden import PROMPTS
+from alpaca.serving import loading
+from alpaca.serving.request import Sampling
+from alpaca.serving.weights import Weights
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = Path(os.environ.get("ALPACA_VLLM_PYTHON", ROOT / ".venvs/vllm/bin/python"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.is_file(), reason="./script/setup vllm has not been run"),
+]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def folders(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = tmp_path_factory.mktemp("vllm")
+    return {"base": smollm, "styled": make_adapter(made / "styled", smollm, recorded=True)}
+
+
+@pytest.fixture(scope="module")
+def door(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, str]]:
+    """The runner with vLLM, and the URL of its second port."""
+    port = free_port()
+    given = {
+        "ALPACA_ENGINE": "vllm",
+        "ALPACA_VLLM_PYTHON": str(PYTHON),
+        "ALPACA_VLLM_FLAGS": "--enforce-eager",
+        "ALPACA_DTYPE": "float32",
+        "ALPACA_CONTEXT": "1024",
+        "ALPACA_SLOTS": "16",
+        "ALPACA_WEB_PORT": str(port),
+        "ALPACA_ADAPTERS": f"styled={folders['styled']}",
+        "ALPACA_ADAPTER_FOLDER": str(folders["styled"].parent),
+    }
+    with serving(folders["base"], tmp_path_factory.mktemp("log"), **given) as server:
+        yield server, f"http://127.0.0.1:{port}/v1"
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_answers_are_those_of_the_own_engine(
+    door: tuple[Server, str], folders: dict[str, Path], penalty: float
+) -> None:
+    server, _ = door
+    weights = Weights(folders["base"], "a test", {"styled": folders["styled"]})
+    own, codec = loading.load(weights, {"ALPACA_DTYPE": "float32", "ALPACA_CONTEXT": "1024"})
+    try:
+        for adapter in ("", "styled"):
+            for instruction, given in PROMPTS:
+                asked = {"max_new_tokens": NEW, "adapter": adapter}
+                sampling = Sampling(temperature=0, repetition_penalty=penalty)
+                ours = answer_of(own, codec.prompt(instruction, given), sampling, **asked)  # type: ignore[arg-type]
+                told = server.post(
+                    prompt=instruction,
+                    input=given,
+                    temperature=0,
+                    repetition_penalty=penalty,
+                    **asked,
+                ).json()
+                assert told["output"] == [ours.text]
+                assert told["metrics"]["finish_reason"] == ours.reason
+                assert told["metrics"]["completion_tokens"] == ours.tokens
+    finally:
+        own.stop()
+
+
+def test_a_seed_repeats_its_answers_and_n_of_them_differ(door: tuple[Server, str]) -> None:
+    server, _ = door
+    asked = {"prompt": "Tell a story.", "n": 5, "seed": 9, "max_new_tokens": NEW}
+    first, second = (server.post(**asked).json() for _ in range(2))
+    assert first["output"] == second["output"]
+    assert len(set(first["output"])) == 5
+    assert server.post(**{**asked, "seed": 10}).json()["output"] != first["output"]
+
+
+def test_a_stop_text_ends_an_answer_and_a_stream_joins_to_it(door: tuple[Server, str]) -> None:
+    server, _ = door
+    asked = {"prompt": "Name three colors.", "temperature": 0, "max_new_tokens": NEW}
+    whole = server.post(**asked).json()["output"][0]
+    stop = whole[len(whole) // 2 :][:3]
+    cut = server.post(**asked, stop=[stop]).json()
+    assert cut["output"] == [whole[: whole.index(stop)]]
+    assert cut["metrics"]["finish_reason"] == "stop"
+    pieces = [data["text"] for name, data in server.stream(**asked) if name == "output" and data]
+    assert not pieces or "".join(pieces) == whole
+
+
+def test_log_probabilities_and_adapters_over_v1(
+    door: tuple[Server, str], folders: dict[str, Path]
+) -> None:
+    _, url = door
+    asked = {"prompt": "The sky is", "max_tokens": 5, "temperature": 0, "logprobs": 2, "echo": True}
+    told = httpx.post(f"{url}/completions", json=asked, timeout=120).json()["choices"][0]
+    values = told["logprobs"]["token_logprobs"]
+    assert values[0] is None
+    assert len(values) == 8
+    assert all(-50 < value <= 0 for value in values[1:])
+    body = {"lora_name": "again", "lora_path": folders["styled"].name}
+    assert httpx.post(f"{url}/load_lora_adapter", json=body, timeout=120).status_code == 200
+    plain = {"prompt": "The sky is", "max_tokens": 8, "temperature": 0}
+    texts = [
+        httpx.post(f"{url}/completions", json={**plain, "model": name}, timeout=120).json()
+        for name in ("styled", "again")
+    ]
+    assert texts[0]["choices"][0]["text"] == texts[1]["choices"][0]["text"]
+    body = {"lora_name": "again"}
+    assert httpx.post(f"{url}/unload_lora_adapter", json=body, timeout=120).status_code == 200
+    listed = httpx.get(f"{url}/models").json()["data"]
+    assert [one["id"] for one in listed] == [folders["base"].name, "styled"]
+
+
+def test_more_requests_than_slots_wait_and_cancelling_frees(door: tuple[Server, str]) -> None:
+    server, _ = door
+    server.cancel_one("gone")
+    assert server.idle()
