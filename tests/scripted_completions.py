@@ -35,6 +35,7 @@ class Told:
     status: int = 200
     message: str = ""
     pause: float = 0.0
+    garbage: str = ""
 
 
 class Completions(ThreadingHTTPServer):
@@ -109,6 +110,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
+        if told.garbage:
+            self.wfile.write(f"data: {told.garbage}\n\n".encode())
         pieces = told.tokens if told.texts is None else told.texts
         for number, piece in enumerate(pieces):
             if told.breaks == number:

@@ -160,6 +160,47 @@ def test_cancelling_leaves_the_stream_and_frees_the_slot(bpe: PreTrainedTokenize
         assert len(server.asked) == 2
 
 
+def test_a_request_that_is_cancelled_at_any_moment_frees_its_slots(
+    bpe: PreTrainedTokenizerBase,
+) -> None:
+    with (
+        scripted_completions(lambda _: Told([5] * 400, pause=0.01)) as server,
+        bridge(bpe, server, slots=4, limits=Limits(waiting=500)) as engine,
+    ):
+        jobs = []
+        for number in range(200):
+            job = engine.submit(Request((1, 2), n=1 + number % 3))
+            time.sleep((number % 5) / 1000)
+            job.cancel()
+            jobs.append(job)
+        for job in jobs:
+            for one in job.completions:
+                with pytest.raises(CanceledError):
+                    one.result.result(30)
+        wait_for(lambda: (engine.idle_slots, engine.waiting) == (4, 0))
+        server.script = lambda _: Told([5], "length")
+        assert answer(engine, [1, 2], max_new_tokens=1).tokens == 1
+
+
+def test_an_answer_that_takes_too_long_ends_and_nonsense_fails_alone(
+    bpe: PreTrainedTokenizerBase,
+) -> None:
+    with (
+        scripted_completions(lambda _: Told([5] * 400, pause=0.3)) as server,
+        bridge(bpe, server, limits=Limits(seconds=1)) as engine,
+    ):
+        ended = answer(engine, [1, 2])
+        assert ended.reason == "time"
+        assert 1 <= ended.tokens <= 4
+        for garbage in ("{", "[]", '{"choices": [{"token_ids": ["a"]}]}', "null"):
+            server.script = lambda _, garbage=garbage: Told([5], garbage=garbage)
+            failed = engine.submit(Request((1, 2))).completions[0].result.exception(30)
+            assert isinstance(failed, Exception), garbage
+        server.script = lambda _: Told([5], "length")
+        assert answer(engine, [1, 2], max_new_tokens=1).tokens == 1
+        wait_for(lambda: engine.idle_slots == 8)
+
+
 def test_more_requests_than_slots_wait_and_a_full_queue_refuses(
     bpe: PreTrainedTokenizerBase,
 ) -> None:

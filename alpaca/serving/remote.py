@@ -9,12 +9,14 @@ tokens' ids where the server tells them (vLLM does), so both engines cut text in
 import asyncio
 import hashlib
 import json
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,7 @@ class RemoteEngine:
             self._free -= job.request.n
             task = asyncio.create_task(self._answer(job))
             self._tasks[id(job)] = task
+            task.add_done_callback(partial(self._release, job))
 
     def _leave_queue(self, job: Job) -> None:
         with self._lock:
@@ -260,21 +263,23 @@ class RemoteEngine:
         elif task := self._tasks.get(id(job)):
             task.cancel()
 
-    async def _answer(self, job: Job) -> None:
-        """Make all completions of a request, whatever becomes of them."""
-        parts = [self._complete(job, number) for number in range(job.request.n)]
-        if job.request.prompt_logprobs:
-            parts = [self._score_prompt(job, parts)]
-        try:
-            await asyncio.gather(*parts)
-        except asyncio.CancelledError:
+    def _release(self, job: Job, task: asyncio.Task[None]) -> None:
+        """Free the slots of a request whose task has ended, perhaps before it began."""
+        if task.cancelled():
             stopped = EngineStoppedError("The engine was stopped.")
             job.finish(stopped if self._stopping else CanceledError())
-        finally:
-            del self._tasks[id(job)]
-            self._free += job.request.n
-            if not self._stopping:
-                self._admit()
+        elif error := task.exception():
+            job.finish(error)
+        del self._tasks[id(job)]
+        self._free += job.request.n
+        if not self._stopping:
+            self._admit()
+
+    async def _answer(self, job: Job) -> None:
+        """Make all completions of a request, whatever becomes of each."""
+        if job.request.prompt_logprobs:
+            await self._score_prompt(job)
+        await asyncio.gather(*(self._complete(job, one) for one in range(job.request.n)))
 
     async def _complete(self, job: Job, number: int) -> None:
         """Make one completion, on another server if one goes away before its first piece."""
@@ -286,19 +291,26 @@ class RemoteEngine:
             generation.finish()
             return
         body = self._body(job, number, generation)
+        seconds = self.limits.seconds
         try:
-            tried: list[Server] = []
-            while True:
-                server = await self._choose(tried)
-                try:
-                    await self._generate_as_known(server, body, generation)
-                    break
-                except _UnreachableError:
-                    server.up = False
-                    tried.append(server)
-        except LostError as error:
+            async with asyncio.timeout(None if math.isinf(seconds) else seconds):
+                await self._make(body, generation)
+        except TimeoutError:
+            generation.end("time")
+        except Exception as error:  # whatever a server sends, this completion fails alone
             generation.fail(error)
         generation.finish()
+
+    async def _make(self, body: dict[str, Any], generation: Generation) -> None:
+        tried: list[Server] = []
+        while True:
+            server = await self._choose(tried)
+            try:
+                await self._generate_as_known(server, body, generation)
+                return
+            except _UnreachableError:
+                server.up = False
+                tried.append(server)
 
     async def _choose(self, tried: Sequence[Server] = ()) -> Server:
         """The server that makes the fewest answers; waits for one to come up.
@@ -444,35 +456,34 @@ class RemoteEngine:
         times.add(now - generation.last_token)
         generation.last_token = now
 
-    async def _score_prompt(self, job: Job, parts: list[Any]) -> None:
-        """The log probabilities of the prompt's own tokens; then the completions."""
+    async def _score_prompt(self, job: Job) -> None:
+        """Find the log probabilities of the prompt's own tokens.
+
+        Raises:
+            LostError: the server does not tell them.
+        """
         count = job.request.logprobs or 0
+        server = await self._choose()
         body = {
-            "model": job.model or self.servers[0].model,
+            "model": job.model or server.model,
             "prompt": list(job.request.prompt),
             "max_tokens": 1,
             "temperature": 0.0,
             "prompt_logprobs": count,
         }
         try:
-            server = await self._choose()
             answer = await self._client.post(f"{server.url}/completions", json=body)
-            if not answer.is_success:
-                raise self._refused(answer.status_code, answer.content)
-            [choice] = answer.json()["choices"]
-            told = choice.get("prompt_logprobs")
-            if told is None:
-                raise LostError("The model's server tells no log probabilities of prompts.")
-        except (LostError, httpx.HTTPError) as error:
-            for part in parts:
-                part.close()
-            job.finish(LostError(str(error)))
-            return
+        except httpx.TransportError as error:
+            raise LostError(f"The model's server cannot be asked: {error}") from None
+        if not answer.is_success:
+            raise self._refused(answer.status_code, answer.content)
+        told = answer.json()["choices"][0].get("prompt_logprobs")
+        if told is None:
+            raise LostError("The model's server tells no log probabilities of prompts.")
         for token, found in zip(job.request.prompt[1:], told[1:], strict=True):
             ranked = sorted(((e["logprob"], int(i)) for i, e in found.items()), reverse=True)
             top = tuple((i, value) for value, i in ranked[:count])
             job.prompt_scored.append(Scored(token, found[str(token)]["logprob"], top))
-        await asyncio.gather(*parts)
 
 
 def seed_of(seed: int, number: int) -> int:
