@@ -291,7 +291,8 @@ def test_the_reader_who_leaves_frees_the_slot_of_the_other_server(
     try:
         with opened(browser, web.url) as page:
             page.shown.select_option("#model", value="2")
-            page.set(n=5, temperature=5)
+            # a seed, or now and then the first answer ends before it has a character
+            page.set(n=5, temperature=5, seed=1)
             page.ask("Tell a story.", wait=False)
             page.eventually("#answers .text", "..")
             page.shown.click("#halt")
