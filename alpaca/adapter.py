@@ -102,7 +102,7 @@ class Adapter:
         self.config = read_config(folder)
         self.passport = passport.read(folder)
         self._entries = _entries(folder)
-        self.modules = _modules(folder, self._entries, dora=bool(self.config.get("use_dora")))
+        self.modules = _modules(folder, self._entries, dora=self.is_dora)
         for module in self.modules:
             self._check_settings(module)
 
@@ -161,8 +161,7 @@ class Adapter:
         name = f"{ROOT}{module}"
         down = self._tensor(f"{name}.lora_A.weight")
         up = self._tensor(f"{name}.lora_B.weight")
-        dora = self.config.get("use_dora")
-        magnitude = self._tensor(f"{name}.lora_magnitude_vector") if dora else None
+        magnitude = self._tensor(f"{name}.lora_magnitude_vector") if self.is_dora else None
         return Change(down, up, self.scaling(module, down.shape[0]), magnitude)
 
     def changes(self) -> Iterator[tuple[str, Change]]:
