@@ -7,8 +7,9 @@ and ALPACA_MAX_SECONDS mean what `loading` says.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 from transformers import AutoConfig
@@ -19,7 +20,7 @@ from alpaca.serving import settings
 from alpaca.serving.adapters import Adapters, examined
 from alpaca.serving.border import Limits
 from alpaca.serving.cache import Capacity
-from alpaca.serving.remote import RemoteAdapter, RemoteEngine, Server
+from alpaca.serving.remote import RemoteAdapter, RemoteEngine, Server, headers
 from alpaca.serving.stream import token_bytes
 from alpaca.serving.vllm import VllmEngine, refuse_what_vllm_lacks
 from alpaca.serving.weights import Weights
@@ -29,6 +30,7 @@ ENGINE, URL = "ALPACA_ENGINE", "ALPACA_ENGINE_URL"
 MODEL, KEY = "ALPACA_ENGINE_MODEL", "ALPACA_ENGINE_KEY"
 SLOTS = 256  # what vLLM decodes together
 WAIT = 2.0  # seconds between questions to a server that is not there yet
+DOWN = (502, 503, 504)  # of a balancer, or of a server that is loading
 PATIENCE = 600.0  # seconds until a server that does not answer is given up
 
 
@@ -117,48 +119,59 @@ def _found(
 ) -> tuple[list[Server], list[int]]:
     """The servers, which list the model and the adapters; and the longest requests they take."""
     servers, lengths = [], []
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     for text in filter(None, (part.strip() for part in urls.split(","))):
         url = base_url(text, URL)
-        listed = _listed(url, headers)
-        first = next(iter(listed), "")
+        known = _listed(url, key)
+        first = next(iter(known), "")
         name = environment.get(MODEL) or first
-        missing = [one for one in (name, *weights.adapters) if one not in listed]
+        missing = [one for one in (name, *weights.adapters) if one not in known]
         if missing:
             raise UserError(
                 f"{url} does not serve {missing[0] or 'a model'}; it lists "
-                f"{', '.join(listed) or 'none'}.",
+                f"{', '.join(known) or 'none'}.",
                 f"Set {MODEL} to the model's name there, and load adapters there under the names "
                 "that they have here.",
             )
         servers.append(Server(url, name))
-        if length := listed[name]:
+        if length := known[name]:
             lengths.append(length)
     return servers, lengths
 
 
-def _listed(url: str, headers: Mapping[str, str]) -> dict[str, int]:
+def _listed(url: str, key: str | None) -> dict[str, int]:
     """The models of a server, each with its context (0: not told); waits for it to come up."""
     deadline = time.monotonic() + PATIENCE
     told = False
-    while True:
-        try:
-            answer = httpx.get(f"{url}/models", headers=headers, timeout=10)
-            if answer.status_code not in (502, 503, 504):
-                break
-        except httpx.TransportError:
-            pass
+    while (found := listed(url, key, KEY, DOWN)) is None:
         if time.monotonic() > deadline:
             raise UserError(f"{url} does not answer.", f"Start it, or correct {URL}.")
         if not told:
             print(f"waiting for {url}", flush=True)
             told = True
         time.sleep(WAIT)
-    if answer.status_code in (401, 403):
-        raise UserError(f"{url} refused.", f"Set {KEY} to a key that it accepts.")
+    return {name: int(one.get("max_model_len") or 0) for name, one in found.items()}
+
+
+def listed(
+    url: str, key: str | None, setting: str, down: Sequence[int]
+) -> dict[str, dict[str, Any]] | None:
+    """What a server's /models tells of each, by id; None if it is not there yet.
+
+    It is not there if it cannot be reached or answers with a status of `down`.
+
+    Raises:
+        UserError: it refuses the key, which `setting` holds, or lists no models.
+    """
     try:
-        models = answer.raise_for_status().json()["data"]
-        return {one["id"]: int(one.get("max_model_len") or 0) for one in models}
+        answer = httpx.get(f"{url}/models", headers=headers(key), timeout=10)
+    except httpx.TransportError:
+        return None
+    if answer.status_code in down:
+        return None
+    if answer.status_code in (401, 403):
+        raise UserError(f"{url} refused.", f"Set {setting} to a key that it accepts.")
+    try:
+        return {one["id"]: one for one in answer.raise_for_status().json()["data"]}
     except (httpx.HTTPStatusError, ValueError, TypeError, KeyError):
         raise UserError(
             f"{url}/models lists no models (HTTP status {answer.status_code}).",

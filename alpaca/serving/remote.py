@@ -100,7 +100,6 @@ class RemoteEngine:
         self.limits = limits or Limits()
         self.adapters: Adapters[RemoteAdapter] = adapters or Adapters()
         self.measures = Measures()
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._key = key
         self._free = capacity.slots
         self._waiting = 0  # requests without slots; guarded by `_lock`
@@ -181,7 +180,7 @@ class RemoteEngine:
         """The thread: answer until `stop`, then tell everyone who waits."""
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self._client = httpx.AsyncClient(
-            headers=self._headers,
+            headers=headers(self._key),
             timeout=httpx.Timeout(None, connect=10),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
@@ -484,6 +483,11 @@ class RemoteEngine:
             ranked = sorted(((e["logprob"], int(i)) for i, e in found.items()), reverse=True)
             top = tuple((i, value) for value, i in ranked[:count])
             job.prompt_scored.append(Scored(token, found[str(token)]["logprob"], top))
+
+
+def headers(key: str | None) -> dict[str, str]:
+    """What every request to a server carries."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def seed_of(seed: int, number: int) -> int:

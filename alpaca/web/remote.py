@@ -17,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 from alpaca.address import base_url
 from alpaca.errors import UserError
 from alpaca.prompt import plain
+from alpaca.serving import elsewhere
+from alpaca.serving.remote import headers
 from alpaca.web.bodies import ComparedBody
 from alpaca.web.errors import ApiError
 from alpaca.web.events import EVENTS, event
@@ -83,11 +85,6 @@ def turns(instruction: str, given: str, *, own: bool) -> list[dict[str, str]]:
     return [{"role": "user", "content": plain(instruction, given)}]
 
 
-def headers(key: str | None) -> dict[str, str]:
-    """What every request carries."""
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
 def find(text: str, environment: Mapping[str, str]) -> Remote:
     """The model at a URL: ALPACA_COMPARE_MODEL, or the first that the server lists.
 
@@ -98,23 +95,8 @@ def find(text: str, environment: Mapping[str, str]) -> Remote:
     """
     url = base_url(text, "ALPACA_COMPARE")
     key, wanted = environment.get(KEY, "").strip() or None, environment.get(MODEL)
-    while True:
-        try:
-            answer = httpx.get(f"{url}/models", headers=headers(key), timeout=10)
-        except httpx.TransportError:
-            answer = None
-        if answer is not None and answer.status_code != 503:
-            break
+    while (listed := elsewhere.listed(url, key, KEY, [503])) is None:
         time.sleep(WAIT)
-    if answer.status_code in (401, 403):
-        raise UserError(f"{url} refused.", f"Set {KEY} to a key that it accepts.")
-    try:
-        listed = {one["id"]: one for one in answer.raise_for_status().json()["data"]}
-    except (httpx.HTTPStatusError, ValueError, TypeError, KeyError):
-        raise UserError(
-            f"{url}/models lists no models (HTTP status {answer.status_code}).",
-            "The address of an OpenAI-compatible server usually ends in /v1.",
-        ) from None
     name = wanted or next(iter(listed), None)
     if name is None or name not in listed:
         raise UserError(
