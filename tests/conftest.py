@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from engines import engine_of, tiny
-from http_server import SETTINGS, Server, endless, serving
+from http_server import SETTINGS, Server, behind, endless, serving
 from hypothesis import settings
 from tiny import bpe_tokenizer, sentencepiece_tokenizer, set_eos
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -93,9 +93,15 @@ def endless_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def server(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Cog's real server with the endless model in five slots."""
-    with serving(endless_model, tmp_path_factory.mktemp("server"), **SETTINGS) as running:
+def server(
+    request: pytest.FixtureRequest, endless_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Cog's real server with the endless model in five slots, by default of the own engine."""
+    log = tmp_path_factory.mktemp("server")
+    with (
+        behind(getattr(request, "param", "own"), endless_model) as settings,
+        serving(endless_model, log, **SETTINGS, **settings) as running,
+    ):
         yield running
 
 

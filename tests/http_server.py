@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
+from transformers import AutoConfig, LlamaForCausalLM
 
 from alpaca.folder import load_tokenizer
-from alpaca.model import load_model
+from alpaca.serving import loading
+from alpaca.serving.weights import Weights
+from alpaca.web.server import start as start_web
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 200_000
@@ -32,6 +36,13 @@ SETTINGS = {
 }
 LONG = {"prompt": "Tell a story.", "total_tokens": CONTEXT, "temperature": 0}  # see `endless`
 ALL_SLOTS = {"prompt": "a", "n": 5, "max_new_tokens": 1}
+VLLM = Path(os.environ.get("ALPACA_VLLM_PYTHON", ROOT / ".venvs/vllm/bin/python"))
+needs_vllm = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not VLLM.is_file(), reason="./script/setup vllm has not been run"),
+]
+# What may answer behind the runner: its own engine, a server at a URL, vLLM as its child.
+ENGINES = ["own", "url", pytest.param("vllm", marks=needs_vllm)]
 
 
 def free_port() -> int:
@@ -165,10 +176,16 @@ class Server(Door):
 
 
 def endless(source: Path, target: Path) -> None:
-    """A model that, decoded greedily, goes on for minutes: EOS is never the likeliest."""
-    model = load_model(source, torch.float32)
-    model.config.max_position_embeddings = CONTEXT
-    model.lm_head.weight.data[model.config.eos_token_id] = 0
+    """A model that, decoded greedily, goes on for minutes: EOS is never the likeliest.
+
+    It has the sizes of `source`, but heads of 32 as vLLM's CPU build needs them.
+    """
+    config = AutoConfig.from_pretrained(source)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 32
+    config.max_position_embeddings = CONTEXT
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data[config.eos_token_id] = 0
     model.save_pretrained(target)
     load_tokenizer(source).save_pretrained(target)
 
@@ -181,6 +198,26 @@ def serving(weights: Path | None, folder: Path, **environment: str) -> Iterator[
         yield server
     finally:
         server.stop()
+
+
+@contextmanager
+def behind(kind: str, model: Path) -> Iterator[dict[str, str]]:
+    """The settings with which a server of `model` has its answers from one of ENGINES."""
+    if kind == "own":
+        yield {}
+    elif kind == "vllm":
+        flags = {"ALPACA_VLLM_PYTHON": str(VLLM), "ALPACA_VLLM_FLAGS": "--enforce-eager"}
+        yield {"ALPACA_ENGINE": "vllm", **flags}
+    else:
+        engine, codec = loading.load(Weights(model, "a test"), SETTINGS)
+        web = start_web({"ALPACA_WEB_PORT": "0"}, {}, ROOT)
+        assert web is not None
+        try:
+            web.serve(model.name, engine, codec)
+            yield {"ALPACA_ENGINE_URL": f"{web.url}v1"}
+        finally:
+            web.stop()
+            engine.stop()
 
 
 @contextmanager

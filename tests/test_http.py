@@ -1,13 +1,18 @@
-"""The HTTP door: Cog's own server with our runner, a tiny model, and requests from outside."""
+"""The HTTP door: Cog's own server with our runner, a tiny model, and requests from outside.
+
+Whatever engine answers behind it.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from http_server import LONG, ROOT, Server, events, leave, varied
+from http_server import ENGINES, LONG, ROOT, Server, events, leave, varied
 
 from alpaca.serving import schema
+
+pytestmark = pytest.mark.parametrize("server", ENGINES, indirect=True)
 
 
 def test_a_prediction_is_a_list_of_n_strings(server: Server) -> None:

@@ -263,7 +263,7 @@ def test_what_a_server_says_is_told_without_the_key(bpe: PreTrainedTokenizerBase
         scripted_completions(lambda _: refusal) as server,
         bridge(bpe, server, key="secret") as engine,
     ):
-        with pytest.raises(LostError, match=r"HTTP status 400: .*no \[key\] here"):
+        with pytest.raises(UserError, match=r"refuses this request: no \[key\] here$"):
             answer(engine, [1, 2])
         server.script = lambda _: Told([5], finish="abort")
         with pytest.raises(LostError, match="abort"):

@@ -3,7 +3,6 @@
 `./script/setup vllm` makes it (.venvs/vllm); without it these are skipped.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,19 +10,14 @@ import httpx
 import pytest
 from adapters import make_adapter
 from engines import answer_of
-from http_server import Server, free_port, serving
+from http_server import VLLM, Server, free_port, needs_vllm, serving
 
 from alpaca.golden import PROMPTS
 from alpaca.serving import loading
 from alpaca.serving.request import Sampling
 from alpaca.serving.weights import Weights
 
-ROOT = Path(__file__).resolve().parent.parent
-PYTHON = Path(os.environ.get("ALPACA_VLLM_PYTHON", ROOT / ".venvs/vllm/bin/python"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.is_file(), reason="./script/setup vllm has not been run"),
-]
+pytestmark = needs_vllm
 NEW = 24
 
 
@@ -41,7 +35,7 @@ def door(
     port = free_port()
     given = {
         "ALPACA_ENGINE": "vllm",
-        "ALPACA_VLLM_PYTHON": str(PYTHON),
+        "ALPACA_VLLM_PYTHON": str(VLLM),
         "ALPACA_VLLM_FLAGS": "--enforce-eager",
         "ALPACA_DTYPE": "float32",
         "ALPACA_CONTEXT": "1024",

@@ -42,11 +42,11 @@ ELSEWHERE = "This server asks another one for its answers, which has adapters of
 
 
 class LostError(RuntimeError):
-    """A server refused a request, or ended before the answer did."""
+    """A server failed, or ended before the answer did."""
 
 
-class _RefusedError(LostError):
-    """A server refused a request as wrong."""
+class _RefusedError(UserError):
+    """A server refused a request as wrong, such as vLLM a temperature above 2."""
 
 
 class _UnreachableError(LostError):
@@ -374,14 +374,18 @@ class RemoteEngine:
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield json.loads(line[6:])
 
-    def _refused(self, status: int, content: bytes) -> LostError:
-        text = " ".join(content.decode(errors="replace").split())[:QUOTED]
+    def _refused(self, status: int, content: bytes) -> Exception:
+        text = content.decode(errors="replace")
+        with suppress(ValueError, KeyError, TypeError):
+            text = str(json.loads(text)["error"]["message"])
+        text = " ".join(text.split())[:QUOTED]
         if self._key:
             text = text.replace(self._key, "[key]")
         if status in (502, 503, 504):
             return _UnreachableError(text)
-        kind = _RefusedError if status in (400, 422) else LostError
-        return kind(f"The model's server answered with HTTP status {status}: {text}")
+        if status in (400, 422):
+            return _RefusedError(f"The model's server refuses this request: {text}")
+        return LostError(f"The model's server answered with HTTP status {status}: {text}")
 
     def _body(self, job: Job, number: int, generation: Generation) -> dict[str, Any]:
         """What a server is asked for one completion; `generation` knows how many tokens fit.
