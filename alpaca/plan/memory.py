@@ -36,8 +36,9 @@ HEAP = 0.5
 # so the next chunk needs new memory (measured, bench/LOG.md).
 TCMALLOC = 0.1
 # Where CPU ranks share parameters, gloo copies what it gathers and reduces, and the gradients'
-# shards are allocated between such copies. The heap then keeps about 0.7 of the shards' size more.
-# Measured with two ranks in fp32 and bf16 (bench/LOG.md).
+# shards are allocated between such copies. The heap then keeps about 0.7 of the shards' size more;
+# tcmalloc does so only once there are gradients. Measured with two ranks in fp32 and bf16
+# (bench/LOG.md).
 GLOO = 0.7
 
 
@@ -125,7 +126,8 @@ def peak(shape: Shape, load: LargestPack, setting: Setting, runtime: int = CUDA_
     if setting.cuda:
         slack = ALLOCATOR * passing
     else:
-        copied = GLOO * GRADIENT_BYTES * own if setting.shards > 1 else 0.0
+        shards = gradients if setting.tcmalloc else GRADIENT_BYTES * own
+        copied = GLOO * shards if setting.shards > 1 else 0.0
         kept = TCMALLOC if setting.tcmalloc else HEAP
         slack = kept * (passing + gradients) + logits * setting.tcmalloc + copied
     return Memory(
