@@ -3,6 +3,7 @@
 import copy
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from alpaca.errors import UserError
 from alpaca.ram import available, container_memory_left
-from alpaca.serving import packed
-from alpaca.serving.attention import PrefillChunk, Step, spans
+from alpaca.serving import attention, packed
+from alpaca.serving.attention import PrefillChunk, flash_works, spans
 from alpaca.serving.cache import (
     Capacity,
     LayerShape,
@@ -25,7 +26,7 @@ from alpaca.serving.cache import (
     plan_capacity,
 )
 from alpaca.serving.forward import Batch, SlotModel
-from alpaca.serving.graphs import sizes
+from alpaca.serving.graphs import row_counts
 
 SHAPES = [LayerShape(2, 16, torch.float32, torch.device("cpu"))] * 3
 TOKEN = 3 * 2 * 2 * 16 * 4  # bytes
@@ -156,21 +157,6 @@ def test_pieces_of_any_size_give_the_logits_of_the_whole_prompt(model: SlotModel
         torch.testing.assert_close(logits, whole)
 
 
-@torch.inference_mode()
-def test_a_step_of_fixed_shape_gives_the_logits_of_an_exact_one(model: SlotModel) -> None:
-    """The shapes a CUDA graph records: all slots, the longest length, masked by position."""
-    decoding = prefilled(model)
-    exact = model.run(Batch(decoding, [], [0, 1, 2]))
-    rows, length = sizes(4, 31, model.cache)
-    assert (rows, length) == (4, 64)
-    slots = torch.tensor([0, 1, model.cache.spare, 3])
-    positions = torch.tensor([9, 30, 0, 17])
-    step = Step(model.cache, slots, positions, list(range(rows)), [length] * rows, recorded=True)
-    tokens = torch.tensor([[5, 6, 0, 7]])
-    fixed = model._pass(tokens, positions[None], step, torch.arange(rows))
-    torch.testing.assert_close(fixed[[0, 1, 3]], exact)
-
-
 def test_replayed_steps_give_the_logits_of_computed_ones(bpe: PreTrainedTokenizerBase) -> None:
     """Alone and beside prompts, whole and in pieces; with slots between that do not decode."""
     models = [kind(small_model(bpe)) for kind in (SlotModel, Replaying)]
@@ -190,19 +176,65 @@ def test_replayed_steps_give_the_logits_of_computed_ones(bpe: PreTrainedTokenize
     ):
         computed, replayed = (model.run(batch) for model in models)
         torch.testing.assert_close(replayed, computed)
-    assert models[1].replays == 5
-    assert sorted(models[1]._recordings) == [(2, 64), (4, 64)]
+    assert models[1].replays == 2
+    assert list(models[1]._recordings) == [6, 4, 2, 1]
 
 
-def test_recorded_sizes_are_few_and_within_the_cache() -> None:
-    cache = SlotCache(SHAPES, Capacity(48, 3000))
-    seen = {sizes(rows, length, cache) for rows in range(1, 49) for length in range(1, 3001, 7)}
-    assert len(seen) <= 7 * 5
-    assert max(seen) == (48, 3000)
-    for rows, length in ((1, 1), (5, 257), (48, 3000)):
-        wide, long = sizes(rows, length, cache)
-        assert wide >= rows
-        assert long >= length
+def test_a_step_that_cannot_be_recorded_is_computed(
+    bpe: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models = [kind(small_model(bpe)) for kind in (SlotModel, Replaying)]
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Replaying, "_capture", full)
+    for model in models:
+        model.allocate(model.probe(), Capacity(6, 64))
+        decoding = prefilled(model)
+    assert "not recorded, which is slow: CUDA out of memory." in capsys.readouterr().out
+    computed, instead = (model.run(Batch(decoding, [], [0, 1, 2])) for model in models)
+    torch.testing.assert_close(instead, computed)
+
+
+def test_rows_are_recorded_by_powers_of_two() -> None:
+    assert [row_counts(slots) for slots in (1, 2, 5, 64)] == [
+        [1],
+        [1, 2],
+        [1, 2, 4, 5],
+        [1, 2, 4, 8, 16, 32, 64],
+    ]
+
+
+def test_flash_attention_is_used_only_where_it_computes_what_plain_attention_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels that refuse, that leave rows unwritten, or that count a window otherwise."""
+    shape, right = LayerShape(2, 16, torch.float32, torch.device("cpu")), attention.varlen_attn
+    assert flash_works(shape, 3)
+
+    def refusing(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    def forgetting(*asked: Any, **more: Any) -> torch.Tensor:
+        found: torch.Tensor = right(*asked, **more)
+        found[1] = torch.nan
+        return found
+
+    def wider(*asked: Any, window_size: tuple[int, int], **more: Any) -> torch.Tensor:
+        left = window_size[0] + 1 if window_size[0] > 0 else -1
+        found: torch.Tensor = right(*asked, window_size=(left, 0), **more)
+        return found
+
+    def elsewhere(*asked: Any, block_table: torch.Tensor, **more: Any) -> torch.Tensor:
+        found: torch.Tensor = right(*asked, block_table=block_table.flip(0), **more)
+        return found
+
+    for wrong in (refusing, forgetting, wider, elsewhere):
+        monkeypatch.setattr(attention, "varlen_attn", wrong)
+        assert not flash_works(shape, 3)
 
 
 def halves(generator: torch.Generator, *shape: int) -> torch.Tensor:

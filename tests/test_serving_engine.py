@@ -32,13 +32,14 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=[*KINDS, *(f"{kind}, replaying" for kind in KINDS)])
 def pair(
     request: pytest.FixtureRequest, bpe: PreTrainedTokenizerBase
 ) -> Iterator[tuple[PreTrainedModel, Engine, Codec]]:
     """A model for `generate`, and an engine that serves a copy of it."""
-    model, codec = tiny(request.param, bpe), Codec(bpe)
-    engine = engine_of(model, codec)
+    kind = request.param.removesuffix(", replaying")
+    model, codec = tiny(kind, bpe), Codec(bpe)
+    engine = engine_of(model, codec, replaying=kind != request.param)
     yield model, engine, codec
     engine.stop()
 

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from alpaca.serving.border import EngineStoppedError, Limits
 from alpaca.serving.cache import Capacity, SlotCache
 from alpaca.serving.engine import Engine
 from alpaca.serving.forward import Batch, SlotModel
+from alpaca.serving.generation import Generation
 from alpaca.serving.request import Answer, Job, Request, Sampling
 from alpaca.serving.stream import token_bytes
 from alpaca.tokens import Codec
@@ -44,6 +46,8 @@ class Failing(SlotModel):
         if self.left == 0:
             self.gate.clear()
         if any(self.poison in ids for _, ids in batch.chunks):
+            raise RuntimeError("poison")
+        if any(self.poison == token for _, _, token in batch.decoding):
             raise RuntimeError("poison")
         if any(self.deadly in ids for _, ids in batch.chunks):
             raise SystemExit
@@ -134,6 +138,32 @@ def test_logits_that_are_not_numbers_fail_one_request_and_leave_a_clean_slot(
     jobs = [engine.submit(one) for one in (short, long)]
     model.gate.set()
     assert [job.completions[0].result.result(60) for job in jobs] == alone
+    assert engine.idle_slots == 8
+
+
+def test_a_decoding_sequence_that_fails_fails_alone(
+    failing: tuple[Failing, Engine, Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever decodes beside it, or has its prompt in the same pass, answers as if alone."""
+    model, engine, good = failing
+    alone = engine.submit(good).completions[0].result.result(60)
+    accept = Generation.accept
+
+    def poisoned(self: Generation, token: int, *more: Any) -> None:
+        accept(self, token, *more)
+        if self.prompt == bad.prompt and self.length > len(bad.prompt) + 3:
+            self.token = Failing.poison
+
+    monkeypatch.setattr(Generation, "accept", poisoned)
+    bad = Request((5, 6, 7), max_new_tokens=60, ignore_ends=True)
+    model.gate.clear()
+    jobs = [engine.submit(one) for one in (good, bad, good, good)]
+    model.gate.set()
+    beside = [engine.submit(good) for _ in range(6)]  # their prompts come while it fails
+    with pytest.raises(RuntimeError, match="poison"):
+        jobs.pop(1).completions[0].result.result(60)
+    for job in (*jobs, *beside):
+        assert job.completions[0].result.result(60) == alone
     assert engine.idle_slots == 8
 
 

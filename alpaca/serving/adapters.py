@@ -225,5 +225,5 @@ def prefix_bytes(cache: SlotCache, tokens: int) -> Counter[torch.device]:
     """Memory of the keys and values of this many tokens outside the cache."""
     found: Counter[torch.device] = Counter()
     for part in (part for layer in cache.layers for part in layer):
-        found[part.device] += tokens * part[0, :, 0].nbytes
+        found[part.device] += tokens * part[0, 0].nbytes
     return found

@@ -2,20 +2,25 @@
 
 One forward pass concatenates tokens of many sequences: first one token of each decoding sequence,
 then prompt chunks. Linear layers process all tokens together, which makes batching efficient.
-Attention reads each sequence's own slot. In grouped-query attention, the query heads that share a
-key head are passed as if they were positions, so that keys are read once instead of repeated.
+Attention reads each sequence's own slot: on a GPU by one call of FlashAttention for the whole pass
+(`flash`), elsewhere by calls for runs of slots and for chunks. In grouped-query attention, the
+query heads that share a key head are passed as if they were positions there, so that keys are read
+once instead of repeated.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from alpaca.errors import UserError
-from alpaca.serving.cache import LayerShape, SlotCache
+from alpaca.serving.cache import PAGE, LayerShape, SlotCache
 from alpaca.serving.transfer import send
 from alpaca.stored import ADVICE
 
@@ -33,21 +38,45 @@ class PrefillChunk:
 
 
 @dataclass
+class Ragged:
+    """The sequences of a pass for `flash`: int32 tensors, so that lengths are data and not shape.
+
+    starts: (sequences + 1,), where each one's queries begin. used: (sequences,), its tokens, with
+    those of this pass. slots: (sequences,). most: the most queries that one has.
+    """
+
+    starts: torch.Tensor
+    used: torch.Tensor
+    slots: torch.Tensor
+    most: int
+
+    @classmethod
+    def sent(
+        cls, device: torch.device, counts: Sequence[int], used: Sequence[int], slots: Sequence[int]
+    ) -> Self:
+        """For sequences of which a pass computes the last `counts` tokens each."""
+        starts, used_there, slots_there = send(
+            device, torch.int32, [0, *accumulate(counts)], used, slots
+        )
+        return cls(starts, used_there, slots_there, max(counts))
+
+
+@dataclass
 class Step:
     """Maps the tokens of one forward pass to slots and positions.
 
     The first `decoding` tokens belong to the slots `rows`, in ascending order; the chunks follow.
-    `lengths[i]` counts the tokens of slot `rows[i]`, including the new one. A recorded step is
-    replayed at other positions, so there it is the greatest length that the recording covers.
+    `lengths[i]` counts the tokens of slot `rows[i]`, including the new one. Where `ragged` is given
+    it says the same of all sequences, and those three are not needed.
     """
 
     cache: SlotCache
     slots: torch.Tensor  # (tokens,) int64
     positions: torch.Tensor  # (tokens,) int64
-    rows: list[int]
-    lengths: list[int]
+    rows: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     chunks: list[PrefillChunk] = field(default_factory=list)
-    recorded: bool = False
+    ragged: Ragged | None = None
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
     _indices: dict[Any, torch.Tensor] = field(default_factory=dict)
 
@@ -107,6 +136,10 @@ def slot_attention(
         return torch.zeros_like(query.transpose(1, 2)), None
     step.cache.write(layer, step.slots, step.positions, key[0], value[0])
     keys, values = step.cache.layers[layer]
+    if step.ragged is not None:
+        flat = query[0].transpose(0, 1)
+        return flash(flat, keys, values, step.ragged, scaling, sliding_window).unsqueeze(0), None
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
     if step.decoding:
         decode_query = query[0, :, : step.decoding].transpose(0, 1)
@@ -118,6 +151,78 @@ def slot_attention(
         out[start:stop] = _prefill(step, chunk, part, keys, values, scaling, sliding_window)
         start = stop
     return out.unsqueeze(0), None
+
+
+def flash(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    ragged: Ragged,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """All tokens of a pass: query and result (tokens, heads, head_dim), keys as in the cache.
+
+    num_splits=1: with more, paged keys give rows that are never written (pytorch#194167); and so a
+    sequence's result does not depend on the others.
+    """
+    length = keys.shape[1]
+    device = query.device  # a model may span devices
+    starts, used, slots = (part.to(device) for part in (ragged.starts, ragged.used, ragged.slots))
+    pages = torch.arange(length // PAGE, dtype=torch.int32, device=device)
+    attended = varlen_attn(
+        query.contiguous(),
+        keys.reshape(-1, PAGE, *keys.shape[2:]),
+        values.reshape(-1, PAGE, *values.shape[2:]),
+        starts,
+        starts * length,  # asked for, but not used where there are pages
+        ragged.most,
+        length,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=True,
+        seqused_k=used,
+        block_table=slots[:, None] * len(pages) + pages,
+        num_splits=1,
+    )
+    assert isinstance(attended, torch.Tensor)
+    return attended
+
+
+def flash_works(shape: LayerShape, groups: int) -> bool:
+    """Whether `flash` computes here what plain attention does, with `groups` queries for a key.
+
+    Tried, because kernels differ in what they take, and a wrong one need not say so.
+    """
+
+    def some(*size: int) -> torch.Tensor:
+        drawn = torch.randn(*size, shape.head_dim, generator=torch.Generator().manual_seed(0))
+        return drawn.to(shape.device, shape.dtype)
+
+    keys = some(4, 2 * PAGE, shape.heads)
+    values = keys.flip(1)
+    lengths, slots = [PAGE + 40, 1, 400], [2, 0, 1]
+    for counts, window in (([1, 1, 1], None), ([1, 1, 70], None), ([1, 1, 70], 33)):
+        query = some(sum(counts), groups * shape.heads)
+        ragged = Ragged.sent(shape.device, counts, lengths, slots)
+        try:
+            found = flash(query, keys, values, ragged, None, window).float()
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        first = 0
+        for count, length, slot in zip(counts, lengths, slots, strict=True):
+            back = torch.arange(length - count, length)[:, None] - torch.arange(length)
+            wanted = F.scaled_dot_product_attention(
+                query[first : first + count].float().transpose(0, 1),
+                keys[slot, :length].float().transpose(0, 1),
+                values[slot, :length].float().transpose(0, 1),
+                ((back >= 0) & (back < (window or length))).to(shape.device),
+                enable_gqa=True,
+            ).transpose(0, 1)
+            if not torch.allclose(found[first : first + count], wanted, atol=2e-2):
+                return False
+            first += count
+    return True
 
 
 def _decode(
@@ -186,7 +291,7 @@ def _decode_mask(
     windowed = window is not None and length > window
     even_rows = high - low == last - first
     even = even_rows and min(step.lengths[first:last]) == length
-    if even and not windowed and not step.recorded:
+    if even and not windowed:
         return None
     name = (low, high, window if windowed else None, like.device)
     if name not in step.masks:

@@ -212,15 +212,16 @@ class Engine:
         where = send(self.model.device, torch.int64, rows) if chosen else ()
         logits = self.model.run(batch)
         found = self._score_prompts(logits)
-        self._scheduler.advance()
-        for job, scores in found:
-            job.prompt_scored += scores
+        tokens, scored = logits[:0, 0], list[Scored | None]()
         if sequences:
             logits = logits[where] if chosen else logits
             tokens = choose(logits, draws, self._seen, self._counts)
             scored = self._score(logits, tokens, sequences)
-            # The only point of a step that waits for the GPU.
-            self._accept(sequences, tokens.tolist(), scored)
+        self._scheduler.advance()
+        for job, scores in found:
+            job.prompt_scored += scores
+        # The only point of a step that waits for the GPU.
+        self._accept(sequences, tokens.tolist(), scored)
         self._failures = 0
 
     def _score_prompts(self, logits: torch.Tensor) -> list[tuple[Job, list[Scored]]]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.errors import UserError
 from alpaca.serving import attention, packed
-from alpaca.serving.attention import PrefillChunk, Probe, Step
+from alpaca.serving.attention import PrefillChunk, Probe, Ragged, Step, flash_works
 from alpaca.serving.cache import Capacity, LayerShape, SlotCache
 from alpaca.serving.lora import LoadedAdapter, applied
 from alpaca.serving.transfer import send
@@ -53,6 +53,7 @@ class SlotModel:
         if dtype is not None and dtype != model.dtype:
             cast(model, dtype)  # the layers that are not packed
         self.cache: SlotCache
+        self.flash = False  # whether attention is one call of FlashAttention
         self._wanted: torch.Tensor
         head = model.get_output_embeddings()
         if head is None:
@@ -84,8 +85,14 @@ class SlotModel:
         return [trial.shapes[layer] for layer in range(layers)]
 
     def allocate(self, shapes: list[LayerShape], capacity: Capacity) -> None:
-        """Allocate the key/value cache."""
-        self.cache = SlotCache(shapes, capacity)
+        """Allocate the key/value cache, in pages where FlashAttention reads it."""
+        self.flash = self._has_flash(shapes)
+        self.cache = SlotCache(shapes, capacity, paged=self.flash)
+
+    def _has_flash(self, shapes: list[LayerShape]) -> bool:
+        heads = self.model.config.get_text_config().num_attention_heads
+        kinds = set(shapes) if self.device.type == "cuda" else ()
+        return bool(kinds) and all(flash_works(kind, heads // kind.heads) for kind in kinds)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
@@ -109,11 +116,19 @@ class SlotModel:
             rows=rows,
             lengths=lengths,
             chunks=[chunk for chunk, _ in batch.chunks],
+            ragged=self._ragged(batch) if self.flash else None,
         )
         if not batch.adapted:
             return self._pass(token[None], position[None], step, where)
         with applied(batch.adapted, self._head, batch.wanted):
             return self._pass(token[None], position[None], step, where)
+
+    def _ragged(self, batch: Batch) -> Ragged:
+        spans = [(slot, position, position + 1) for slot, position, _ in batch.decoding]
+        spans += [(chunk.slot, chunk.first, chunk.last) for chunk, _ in batch.chunks]
+        slots, firsts, lasts = zip(*spans, strict=True)
+        counts = [last - first for first, last in zip(firsts, lasts, strict=True)]
+        return Ragged.sent(self.device, counts, lasts, slots)
 
     def _pass(
         self,

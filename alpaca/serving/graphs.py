@@ -1,23 +1,23 @@
-"""Decoding with CUDA graphs: a step is recorded once for each size and then replayed.
+"""Decoding with CUDA graphs: a step is recorded once for each number of rows and then replayed.
 
 Launching the thousand kernels of a small decode step one by one takes longer than reading the
-weights, which would otherwise set its speed. Sizes are rounded up (rows to a power of two, tokens
-to one of a few lengths), so there are few recordings. Rows without a sequence write to the cache's
-spare slot. Prompts are computed without graphs, and so is a pass with rows of adapters.
+weights, which would otherwise set its speed. Lengths are data (`attention.Ragged`), so a recording
+reads what its sequences have, and there is one for each power of two of rows. All are made at
+start, so none fails later, the largest first, as they share their memory. Rows without a sequence
+write to the cache's spare slot. A pass with prompt chunks or adapters' rows is computed directly.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from alpaca.serving.attention import Step
-from alpaca.serving.cache import SlotCache
+from alpaca.serving.attention import Ragged, Step
+from alpaca.serving.cache import Capacity, LayerShape
 from alpaca.serving.forward import Batch, SlotModel
 from alpaca.serving.transfer import send
-
-SHORTEST = 256  # tokens: the shortest length recorded; each further one is double the one before
 
 
 @dataclass
@@ -27,62 +27,62 @@ class Recording:
     replay: Callable[[], object]
     logits: torch.Tensor  # (rows, vocabulary)
     inputs: torch.Tensor  # (3, rows): tokens, positions, slots
-    wanted: torch.Tensor  # (rows,)
+    constant: tuple[torch.Tensor, ...]
 
 
 class GraphModel(SlotModel):
     """A `SlotModel` on one GPU that replays its decode steps."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-        """As `SlotModel`; a size is recorded when it first occurs."""
+        """As `SlotModel`."""
         super().__init__(model, dtype)
-        self._recordings: dict[tuple[int, int], Recording] = {}
+        self._recordings: dict[int, Recording] = {}  # by rows, descending
+        self._pool: Any = None
+
+    def allocate(self, shapes: list[LayerShape], capacity: Capacity) -> None:
+        """Allocate the cache, and record the steps where FlashAttention works."""
+        super().allocate(shapes, capacity)
+        self._recordings = {}
+        if not self.flash:
+            print("serve: no FlashAttention for this GPU, type or torch: slow", flush=True)
+            return
+        try:
+            for rows in reversed(row_counts(capacity.slots)):
+                self._recordings[rows] = self._record(rows)
+        except RuntimeError as error:  # of CUDA, which can still compute the same directly
+            self._recordings = {}
+            print(f"serve: steps are not recorded, which is slow: {error}", flush=True)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
-        """One pass: decoding tokens by replay, prompt chunks directly."""
-        if batch.adapted:  # a recording has the kernels of the base alone
-            return super().run(batch)
-        parts = []
+        """One pass: decoding tokens alone by replay."""
         decoding = len(batch.decoding)
-        if decoding:
-            parts.append(self._replay(batch))
-        if batch.chunks:
-            wanted = [index - decoding for index in batch.wanted if index >= decoding]
-            prefilled = super().run(Batch([], batch.chunks, wanted or [0]))
-            parts += [prefilled] if wanted or not decoding else []
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _replay(self, batch: Batch) -> torch.Tensor:
-        """Logits of the decoding rows, (decoding, vocabulary)."""
-        own = [slot for slot, _, _ in batch.decoding]
-        longest = max(position for _, position, _ in batch.decoding) + 1
-        rows, length = sizes(max(own) + 1, longest, self.cache)
-        recording = self._recordings.get((rows, length)) or self._record(rows, length)
-        tokens, positions, slots = [0] * rows, [0] * rows, [self.cache.spare] * rows
-        for slot, position, token in batch.decoding:
-            tokens[slot], positions[slot], slots[slot] = token, position, slot
-        inputs, where = send(self.device, torch.int64, [*tokens, *positions, *slots], own)
+        if batch.adapted or batch.chunks or not self._recordings:
+            return super().run(batch)
+        rows = min(rows for rows in self._recordings if rows >= decoding)
+        recording, extra = self._recordings[rows], rows - decoding
+        unused = [(self.cache.spare, 0, 0)] * extra
+        slots, positions, tokens = zip(*batch.decoding, *unused, strict=True)
+        [inputs] = send(self.device, torch.int64, [*tokens, *positions, *slots])
         recording.inputs.copy_(inputs.view(3, rows))
         recording.replay()
-        return recording.logits[where]
+        return recording.logits[:decoding]
 
-    def _record(self, rows: int, length: int) -> Recording:
-        """Record a step of this size; without inputs it writes to the spare slot."""
+    @torch.inference_mode()
+    def _record(self, rows: int) -> Recording:
+        """Record a step of so many rows; until it is replayed they write to the spare slot."""
         inputs = torch.zeros(3, rows, dtype=torch.int64, device=self.device)
         inputs[2] = self.cache.spare
         tokens, positions, slots = inputs
         wanted = torch.arange(rows, device=self.device)
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
 
         def step() -> torch.Tensor:
-            fixed = Step(
-                self.cache, slots, positions, list(range(rows)), [length] * rows, recorded=True
-            )
+            ragged = Ragged(starts, (positions + 1).int(), slots.int(), 1)
+            fixed = Step(self.cache, slots, positions, ragged=ragged)
             return self._pass(tokens[None], positions[None], fixed, wanted)
 
-        recording = Recording(*self._capture(step), inputs, wanted)
-        self._recordings[rows, length] = recording
-        return recording
+        return Recording(*self._capture(step), inputs, (wanted, starts))
 
     def _capture(
         self, step: Callable[[], torch.Tensor]
@@ -95,15 +95,13 @@ class GraphModel(SlotModel):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as engines may be two
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # as engines may be two
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = step()
         return graph.replay, logits
 
 
-def sizes(rows: int, length: int, cache: SlotCache) -> tuple[int, int]:
-    """Round up to a recorded size: a power of two rows, one of a few lengths; at most the cache."""
-    wide = 1 << (rows - 1).bit_length()
-    long = SHORTEST
-    while long < length:
-        long *= 2
-    return min(wide, cache.capacity.slots), min(long, cache.capacity.length)
+def row_counts(slots: int) -> list[int]:
+    """The numbers of rows that are recorded: powers of two, and all slots."""
+    return [*(1 << power for power in range((slots - 1).bit_length())), slots]

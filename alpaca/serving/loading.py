@@ -31,7 +31,7 @@ from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
 
 SLOTS = {"cpu": 16, "cuda": 64}
-PIECE_TOKENS = {"cpu": 128, "cuda": 2048}  # prompt tokens per step; they about double its cost
+PIECE_TOKENS = {"cpu": 128, "cuda": 512}  # prompt tokens per step; they about double its cost
 MIN_SLOTS = 5  # the n completions of a request are decoded together, and n is at most 5
 
 
@@ -61,7 +61,10 @@ def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[border.Engi
     dtype = _dtype(environment, device)
     # On a CPU, load the checkpoint's own type: packing converts one layer at a time.
     read_as = None if device.type == "cpu" else dtype
-    loaded = model_folder.load_model(folder, read_as, _device_map(folder, device))
+    spread = _device_map(folder, device)
+    if spread == "auto":
+        print("serve: the GPUs compute one after another; ALPACA_ENGINE=vllm uses them together")
+    loaded = model_folder.load_model(folder, read_as, spread)
     check_tokenizer(loaded, codec, folder)
     parameters = loaded.num_parameters()  # packed layers have none
     engine = make_engine(loaded, codec, environment, dtype, weights)

@@ -64,7 +64,8 @@ class Scheduler:
         self._prompts: list[Prompt] = []
         self._decoding: list[Generation] = []
         self._in_pass: list[Prompt] = []  # prompts with a chunk in the current pass
-        self._suspects: list[Prompt] = []  # prompts one of which made a pass fail
+        self._stepping: list[Generation] = []  # decoding sequences in the current pass
+        self._suspects: list[Prompt | Generation] = []  # one of which made a pass fail
         self._prefixes: list[Prefix] = []  # the base's; an adapter has its own
 
     @property
@@ -145,17 +146,21 @@ class Scheduler:
 
         The rows of `scored` prompts that nothing samples from are in `Prompt.rows`.
         """
-        decoding = [(s.slot, s.length, s.token) for s in self._decoding]
+        prompts, self._stepping = self._prompts, self._decoding
+        if self._suspects:  # each in a pass of its own
+            one = self._suspects[0]
+            prompts, self._stepping = ([one], []) if isinstance(one, Prompt) else ([], [one])
+        decoding = [(s.slot, s.length, s.token) for s in self._stepping]
         adapted: defaultdict[LoadedAdapter, list[int]] = defaultdict(list)
-        for row, sequence in enumerate(self._decoding):
+        for row, sequence in enumerate(self._stepping):
             if sequence.job.adapter is not None:
                 adapted[sequence.job.adapter].append(row)
         for slot, position, _ in decoding:
             self._written[slot] = position + 1
         chunks, offset = [], len(decoding)
         wanted = list(range(offset))
-        sampled = list(enumerate(self._decoding))
-        divided = self._divide()
+        sampled = list(enumerate(self._stepping))
+        divided = self._divide(prompts)
         self._in_pass = [prompt for prompt, _ in divided]
         for prompt, count in divided:
             chunk = PrefillChunk(prompt.sequences[0].slot, prompt.done, prompt.done + count)
@@ -179,7 +184,7 @@ class Scheduler:
         """The prompts of the current pass whose own tokens are scored."""
         return [prompt for prompt in self._in_pass if prompt.scored and prompt.rows]
 
-    def _divide(self) -> list[tuple[Prompt, int]]:
+    def _divide(self, waiting: list[Prompt]) -> list[tuple[Prompt, int]]:
         """Share out the prompt tokens of one pass in order of arrival.
 
         A prompt that fits is computed whole. One that does not fit gets half of the remaining
@@ -188,7 +193,6 @@ class Scheduler:
         """
         divided: list[tuple[Prompt, int]] = []
         left = self._prefill_tokens
-        waiting = self._suspects[:1] or self._prompts
         for prompt in waiting:
             count = min(prompt.left, SCORED_CHUNK) if prompt.scored else prompt.left
             if count > left:
@@ -201,12 +205,12 @@ class Scheduler:
 
     def advance(self) -> None:
         """Record that a pass succeeded; sequences whose prompt is complete start decoding."""
-        for sequence in self._decoding:
+        passed = [*self._in_pass, *self._stepping]
+        self._suspects = [one for one in self._suspects if one not in passed]
+        for sequence in self._stepping:
             sequence.length += 1
         for prompt in self._in_pass:
             prompt.done = prompt.chunk_end
-            if prompt in self._suspects:
-                self._suspects.remove(prompt)
             if prompt.left:
                 continue
             self._prompts.remove(prompt)
@@ -217,7 +221,7 @@ class Scheduler:
             for sequence in prompt.sequences:
                 sequence.length = prompt.done
             self._decoding = sorted([*self._decoding, *prompt.sequences], key=lambda s: s.slot)
-        self._in_pass = []
+        self._in_pass, self._stepping = [], []
 
     def release(self, sequence: Generation) -> None:
         """Free the slot of a finished sequence, then deliver its outcome."""
@@ -243,28 +247,30 @@ class Scheduler:
                 self._discard(sequence)
         self._decoding = [s for s in self._decoding if not s.job.canceled]
         self._prompts = [p for p in self._prompts if not p.sequences[0].job.canceled]
-        self._suspects = [p for p in self._suspects if p in self._prompts]
+        kept = [*self._prompts, *self._decoding]
+        self._suspects = [one for one in self._suspects if one in kept]
         return list(dropped.values())
 
     def fail_pass(self, error: BaseException) -> None:
-        """A pass raised `error`: fail its prompt or, if it had none, all decoding sequences.
+        """A pass raised `error`: each thing that it computed is computed again alone, or fails.
 
-        If the pass had several prompts, each is retried alone. No sequence has advanced, so the
-        remaining ones repeat the pass.
+        No sequence has advanced, so a pass that is repeated draws the same tokens. An error after
+        `advance` fails all that decode: their tokens are lost.
         """
-        new, self._in_pass = self._in_pass, []
-        if len(new) > 1:
-            self._suspects = new
+        computed: list[Prompt | Generation] = [*self._in_pass, *self._stepping]
+        self._in_pass, self._stepping = [], []
+        if len(computed) > 1:
+            self._suspects = computed
             return
-        failed = [s for p in new for s in p.sequences] or self._decoding
-        if not new:
-            self._decoding = []
-        self._prompts = [p for p in self._prompts if p not in new]
-        self._suspects = [p for p in self._suspects if p not in new]
-        for sequence in failed:
-            self._discard(sequence)
-            sequence.fail(error)
-            sequence.finish()
+        for one in computed or list(self._decoding):
+            failed = one.sequences if isinstance(one, Prompt) else [one]
+            self._prompts = [prompt for prompt in self._prompts if prompt is not one]
+            self._decoding = [sequence for sequence in self._decoding if sequence is not one]
+            self._suspects = [suspect for suspect in self._suspects if suspect is not one]
+            for sequence in failed:
+                self._discard(sequence)
+                sequence.fail(error)
+                sequence.finish()
 
     def clear(self) -> list[Job]:
         """Remove all jobs; returns those that were unfinished."""
@@ -272,5 +278,5 @@ class Scheduler:
         jobs = {id(s.job): s.job for s in active} | {id(job): job for job in self._queue}
         self._free = list(range(self._cache.capacity.slots))
         self._queue, self._decoding, self._prompts = deque(), [], []
-        self._in_pass, self._suspects = [], []
+        self._in_pass, self._stepping, self._suspects = [], [], []
         return list(jobs.values())
