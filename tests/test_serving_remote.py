@@ -7,17 +7,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from engines import answer_of
-from http_server import serving
+from http_server import answering, serving
+from model_folders import copied, save, tensors
 from scripted_completions import Completions, Told, scripted_completions
 from transformers import PreTrainedTokenizerBase
 
+from alpaca import golden, passport
 from alpaca.errors import UserError
+from alpaca.model import load_model
 from alpaca.serving import elsewhere, loading
 from alpaca.serving.border import BusyError, EngineStoppedError, Limits
 from alpaca.serving.cache import Capacity
@@ -335,6 +340,56 @@ def test_a_url_is_checked_when_it_is_read(tiny_model: Path) -> None:
         ):
             with pytest.raises(UserError, match=told):
                 load(**environment)
+
+
+@contextmanager
+def likely(folder: Path, dtype: torch.dtype, ids: bool = True) -> Iterator[str]:
+    """A server that tells the likeliest first tokens of an answer, by transformers."""
+    model = load_model(folder, dtype)
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.reply({"data": [{"id": "model"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            with torch.inference_mode():
+                logits = model(torch.tensor([body["prompt"]])).logits[0, -1].float()
+            values, found = logits.log_softmax(0).topk(body["logprobs"])
+            named = [f"token_id:{one}" if ids else str(one) for one in found.tolist()]
+            told = {"top_logprobs": [dict(zip(named, values.tolist(), strict=True))]}
+            self.reply({"choices": [{"logprobs": told}]})
+
+        def reply(self, content: Any) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+    with answering(Handler) as url:
+        yield f"{url}/v1"
+
+
+def test_a_server_of_other_weights_is_refused(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, other = copied(tiny_model, tmp_path / "model"), copied(tiny_model, tmp_path / "other")
+    held = tensors(other)
+    name = "model.layers.0.mlp.down_proj.weight"
+    held[name] = held[name].flip(0)
+    save(other, held)
+    passport.write(folder, "test", golden=golden.record(folder), tensors={})
+    for dtype in (torch.float32, torch.bfloat16):
+        with likely(folder, dtype) as url:
+            elsewhere.check_weights(url, "model", folder, None)
+        assert capsys.readouterr().out == ""
+        with likely(other, dtype) as url, pytest.raises(UserError, match="other weights than"):
+            loading.load(*settings(folder, ALPACA_ENGINE_URL=url))
+    with likely(other, torch.float32, ids=False) as url:
+        elsewhere.check_weights(url, "model", folder, None)
+    assert "its weights were not checked" in capsys.readouterr().out
 
 
 def stand_in(folder: Path) -> Path:

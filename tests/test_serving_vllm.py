@@ -3,17 +3,26 @@
 `./script/setup vllm` makes it (.venvs/vllm); without it these are skipped.
 """
 
+import os
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
 from adapters import make_adapter
 from engines import answer_of
 from http_server import VLLM, Server, free_port, needs_vllm, serving
 
 from alpaca.golden import PROMPTS
-from alpaca.serving import loading
+from alpaca.serving import guard, loading
 from alpaca.serving.request import Sampling
 from alpaca.serving.weights import Weights
 
@@ -125,3 +134,67 @@ def test_more_requests_than_slots_wait_and_cancelling_frees(door: tuple[Server, 
     server, _ = door
     server.cancel_one("gone")
     assert server.idle()
+
+
+@contextmanager
+def vllms(model: Path, logs: Path, count: int) -> Iterator[list[tuple[int, psutil.Process]]]:
+    """Servers of vLLM on this machine: the port and the guard of each."""
+    started = []
+    try:
+        for number in range(count):
+            port = free_port()
+            command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+            command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", port]
+            command += ["--max-model-len", 4096, "--enforce-eager", "--dtype", "float32"]
+            with (logs / f"vllm-{number}.log").open("w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, guard.__file__, *map(str, command)],
+                    env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            started.append((port, process))
+        yield [(port, psutil.Process(process.pid)) for port, process in started]
+    finally:
+        for _, process in started:
+            process.terminate()
+        for _, process in started:
+            process.wait(30)
+
+
+def running(port: int) -> float:
+    told = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    found = re.search(r"^vllm:num_requests_running\{.*\} ([\d.]+)$", told, re.M)
+    assert found is not None
+    return float(found[1])
+
+
+def test_of_two_servers_one_that_is_killed_costs_only_what_it_was_making(
+    endless_model: Path, tmp_path: Path
+) -> None:
+    with vllms(endless_model, tmp_path, 2) as servers:
+        urls = ",".join(f"http://127.0.0.1:{port}/v1" for port, _ in servers)
+        settings = {"ALPACA_ENGINE_URL": urls, "ALPACA_CONTEXT": "4096"}
+        with serving(endless_model, tmp_path, **settings) as server, ThreadPoolExecutor(16) as pool:
+
+            def ask(number: int) -> dict[str, Any]:
+                asked = {"prompt": f"Story {number}.", "temperature": 0, "max_new_tokens": 1000}
+                told: dict[str, Any] = server.post(**asked, total_tokens=4000).json()
+                return told
+
+            assert ask(0)["metrics"]["completion_tokens"] == 1000
+            asked = [pool.submit(ask, number) for number in range(16)]
+            (_, killed), (port, _) = servers
+            deadline = time.monotonic() + 60
+            while [running(port) for port, _ in servers] != [8, 8]:
+                assert time.monotonic() < deadline
+            for process in killed.children(recursive=True):
+                process.kill()
+            told = [one.result() for one in asked]
+            lost = [one["error"] for one in told if one["status"] != "succeeded"]
+            assert len(lost) == 8
+            assert all("ask again" in error for error in lost)
+            later = [pool.submit(ask, number) for number in range(16)]
+            assert [one.result()["status"] for one in later] == ["succeeded"] * 16
+            assert server.health() == "READY"
+            assert running(port) == 0

@@ -6,6 +6,7 @@ ALPACA_ENGINE=vllm starts `vllm serve`, see `vllm.py`. ALPACA_SLOTS, ALPACA_CONT
 and ALPACA_MAX_SECONDS mean what `loading` says.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 import httpx
 from transformers import AutoConfig
 
+from alpaca import passport
 from alpaca.address import base_url
 from alpaca.errors import UserError
 from alpaca.serving import settings
 from alpaca.serving.adapters import Adapters, examined
 from alpaca.serving.border import Limits
 from alpaca.serving.cache import Capacity
-from alpaca.serving.remote import RemoteAdapter, RemoteEngine, Server, headers
+from alpaca.serving.remote import ID, RemoteAdapter, RemoteEngine, Server, headers
 from alpaca.serving.stream import token_bytes
 from alpaca.serving.vllm import VllmEngine, refuse_what_vllm_lacks
 from alpaca.serving.weights import Weights
@@ -32,6 +34,7 @@ SLOTS = 256  # what vLLM decodes together
 WAIT = 2.0  # seconds between questions to a server that is not there yet
 DOWN = (502, 503, 504)  # of a balancer, or of a server that is loading
 PATIENCE = 600.0  # seconds until a server that does not answer is given up
+ROUNDING = 1 / 32  # of the largest logit: what bf16 may change a gap between two by
 
 
 def asked_for(environment: Mapping[str, str]) -> bool:
@@ -132,10 +135,46 @@ def _found(
                 f"Set {MODEL} to the model's name there, and load adapters there under the names "
                 "that they have here.",
             )
+        check_weights(url, name, weights.folder, key)
         servers.append(Server(url, name))
         if length := known[name]:
             lengths.append(length)
     return servers, lengths
+
+
+def check_weights(url: str, model: str, folder: Path, key: str | None) -> None:
+    """Refuse a server whose answers' first tokens have other odds than the folder's passport keeps.
+
+    Compared are the gaps between the logits of its golden prompts, which log probabilities keep.
+
+    Raises:
+        UserError: they differ by more than rounding makes them.
+    """
+    kept = (passport.read(folder) or {}).get("golden") or []
+    asked = {"model": model, "max_tokens": 1, "temperature": 0, "return_tokens_as_token_ids": True}
+    for one in kept:
+        body = {**asked, "prompt": one["ids"], "logprobs": len(one["logits"])}
+        try:
+            answer = httpx.post(f"{url}/completions", json=body, headers=headers(key), timeout=300)
+            told = answer.raise_for_status().json()["choices"][0]["logprobs"]["top_logprobs"][0]
+            found = {name.removeprefix(ID): value for name, value in told.items() if ID in name}
+        except (httpx.HTTPError, ValueError, TypeError, LookupError):
+            found = {}
+        first = max(one["logits"], key=one["logits"].get)
+        if not found:
+            print(f"note: {url} tells no ids of likely tokens, so its weights were not checked")
+            return
+        gaps = [
+            abs(found[name] - found[first] - one["logits"][name] + one["logits"][first])
+            for name in one["logits"]
+            if first in found and name in found
+        ]
+        if max(gaps, default=math.inf) > ROUNDING * max(map(abs, one["logits"].values())):
+            raise UserError(
+                f"{url} serves other weights than {folder}: it begins an answer with other odds "
+                f"than the folder's passport keeps ({one['instruction']}).",
+                "Serve the same folder at both places.",
+            )
 
 
 def _listed(url: str, key: str | None) -> dict[str, int]:
