@@ -34,7 +34,7 @@ class FP32Products(TorchDispatchMode):
         return value.bfloat16() if out is None else out.copy_(value)
 
 
-PRODUCTS = {
+PRODUCTS: dict[Any, Any] = {
     aten.mm.default: torch.mm,
     aten.mm.out: torch.mm,
     aten.bmm.default: torch.bmm,

@@ -168,7 +168,7 @@ class Bench:
         """Measure steps until the time is over, after a warm-up round."""
         for step in range(STEPS):
             trainer.step(step)
-        lines = []
+        lines: list[dict[str, Any]] = []
         began = time.perf_counter()
         while not lines or time.perf_counter() - began < self.seconds:
             lines.append(trainer.step(len(lines) % STEPS)[0])
@@ -250,9 +250,9 @@ def varlen_differences(data: Corpus, device: torch.device) -> dict[str, float]:
             (attention.varlen, torch.bfloat16),
             (attention.segmentwise, torch.float),
         ):
-            leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-            out = run(*leaves, 0.125, index)
-            gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+            query, key, value = (tensor.to(dtype).requires_grad_() for tensor in inputs)
+            out = run(query, key, value, 0.125, index)
+            gradients = torch.autograd.grad(out.float().square().sum(), (query, key, value))
             results.append([out.detach(), *gradients])
         pairs = [(a.float(), b.float()) for a, b in zip(*results, strict=True)]
         worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)

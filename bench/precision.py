@@ -45,7 +45,8 @@ from alpaca.recipe.arguments import Arguments
 from alpaca.recipe.corpus import Corpus, open_corpus, split
 from alpaca.tokens import Codec
 from alpaca.training import attention, sharding
-from alpaca.training.loop import Data, Trainer
+from alpaca.training.inputs import Data
+from alpaca.training.loop import Trainer
 from alpaca.training.loss import TargetLoss
 from alpaca.training.weights import Dither
 
@@ -146,21 +147,21 @@ class Bench:
 
     def ours(self, trainer: Trainer, way: str, count: int) -> dict[str, float | None]:
         """Held-out losses before and after our own steps."""
-        losses = {"before": trainer.held_out_loss()}
+        losses = {"before": held_out_loss(trainer)}
         for step in range(count):
             trainer.step(step)
-        losses["after"] = trainer.held_out_loss()
+        losses["after"] = held_out_loss(trainer)
         if way == "fp32":
             masters = [p.detach().clone() for p in trainer.module.parameters()]
             for how in ("nearest", "stochastic"):
                 put_exported(trainer.module, masters, how)
-                losses[how] = trainer.held_out_loss()
+                losses[how] = held_out_loss(trainer)
         return losses
 
     def sft(self, rate: float, count: int) -> dict[str, float | None]:
         """SFTTrainer's masters, measured in our bf16 forward pass as the other ways are."""
         trainer = self.trainer("plain", rate, count)
-        losses = {"before": trainer.held_out_loss()}
+        losses = {"before": held_out_loss(trainer)}
         corpus, train = self.data.corpus, self.data.train
         order = [train[i] for step in range(count) for i in trainer.schedule.indices(step)]
         with tempfile.TemporaryDirectory() as work:
@@ -182,8 +183,13 @@ class Bench:
         with torch.no_grad():
             for name, parameter in trainer.module.model.named_parameters():
                 parameter.to_local().copy_(trained[name])  # type: ignore[attr-defined]
-        losses["after"] = trainer.held_out_loss()
+        losses["after"] = held_out_loss(trainer)
         return losses
+
+
+def held_out_loss(trainer: Trainer) -> float | None:
+    means = trainer.held_out_means()
+    return means[0] if means else None
 
 
 def keep_base(module: TargetLoss, folder: Path, *, embeddings: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from train_step import BATCH, CPU, LENGTH, parse, timed
+from train_step import BATCH, CPU, LENGTH, options, timed
 from transformers import AutoModelForCausalLM
 
 from alpaca.folder import load_tokenizer
@@ -33,7 +33,7 @@ RANK = 16
 
 
 def main() -> None:
-    arguments = parse(__doc__)
+    arguments = options(__doc__).parse_args()
     codec = Codec(load_tokenizer(arguments.model))
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data

@@ -217,7 +217,8 @@ def tell(name: str, count: int, row: dict[str, float]) -> None:
 
 def ask_ours(client: httpx.Client, prompt: str) -> Seen:
     """One prediction, streamed."""
-    began, first, metrics = time.monotonic(), 0.0, {}
+    began, first = time.monotonic(), 0.0
+    metrics: dict[str, Any] = {}
     request = {"input": {"prompt": prompt, "max_new_tokens": NEW_TOKENS, "stream": True}}
     accept = {"accept": "text/event-stream"}
     with client.stream("POST", "/predictions", json=request, headers=accept) as response:
