@@ -92,15 +92,27 @@ def endless_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+@pytest.fixture(scope="session")
+def deep_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `endless_model`, with so many layers that vLLM makes some 100 tokens a second.
+
+    At the thousands of a smaller one its own HTTP server does not answer for seconds.
+    """
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    endless(tiny_model, folder, layers=48)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def server(
-    request: pytest.FixtureRequest, endless_model: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """Cog's real server with the endless model in five slots, by default of the own engine."""
-    log = tmp_path_factory.mktemp("server")
+    log, kind = tmp_path_factory.mktemp("server"), getattr(request, "param", "own")
+    model = request.getfixturevalue("deep_model" if kind == "vllm" else "endless_model")
     with (
-        behind(getattr(request, "param", "own"), endless_model) as settings,
-        serving(endless_model, log, **SETTINGS, **settings) as running,
+        behind(kind, model) as settings,
+        serving(model, log, **SETTINGS, **settings) as running,
     ):
         yield running
 

@@ -175,12 +175,13 @@ class Server(Door):
             self.process.wait(30)
 
 
-def endless(source: Path, target: Path) -> None:
+def endless(source: Path, target: Path, layers: int = 2) -> None:
     """A model that, decoded greedily, goes on for minutes: EOS is never the likeliest.
 
     It has the sizes of `source`, but heads of 32 as vLLM's CPU build needs them.
     """
     config = AutoConfig.from_pretrained(source)
+    config.num_hidden_layers = layers
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 32
     config.max_position_embeddings = CONTEXT
     torch.manual_seed(0)
