@@ -24,6 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerBase
 
 from alpaca.prompt import render
+from alpaca.serving import remote
+from alpaca.serving.border import Limits
 from alpaca.serving.engine import Engine
 from alpaca.serving.request import Request, Sampling
 from alpaca.tokens import Codec
@@ -42,6 +44,28 @@ def listening(site: app.Site, *served: tuple[str, Engine, Codec]) -> Iterator[se
         web.serve(*one)
     yield web
     web.stop()
+
+
+@pytest.fixture(scope="module", params=["own", "url"])
+def served(
+    request: pytest.FixtureRequest, bpe: PreTrainedTokenizerBase
+) -> Iterator[tuple[Any, Codec]]:
+    """An engine of five slots and eight places to wait: the own one, or one that asks it by /v1."""
+    codec = Codec(bpe)
+    own = engine_of(tiny("llama", bpe), codec, slots=5, waiting=8)
+    try:
+        if request.param == "own":
+            yield own, codec
+            return
+        with listening(app.Site(), ("tiny", own, codec)) as behind:
+            servers = [remote.Server(f"{behind.url}v1", "tiny")]
+            limits, capacity = Limits(waiting=8), own.capacity
+            asking = remote.RemoteEngine(servers, own.table, own.ends, capacity, limits=limits)
+            asking.start()
+            yield asking, codec
+            asking.stop()
+    finally:
+        own.stop()
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +172,7 @@ def test_several_prompts_are_answered_in_order(client: openai.OpenAI, http: http
     ]
 
 
+@pytest.mark.parametrize("served", ["own"], indirect=True)
 def test_log_probabilities_are_the_engines(
     client: openai.OpenAI, served: tuple[Engine, Codec]
 ) -> None:
@@ -192,6 +217,7 @@ def test_log_probabilities_are_the_engines(
     assert all(len(token.top_logprobs) == 3 for token in content)
 
 
+@pytest.mark.parametrize("served", ["own"], indirect=True)
 def test_tokens_of_a_stop_text_have_no_log_probabilities(client: openai.OpenAI) -> None:
     plain = client.completions.create(
         model="tiny", prompt="One two", max_tokens=40, seed=1, logprobs=0, temperature=2
@@ -209,6 +235,7 @@ def test_tokens_of_a_stop_text_have_no_log_probabilities(client: openai.OpenAI) 
     assert (cut.logprobs.text_offset or [])[-1] < len(cut.text)
 
 
+@pytest.mark.parametrize("served", ["own"], indirect=True)
 def test_a_stream_has_the_log_probabilities_of_the_whole_answer(client: openai.OpenAI) -> None:
     """Text that may begin a stop text is held back, and so are its tokens."""
     for seed in range(12):
@@ -226,6 +253,15 @@ def test_a_stream_has_the_log_probabilities_of_the_whole_answer(client: openai.O
         for token, offset in zip(whole.logprobs.tokens, offsets, strict=True):
             if not token.startswith(("bytes:", "<")) and "\ufffd" not in whole.text:
                 assert token.lstrip().startswith(whole.text[offset : offset + len(token)].lstrip())
+
+
+@pytest.mark.parametrize("served", ["url"], indirect=True)
+def test_a_server_without_ids_gives_no_log_probabilities(http: httpx.Client) -> None:
+    asked = {"prompt": "Say hello.", "max_tokens": 2, "logprobs": 1}
+    answer = http.post("/v1/completions", json=asked)
+    assert answer.status_code == 400
+    assert "tells no ids" in answer.json()["error"]["message"]
+    assert http.post("/v1/completions", json={**asked, "logprobs": None}).status_code == 200
 
 
 def test_an_answer_may_be_sent_back_as_a_message(client: openai.OpenAI) -> None:

@@ -36,7 +36,7 @@ CHECK = 2.0  # seconds between two questions whether a server is up
 PATIENCE = 600.0  # seconds that requests wait for a server to come up
 QUOTED = 300  # characters of a server's error
 # keys of vLLM that other servers may refuse; without them text and usage tell what they are asked
-OWN_KEYS = ("return_token_ids", "stop_token_ids")
+OWN_KEYS = ("return_token_ids", "return_tokens_as_token_ids", "stop_token_ids")
 ID = "token_id:"  # before a token's number, where log probabilities are told by name
 ELSEWHERE = "This server asks another one for its answers, which has adapters of its own."
 
@@ -448,7 +448,7 @@ class RemoteEngine:
                     self.measures.generated_tokens += 1
         elif text := "" if "token_ids" in choice else choice.get("text"):
             if generation.logprobs is not None:
-                raise LostError("The model's server tells no ids, so no log probabilities.")
+                raise UserError("The model's server tells no ids, so no log probabilities.")
             self._measure(generation)
             generation.accept_text(text)
 
@@ -463,7 +463,8 @@ class RemoteEngine:
         """Find the log probabilities of the prompt's own tokens.
 
         Raises:
-            LostError: the server does not tell them.
+            UserError: the server does not tell them.
+            LostError: it fails.
         """
         count = job.request.logprobs or 0
         server = await self._choose()
@@ -482,7 +483,7 @@ class RemoteEngine:
             raise self._refused(answer.status_code, answer.content)
         told = answer.json()["choices"][0].get("prompt_logprobs")
         if told is None:
-            raise LostError("The model's server tells no log probabilities of prompts.")
+            raise UserError("The model's server tells no log probabilities of prompts.")
         for token, found in zip(job.request.prompt[1:], told[1:], strict=True):
             ranked = sorted(((e["logprob"], int(i)) for i, e in found.items()), reverse=True)
             top = tuple((i, value) for value, i in ranked[:count])
