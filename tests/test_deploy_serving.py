@@ -19,7 +19,7 @@ from http_server import VLLM, needs_vllm
 from jsonschema import Draft7Validator
 from kubeflow_trainer_api import models
 
-from alpaca.serving import elsewhere
+from alpaca.serving import settings as engine
 from alpaca.web import server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,11 +78,11 @@ def test_all_name_one_model_one_address_and_settings_that_exist() -> None:
     assert kserve["spec"]["model"]["uri"] == f"pvc://{claim}/{Path(source).name}"
     # Ray Serve listens on 8000; KubeRay's service has the name of the RayService
     address = f"http://{ray['metadata']['name']}-serve-svc:8000/v1"
-    assert settings[elsewhere.URL]["value"] == address
-    known = {elsewhere.URL, "COG_WEIGHTS", server.PORT, "ALPACA_WEB_HOST", "ALPACA_API_KEY"}
+    assert settings[engine.URL]["value"] == address
+    known = {engine.URL, "COG_WEIGHTS", server.PORT, "ALPACA_WEB_HOST", "ALPACA_API_KEY"}
     in_compose = compose["services"]["runner"]["environment"]
     assert set(settings) == set(in_compose) == known
-    assert in_compose[elsewhere.URL] == "http://vllm:8000/v1"
+    assert in_compose[engine.URL] == "http://vllm:8000/v1"
     command = compose["services"]["vllm"]["command"]
     assert command[0] == compose["services"]["vllm"]["volumes"][0].split(":")[-2]
     assert command[command.index("--port") + 1] == "8000"

@@ -56,6 +56,16 @@ def test_the_flag_wins_over_weights_that_cog_would_hand_over() -> None:
     assert command.named(exported, None) == exported
 
 
+def test_the_engine_is_named_or_is_servers(tiny_model: Path) -> None:
+    urls = "http://one:8000/v1,http://two:8000/v1"
+    assert command.engine(None) == {}
+    assert command.engine("vllm") == {"ALPACA_ENGINE": "vllm", "ALPACA_ENGINE_URL": ""}
+    assert command.engine(urls) == {"ALPACA_ENGINE": "", "ALPACA_ENGINE_URL": urls}
+    done = serve("--engine", "other", "--weights", str(tiny_model))
+    assert done.returncode == 2
+    assert "ALPACA_ENGINE is 'other'.\n  Set it to own or vllm" in done.stderr
+
+
 def test_without_any_weights_the_three_ways_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refusal:
         weights.locate(None, {}, tmp_path)

@@ -29,6 +29,7 @@ from alpaca.serving.cache import Capacity
 from alpaca.serving.engine import Engine
 from alpaca.serving.remote import LostError, RemoteEngine, Server, seed_of
 from alpaca.serving.request import CanceledError, Request, Sampling
+from alpaca.serving.settings import has_other_engine
 from alpaca.serving.stream import token_bytes
 from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
@@ -466,4 +467,4 @@ def test_the_seeds_of_completions_differ() -> None:
     found = {seed_of(seed, number) for seed in range(100) for number in range(5)}
     assert len(found) == 500
     assert json.dumps(max(found))
-    assert elsewhere.asked_for({}) is False
+    assert has_other_engine({}) is False

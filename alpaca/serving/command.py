@@ -14,7 +14,7 @@ import psutil
 from alpaca.address import is_loopback
 from alpaca.errors import UserError
 from alpaca.folder import check_folder
-from alpaca.serving import schema, weights
+from alpaca.serving import schema, settings, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "predict.py:Runner"
@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
         help="adapters in it may be loaded over /v1 (default: ALPACA_ADAPTER_FOLDER)",
     )
     made.add_argument(
+        "--engine",
+        metavar="ENGINE",
+        help="own, vllm or servers' URLs (default: ALPACA_ENGINE, ALPACA_ENGINE_URL, else own)",
+    )
+    made.add_argument(
         "--train", action="store_true", help="serve the training API instead (POST /trainings)"
     )
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
@@ -83,6 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the quick checks, then replace this process with the server; does not return."""
     environment = named({**IMAGE, **os.environ}, arguments.weights)
     environment |= adapted(arguments.base, arguments.adapter, arguments.adapter_folder)
+    environment |= engine(arguments.engine)
+    settings.has_other_engine(environment)  # refuses what is wrong
     if not environment.get("COG_WEIGHTS") and not arguments.train:
         check_folder(weights.locate(None, environment, ROOT).folder)
     check_port(arguments.port)
@@ -115,6 +122,14 @@ def named(environment: dict[str, str], folder: str | None) -> dict[str, str]:
         return environment
     others = {name: value for name, value in environment.items() if name != "COG_WEIGHTS"}
     return {**others, weights.VARIABLE: str(Path(folder).resolve())}
+
+
+def engine(asked: str | None) -> dict[str, str]:
+    """The variables that `--engine` sets."""
+    if asked is None:
+        return {}
+    at = asked if "://" in asked else ""
+    return {settings.ENGINE: "" if at else asked, settings.URL: at}
 
 
 def adapted(base: str | None, adapters: list[str], allowed: str | None) -> dict[str, str]:

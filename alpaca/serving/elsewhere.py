@@ -23,32 +23,18 @@ from alpaca.serving.adapters import Adapters, examined
 from alpaca.serving.border import Limits
 from alpaca.serving.cache import Capacity
 from alpaca.serving.remote import ID, RemoteAdapter, RemoteEngine, Server, headers
+from alpaca.serving.settings import URL
 from alpaca.serving.stream import token_bytes
 from alpaca.serving.vllm import VllmEngine, refuse_what_vllm_lacks
 from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
 
-ENGINE, URL = "ALPACA_ENGINE", "ALPACA_ENGINE_URL"
 MODEL, KEY = "ALPACA_ENGINE_MODEL", "ALPACA_ENGINE_KEY"
 SLOTS = 256  # what vLLM decodes together
 WAIT = 2.0  # seconds between questions to a server that is not there yet
 DOWN = (502, 503, 504)  # of a balancer, or of a server that is loading
 PATIENCE = 600.0  # seconds until a server that does not answer is given up
 ROUNDING = 1 / 32  # of the largest logit: what bf16 may change a gap between two by
-
-
-def asked_for(environment: Mapping[str, str]) -> bool:
-    """Whether another engine than the own one is to answer.
-
-    Raises:
-        UserError: there is none of that name, or two are asked for.
-    """
-    kind, url = environment.get(ENGINE) or "own", environment.get(URL)
-    if kind not in ("own", "vllm"):
-        raise UserError(f"{ENGINE} is {kind!r}.", "Set it to own or vllm.")
-    if kind == "vllm" and url:
-        raise UserError(f"{ENGINE} and {URL} are both set.", f"Leave {ENGINE} out to use {URL}.")
-    return kind == "vllm" or bool(url)
 
 
 def connect(

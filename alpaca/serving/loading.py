@@ -55,7 +55,7 @@ def _load(weights: Weights, environment: Mapping[str, str]) -> tuple[border.Engi
     began = time.monotonic()
     folder = weights.folder
     codec = checked(folder)
-    if elsewhere.asked_for(environment):
+    if settings.has_other_engine(environment):
         return elsewhere.connect(weights, codec, end_ids(folder, codec), environment), codec
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(environment, device)
