@@ -81,7 +81,10 @@ def test_all_name_one_model_one_address_and_settings_that_exist() -> None:
     assert settings[engine.URL]["value"] == address
     known = {engine.URL, "COG_WEIGHTS", server.PORT, "ALPACA_WEB_HOST", "ALPACA_API_KEY"}
     in_compose = compose["services"]["runner"]["environment"]
-    assert set(settings) == set(in_compose) == known
+    assert set(settings) == {*in_compose, "ALPACA_CONTEXT"} == {*known, "ALPACA_CONTEXT"}
+    allowed = model["engine_kwargs"]["max_model_len"]
+    assert settings["ALPACA_CONTEXT"]["value"] == str(allowed)
+    assert f"--max-model-len {allowed}" in pods()["kserve"]["containers"][0]["env"][0]["value"]
     assert in_compose[engine.URL] == "http://vllm:8000/v1"
     command = compose["services"]["vllm"]["command"]
     assert command[0] == compose["services"]["vllm"]["volumes"][0].split(":")[-2]

@@ -19,6 +19,7 @@ from alpaca.ram import available, container_memory_left
 from alpaca.serving import attention, packed
 from alpaca.serving.attention import PrefillChunk, flash_works, spans
 from alpaca.serving.cache import (
+    PAGE,
     Capacity,
     LayerShape,
     SlotCache,
@@ -45,6 +46,22 @@ needs_half = pytest.mark.skipif(not packed.half_available(), reason="FBGEMM is m
 )
 def test_slots_fit_into_the_budget(tokens: int, wanted: Capacity) -> None:
     assert plan_capacity(tokens, 1000, 16, 5) == wanted
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "wanted"),
+    [
+        (10**6, 1000, Capacity(16, 1000)),
+        (9 * 1024, 1000, Capacity(8, 1000)),  # a slot takes four pages
+        (9 * 1024 - 1, 1000, Capacity(7, 1000)),
+        (6 * 700, 1000, Capacity(5, 512)),
+        (17 * 256, 100, Capacity(16, 100)),
+    ],
+)
+def test_slots_fit_in_whole_pages(tokens: int, context: int, wanted: Capacity) -> None:
+    found = plan_capacity(tokens, context, 16, 5, PAGE)
+    assert found == wanted
+    assert (found.slots + 1) * -(-found.length // PAGE) * PAGE <= tokens
 
 
 def test_too_little_memory_is_said() -> None:

@@ -89,7 +89,7 @@ def test_a_server_is_asked_with_ids_and_told_all_that_decides_the_answer(
         "model": "llama-tiny", "prompt": prompt, "max_tokens": 9, "temperature": 0.5, "top_p": 0.9,
         "top_k": 20, "repetition_penalty": 1.2, "frequency_penalty": 0.1, "presence_penalty": 0.2,
         "stop_token_ids": [bpe.eos_token_id], "stream": True,
-        "stream_options": {"include_usage": True}, "return_token_ids": True,
+        "stream_options": {"include_usage": True}, "return_token_ids": True, "min_p": 0.0,
     }  # fmt: skip
     assert asked == [wanted, wanted]
 
@@ -390,7 +390,7 @@ def test_a_server_of_other_weights_is_refused(
             loading.load(*settings(folder, ALPACA_ENGINE_URL=url))
     with likely(other, torch.float32, ids=False) as url:
         elsewhere.check_weights(url, "model", folder, None)
-    assert "its weights were not checked" in capsys.readouterr().out
+    assert "not checked: it tells no ids of likely tokens" in capsys.readouterr().out
 
 
 def stand_in(folder: Path) -> Path:

@@ -52,8 +52,8 @@ class Capacity:
         return self.slots * self.length
 
 
-def plan_capacity(tokens: int, context: int, slots: int, at_least: int) -> Capacity:
-    """Fit slots of length `context` into `tokens`; see `fitting_tokens`.
+def plan_capacity(tokens: int, context: int, slots: int, at_least: int, page: int = 1) -> Capacity:
+    """Fit slots of length `context`, in whole pages, into `tokens`; see `fitting_tokens`.
 
     If memory is short, the number of slots is reduced first, down to `at_least`, and then their
     length: it is better to serve a long prompt slowly than to refuse it.
@@ -61,8 +61,9 @@ def plan_capacity(tokens: int, context: int, slots: int, at_least: int) -> Capac
     Raises:
         UserError: fewer than 256 tokens per slot fit.
     """
-    fitting = max(at_least, min(slots, tokens // context - 1))
-    length = min(context, tokens // (fitting + 1))
+    whole = -(-context // page) * page
+    fitting = max(at_least, min(slots, tokens // whole - 1))
+    length = min(context, tokens // (fitting + 1) // page * page)
     if length < min(256, context):
         raise UserError(
             f"Free memory has room for {tokens} tokens of keys and values, too few to serve.",

@@ -6,7 +6,6 @@ ALPACA_ENGINE=vllm starts `vllm serve`, see `vllm.py`. ALPACA_SLOTS, ALPACA_CONT
 and ALPACA_MAX_SECONDS mean what `loading` says.
 """
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from alpaca.serving.weights import Weights
 from alpaca.tokens import Codec
 
 MODEL, KEY = "ALPACA_ENGINE_MODEL", "ALPACA_ENGINE_KEY"
+UNCHECKED = "ALPACA_ENGINE_UNCHECKED"
 SLOTS = 256  # what vLLM decodes together
 WAIT = 2.0  # seconds between questions to a server that is not there yet
 DOWN = (502, 503, 504)  # of a balancer, or of a server that is loading
@@ -121,7 +121,10 @@ def _found(
                 f"Set {MODEL} to the model's name there, and load adapters there under the names "
                 "that they have here.",
             )
-        check_weights(url, name, weights.folder, key)
+        if not environment.get(UNCHECKED):
+            check_weights(url, name, weights.folder, key)
+            for adapter, folder in weights.adapters.items():
+                check_weights(url, adapter, folder, key)
         servers.append(Server(url, name))
         if length := known[name]:
             lengths.append(length)
@@ -136,30 +139,37 @@ def check_weights(url: str, model: str, folder: Path, key: str | None) -> None:
     Raises:
         UserError: they differ by more than rounding makes them.
     """
-    kept = (passport.read(folder) or {}).get("golden") or []
+    unchecked = f"note: whether {url} serves the weights of {folder} was not checked:"
+    kept = (passport.read(folder) or {}).get("golden")
+    if not kept:
+        print(unchecked, "the folder's passport keeps no logits", flush=True)
+        return
     asked = {"model": model, "max_tokens": 1, "temperature": 0, "return_tokens_as_token_ids": True}
     for one in kept:
-        body = {**asked, "prompt": one["ids"], "logprobs": len(one["logits"])}
+        logits: dict[str, float] = one["logits"]
+        body = {**asked, "prompt": one["ids"], "logprobs": len(logits)}
         try:
             answer = httpx.post(f"{url}/completions", json=body, headers=headers(key), timeout=300)
             told = answer.raise_for_status().json()["choices"][0]["logprobs"]["top_logprobs"][0]
             found = {name.removeprefix(ID): value for name, value in told.items() if ID in name}
-        except (httpx.HTTPError, ValueError, TypeError, LookupError):
-            found = {}
-        first = max(one["logits"], key=one["logits"].get)
-        if not found:
-            print(f"note: {url} tells no ids of likely tokens, so its weights were not checked")
+        except (httpx.HTTPError, ValueError, TypeError, LookupError) as error:
+            print(unchecked, repr(error), flush=True)
             return
-        gaps = [
-            abs(found[name] - found[first] - one["logits"][name] + one["logits"][first])
-            for name in one["logits"]
-            if first in found and name in found
-        ]
-        if max(gaps, default=math.inf) > ROUNDING * max(map(abs, one["logits"].values())):
+        if not found:
+            print(unchecked, "it tells no ids of likely tokens", flush=True)
+            return
+        first, least = max(logits, key=lambda name: logits[name]), min(found.values())
+        differences = []
+        for name, logit in logits.items():
+            gap = found.get(name, least) - found.get(first, least) - logit + logits[first]
+            # of a token that is not told, only the most that it may have is known
+            differences.append(abs(gap) if name in found else max(0.0, -gap))
+        if first not in found or max(differences) > ROUNDING * max(map(abs, logits.values())):
             raise UserError(
                 f"{url} serves other weights than {folder}: it begins an answer with other odds "
                 f"than the folder's passport keeps ({one['instruction']}).",
-                "Serve the same folder at both places.",
+                "Serve the same folder at both places. Where one is quantized on purpose, set "
+                f"{UNCHECKED}=1.",
             )
 
 
@@ -174,7 +184,13 @@ def _listed(url: str, key: str | None) -> dict[str, int]:
             print(f"waiting for {url}", flush=True)
             told = True
         time.sleep(WAIT)
-    return {name: int(one.get("max_model_len") or 0) for name, one in found.items()}
+    return {name: _length(one) for name, one in found.items()}
+
+
+def _length(model: dict[str, Any]) -> int:
+    """As vLLM's list of models tells it, or Ray Serve's."""
+    metadata = model.get("metadata") or {}
+    return int(model.get("max_model_len") or metadata.get("max_request_context_length") or 0)
 
 
 def listed(

@@ -22,7 +22,7 @@ from alpaca.serving.generation import Generation
 from alpaca.serving.lora import LoadedAdapter
 from alpaca.serving.measures import Measures
 from alpaca.serving.request import CanceledError, Job, Request, Scored
-from alpaca.serving.sampling import NO_TOKEN, Draws, choose, score
+from alpaca.serving.sampling import NO_TOKEN, Draws, choose, mark, score
 from alpaca.serving.scheduler import Scheduler
 from alpaca.serving.transfer import send
 from alpaca.tokens import Codec
@@ -218,6 +218,8 @@ class Engine:
             tokens = choose(logits, draws, self._seen, self._counts)
             scored = self._score(logits, tokens, sequences)
         self._scheduler.advance()
+        if sequences:
+            mark(tokens, draws, self._seen, self._counts)
         for job, scores in found:
             job.prompt_scored += scores
         # The only point of a step that waits for the GPU.

@@ -53,7 +53,7 @@ class SlotModel:
         if dtype is not None and dtype != model.dtype:
             cast(model, dtype)  # the layers that are not packed
         self.cache: SlotCache
-        self.flash = False  # whether attention is one call of FlashAttention
+        self.flash = False  # whether attention is one call of FlashAttention; found by `probe`
         self._wanted: torch.Tensor
         head = model.get_output_embeddings()
         if head is None:
@@ -82,11 +82,12 @@ class SlotModel:
                 f"in all {layers} layers, so it cannot be served here.",
                 ADVICE,
             )
-        return [trial.shapes[layer] for layer in range(layers)]
+        shapes = [trial.shapes[layer] for layer in range(layers)]
+        self.flash = self._has_flash(shapes)
+        return shapes
 
     def allocate(self, shapes: list[LayerShape], capacity: Capacity) -> None:
         """Allocate the key/value cache, in pages where FlashAttention reads it."""
-        self.flash = self._has_flash(shapes)
         self.cache = SlotCache(shapes, capacity, paged=self.flash)
 
     def _has_flash(self, shapes: list[LayerShape]) -> bool:

@@ -51,6 +51,8 @@ class GraphModel(SlotModel):
                 self._recordings[rows] = self._record(rows)
         except RuntimeError as error:  # of CUDA, which can still compute the same directly
             self._recordings = {}
+            if self.device.type == "cuda":  # a capture that fails may leave its stream in use
+                torch.cuda.set_stream(torch.cuda.default_stream(self.device))
             print(f"serve: steps are not recorded, which is slow: {error}", flush=True)
 
     @torch.inference_mode()

@@ -21,7 +21,7 @@ from alpaca.folder import check_folder, load_tokenizer
 from alpaca.serving import border, elsewhere, settings
 from alpaca.serving.adapters import Adapters, opened
 from alpaca.serving.border import Limits
-from alpaca.serving.cache import fitting_tokens, plan_capacity, unused_bytes
+from alpaca.serving.cache import PAGE, fitting_tokens, plan_capacity, unused_bytes
 from alpaca.serving.engine import Engine
 from alpaca.serving.forward import SlotModel
 from alpaca.serving.graphs import GraphModel
@@ -100,7 +100,8 @@ def make_engine(
     slots = _slots(environment, kind)
     context = min(model.context, settings.number(environment, "ALPACA_CONTEXT", settings.CONTEXT))
     tokens = fitting_tokens(shapes)
-    model.allocate(shapes, plan_capacity(tokens, context, slots, min(slots, MIN_SLOTS)))
+    page = PAGE if model.flash else 1
+    model.allocate(shapes, plan_capacity(tokens, context, slots, min(slots, MIN_SLOTS), page))
     seconds = settings.number(environment, "ALPACA_MAX_SECONDS", settings.SECONDS)
     limits = Limits(prefill_tokens=PIECE_TOKENS[kind], seconds=seconds)
     engine = Engine(model, token_bytes(codec.tokenizer), ends, limits, adapters)

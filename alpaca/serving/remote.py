@@ -37,6 +37,8 @@ PATIENCE = 600.0  # seconds that requests wait for a server to come up
 QUOTED = 300  # characters of a server's error
 # keys of vLLM that other servers may refuse; without them text and usage tell what they are asked
 OWN_KEYS = ("return_token_ids", "return_tokens_as_token_ids", "stop_token_ids")
+# Left out, vLLM takes them from the folder's generation settings; another server may refuse them.
+NEUTRAL = {"top_k": 0, "repetition_penalty": 1.0, "min_p": 0.0}
 ID = "token_id:"  # before a token's number, where log probabilities are told by name
 ELSEWHERE = "This server asks another one for its answers, which has adapters of its own."
 
@@ -328,7 +330,11 @@ class RemoteEngine:
         self, server: Server, body: dict[str, Any], generation: Generation
     ) -> None:
         """Ask with vLLM's own keys, and without them if the server refuses those only."""
-        plain = {key: value for key, value in body.items() if key not in OWN_KEYS}
+        plain = {
+            key: value
+            for key, value in body.items()
+            if key not in OWN_KEYS and (key not in NEUTRAL or NEUTRAL[key] != value)
+        }
         if server.knows_ids:
             try:
                 await self._generate(server, body, generation)
@@ -400,18 +406,16 @@ class RemoteEngine:
             "max_tokens": generation.limit,
             "temperature": 0.0 if greedy else sampling.temperature,
             "seed": seed_of(sampling.seed, number),
+            "top_p": 1.0 if greedy else sampling.top_p,
+            **NEUTRAL,
+            "top_k": sampling.top_k,
+            "repetition_penalty": sampling.repetition_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "presence_penalty": sampling.presence_penalty,
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
         }
-        optional = {
-            "top_p": (sampling.top_p, 1.0 if not greedy else sampling.top_p),
-            "top_k": (sampling.top_k, 0),
-            "repetition_penalty": (sampling.repetition_penalty, 1.0),
-            "frequency_penalty": (sampling.frequency_penalty, 0.0),
-            "presence_penalty": (sampling.presence_penalty, 0.0),
-        }
-        body |= {name: value for name, (value, neutral) in optional.items() if value != neutral}
         if request.ignore_ends:
             body["ignore_eos"] = True
         elif self.ends:

@@ -168,7 +168,7 @@ def choose(
     """One token per row, (rows,) int64; greedy rows (temperature 0) take the likeliest.
 
     `seen` (slots, vocabulary) marks the tokens that the repetition penalty applies to, `counts`
-    (the same) says how often each is in the answer; the chosen tokens are added to both. A row
+    (the same) says how often each is in the answer; `mark` adds the chosen ones to both. A row
     whose logits are NaN or infinite gets NO_TOKEN. `logits` stay as they are.
     """
     if draws.penalized and seen is not None:
@@ -186,8 +186,14 @@ def choose(
         if len(draws.sampled):
             probs = probabilities(logits[draws.sampled], draws)
             tokens[draws.sampled] = draw(probs, draws.uniform)
-    if draws.penalized and seen is not None:
+    return tokens
+
+
+def mark(
+    tokens: torch.Tensor, draws: Draws, seen: torch.Tensor, counts: torch.Tensor | None
+) -> None:
+    """Add chosen tokens to `seen` and `counts`, once nothing can repeat their pass."""
+    if draws.penalized:
         seen[draws.slots, tokens] = True
     if draws.counted and counts is not None:
         counts[draws.slots, tokens] += 1
-    return tokens

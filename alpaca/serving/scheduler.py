@@ -260,6 +260,7 @@ class Scheduler:
         computed: list[Prompt | Generation] = [*self._in_pass, *self._stepping]
         self._in_pass, self._stepping = [], []
         if len(computed) > 1:
+            print(f"serve: a pass failed; its parts are computed one by one: {error!r}", flush=True)
             self._suspects = computed
             return
         for one in computed or list(self._decoding):

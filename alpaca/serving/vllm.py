@@ -134,6 +134,7 @@ class VllmEngine(RemoteEngine):
         words += ["--served-model-name", self._base.name]
         words += ["--dtype", settings.dtype(given) or _own_dtype(self._base)]
         words += ["--max-model-len", str(self.capacity.length)]
+        words += ["--generation-config", "vllm"]  # the folder's would replace neutral settings
         words += ["--max-num-seqs", str(self.capacity.slots)]
         words += ["--disable-access-log-for-endpoints", "/health"]
         if (parallel := _parallel(self._base)) > 1:
