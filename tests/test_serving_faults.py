@@ -141,6 +141,35 @@ def test_logits_that_are_not_numbers_fail_one_request_and_leave_a_clean_slot(
     assert engine.idle_slots == 8
 
 
+def test_a_request_that_cannot_be_marked_fails_alone(
+    failing: tuple[Failing, Engine, Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first pass, as where there is no memory for its counts."""
+    model, engine, good = failing
+    alone = engine.submit(good).completions[0].result.result(60)
+    begin = engine._begin
+
+    def full(sequence: Generation) -> None:
+        if sequence.prompt == bad.prompt:
+            raise torch.OutOfMemoryError("no memory")
+        begin(sequence)
+
+    monkeypatch.setattr(engine, "_begin", full)
+    bad = Request((5, 6, 7), n=3, max_new_tokens=60)
+    running = engine.submit(good)
+    next(iter(running.completions[0]))
+    model.gate.clear()
+    jobs = [engine.submit(one) for one in (good, bad, good)]
+    model.gate.set()
+    for completion in jobs.pop(1).completions:
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            completion.result.result(60)
+    for job in (running, *jobs):
+        assert job.completions[0].result.result(60) == alone
+    engine.submit(good).completions[0].result.result(60)
+    assert engine.idle_slots == 8
+
+
 def test_a_decoding_sequence_that_fails_fails_alone(
     failing: tuple[Failing, Engine, Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,7 +200,11 @@ class Engine:
         for job in self._scheduler.drop_canceled():
             job.finish(CanceledError())
         for sequence in self._scheduler.admit(self.table):
-            self._begin(sequence)
+            try:
+                self._begin(sequence)
+            except Exception as error:  # its job fails alone, and leaves with the next step
+                sequence.job.finish(error)
+                sequence.job.cancel()
         batch, sampled = self._scheduler.batch()
         if batch is None:
             return
