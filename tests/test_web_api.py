@@ -463,6 +463,7 @@ def test_settings_that_leave_the_server_open_or_shut_are_said(
     assert "k" not in capsys.readouterr().out.replace("/", "").split()
 
 
+@pytest.mark.parametrize("served", ["own"], indirect=True)  # others tell pieces, of several tokens
 def test_metrics_are_prometheus(http: httpx.Client, client: openai.OpenAI) -> None:
     def read() -> dict[str, float]:
         families = text_string_to_metric_families(http.get("/metrics").text)
