@@ -41,24 +41,39 @@ class PrefillChunk:
 class Ragged:
     """The sequences of a pass for `flash`: int32 tensors, so that lengths are data and not shape.
 
-    starts: (sequences + 1,), where each one's queries begin. used: (sequences,), its tokens, with
-    those of this pass. slots: (sequences,). most: the most queries that one has.
+    starts: (sequences + 1,), where each one's queries begin; keys: the same of whole slots, which
+    is asked for but not used where there are pages. used: (sequences,), its tokens, with those of
+    this pass. table: (sequences, pages of a slot), its pages. most: the most queries that one has.
     """
 
     starts: torch.Tensor
+    keys: torch.Tensor
     used: torch.Tensor
-    slots: torch.Tensor
+    table: torch.Tensor
     most: int
 
     @classmethod
+    def of(
+        cls, starts: torch.Tensor, used: torch.Tensor, slots: torch.Tensor, most: int, length: int
+    ) -> Self:
+        """For sequences in `slots`, which are of `length` in the cache; once for all layers."""
+        pages = torch.arange(length // PAGE, dtype=torch.int32, device=slots.device)
+        return cls(starts, starts * length, used, slots[:, None] * len(pages) + pages, most)
+
+    @classmethod
     def sent(
-        cls, device: torch.device, counts: Sequence[int], used: Sequence[int], slots: Sequence[int]
+        cls,
+        device: torch.device,
+        counts: Sequence[int],
+        used: Sequence[int],
+        slots: Sequence[int],
+        length: int,
     ) -> Self:
         """For sequences of which a pass computes the last `counts` tokens each."""
         starts, used_there, slots_there = send(
             device, torch.int32, [0, *accumulate(counts)], used, slots
         )
-        return cls(starts, used_there, slots_there, max(counts))
+        return cls.of(starts, used_there, slots_there, max(counts), length)
 
 
 @dataclass
@@ -166,23 +181,20 @@ def flash(
     num_splits=1: with more, paged keys give rows that are never written (pytorch#194167); and so a
     sequence's result does not depend on the others.
     """
-    length = keys.shape[1]
     device = query.device  # a model may span devices
-    starts, used, slots = (part.to(device) for part in (ragged.starts, ragged.used, ragged.slots))
-    pages = torch.arange(length // PAGE, dtype=torch.int32, device=device)
     attended = varlen_attn(
         query.contiguous(),
         keys.reshape(-1, PAGE, *keys.shape[2:]),
         values.reshape(-1, PAGE, *values.shape[2:]),
-        starts,
-        starts * length,  # asked for, but not used where there are pages
+        ragged.starts.to(device),
+        ragged.keys.to(device),
         ragged.most,
-        length,
+        keys.shape[1],
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=True,
-        seqused_k=used,
-        block_table=slots[:, None] * len(pages) + pages,
+        seqused_k=ragged.used.to(device),
+        block_table=ragged.table.to(device),
         num_splits=1,
     )
     assert isinstance(attended, torch.Tensor)
@@ -204,7 +216,7 @@ def flash_works(shape: LayerShape, groups: int) -> bool:
     lengths, slots = [PAGE + 40, 1, 400], [2, 0, 1]
     for counts, window in (([1, 1, 1], None), ([1, 1, 70], None), ([1, 1, 70], 33)):
         query = some(sum(counts), groups * shape.heads)
-        ragged = Ragged.sent(shape.device, counts, lengths, slots)
+        ragged = Ragged.sent(shape.device, counts, lengths, slots, keys.shape[1])
         try:
             found = flash(query, keys, values, ragged, None, window).float()
         except (RuntimeError, TypeError, ValueError):

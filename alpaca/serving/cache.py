@@ -106,9 +106,10 @@ class SlotCache:
         """Allocate, `paged` in whole pages; a CPU's memory is taken when it is first written."""
         self.capacity = capacity
         self.spare = capacity.slots
-        length = -(-capacity.length // PAGE) * PAGE if paged else capacity.length
+        self.length = -(-capacity.length // PAGE) * PAGE if paged else capacity.length
         self.layers = [
-            tuple(_zeros(shape, capacity.slots + 1, length) for _ in range(2)) for shape in shapes
+            tuple(_zeros(shape, capacity.slots + 1, self.length) for _ in range(2))
+            for shape in shapes
         ]
         _CACHES.add(self)
 

@@ -129,7 +129,7 @@ class SlotModel:
         spans += [(chunk.slot, chunk.first, chunk.last) for chunk, _ in batch.chunks]
         slots, firsts, lasts = zip(*spans, strict=True)
         counts = [last - first for first, last in zip(firsts, lasts, strict=True)]
-        return Ragged.sent(self.device, counts, lasts, slots)
+        return Ragged.sent(self.device, counts, lasts, slots, self.cache.length)
 
     def _pass(
         self,

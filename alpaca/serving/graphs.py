@@ -80,7 +80,8 @@ class GraphModel(SlotModel):
         starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
 
         def step() -> torch.Tensor:
-            ragged = Ragged(starts, (positions + 1).int(), slots.int(), 1)
+            used = (positions + 1).int()
+            ragged = Ragged.of(starts, used, slots.int(), 1, self.cache.length)
             fixed = Step(self.cache, slots, positions, ragged=ragged)
             return self._pass(tokens[None], positions[None], fixed, wanted)
 
